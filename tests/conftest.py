@@ -1,0 +1,27 @@
+"""What all tests share."""
+
+import hypothesis
+import jax
+import pytest
+
+# Examples are the same in every run, so that a change is judged on what it changes; to look for new ones:
+# pytest --hypothesis-profile=explore. There is no deadline, since the first example of a shape compiles.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("default")
+
+
+def has_gpu() -> bool:
+    """Whether jax can use a GPU here."""
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not has_gpu():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU that jax can use"))
