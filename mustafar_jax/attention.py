@@ -1,0 +1,330 @@
+"""Attention on a `LayerCache`: one query token per sequence against packed and dense parts, merged as flash decoding does."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mustafar_jax import bitmap
+from mustafar_jax.bitmap import BitmapArray
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
+from mustafar_jax.rope import rotate
+
+IMPLEMENTATIONS = ("mosaic_gpu", "triton", "cudnn", "xla")
+"""Every name that `implementation` takes, in the order that None tries them."""
+
+TILE = 128
+"""Tokens that the XLA implementation unpacks at a time; a multiple of 32."""
+
+PREFILL_CHUNK = 512
+"""Queries that prefill attends at a time where scores are held in memory."""
+
+Implementation = str | Sequence[str] | None
+
+
+class Partial(NamedTuple):
+    """Attention over some of the tokens: what flash decoding keeps of a split.
+
+    Attributes:
+        out: float32 [B, K, G, H], the sum of exp(score - m) * value.
+        m: float32 [B, K, G], the largest score; the lowest float32 where no token was visible.
+        l: float32 [B, K, G], the sum of exp(score - m).
+    """
+
+    out: jax.Array
+    m: jax.Array
+    l: jax.Array  # noqa: E741
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the tokens of both."""
+    m = jnp.maximum(a.m, b.m)
+    weight_a, weight_b = jnp.exp(a.m - m), jnp.exp(b.m - m)
+    out = a.out * weight_a[..., None] + b.out * weight_b[..., None]
+    return Partial(out, m, a.l * weight_a + b.l * weight_b)
+
+
+def decode_attention(
+    query: jax.Array,
+    cache: LayerCache,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Attend the last token of each sequence to its cache, in which it already is.
+
+    Args:
+        query: [B, N, H] after RoPE, N a multiple of the cache's KV heads; query head n reads KV head n // (N / K).
+        cache: the cache, with the query's own token appended; a sequence of length 0 yields zeros.
+        scale: factor on the scores, 1 / sqrt(H) if None.
+        sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
+        implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
+            on to the next), or None for the best that works here. "cudnn" is for dense caches on NVIDIA GPUs.
+
+    Returns:
+        [B, N, H] in the query's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, sliding_window < 1, an unknown implementation.
+        NotImplementedError: no implementation that was named can run this.
+    """
+    _check_decode(query, cache, sliding_window)
+    batch, num_heads, head_dim = query.shape
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
+    out = _first_that_runs(implementation, grouped, cache, scale, sliding_window)
+    return out.reshape(query.shape).astype(query.dtype)
+
+
+def prefill_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """Causal attention over a prompt, padded on the right; dense.
+
+    Args:
+        query: [B, S, N, H].
+        key, value: [B, S, K, H].
+        lengths: int32 [B], valid tokens.
+        scale: factor on the scores, 1 / sqrt(H) if None.
+        sliding_window: as in `decode_attention`.
+
+    Returns:
+        [B, S, N, H] in the query's dtype; rows of padding hold nothing of use.
+    """
+    length, chunk = query.shape[1], min(query.shape[1], PREFILL_CHUNK)
+
+    def attend(start: jax.Array) -> jax.Array:
+        # The last chunk is moved back to end with the prompt, so every chunk has the same shape.
+        rows = jnp.minimum(start, length - chunk) + jnp.arange(chunk)
+        distance = rows[:, None] - jnp.arange(length)
+        visible = (distance >= 0) & (distance < (sliding_window or length))
+        visible = visible & (jnp.arange(length) < lengths[:, None, None])
+        part = jnp.take(query, rows, axis=1)
+        return jax.nn.dot_product_attention(part, key, value, mask=visible[:, None], scale=scale)
+
+    if chunk == length:
+        return attend(jnp.int32(0))
+    starts = jnp.arange(0, length, chunk)
+    parts = lax.map(attend, starts)  # [chunks, B, chunk, N, H]
+    whole = jnp.moveaxis(parts, 0, 1)
+    body = whole[:, :-1].reshape(query.shape[0], -1, *query.shape[2:])
+    return jnp.concatenate([body, whole[:, -1, body.shape[1] + chunk - length :]], axis=1)
+
+
+def _first_that_runs(
+    implementation: Implementation, query: jax.Array, cache: LayerCache, scale: float, window: int | None
+) -> jax.Array:
+    """Try implementations in order; the last one's NotImplementedError is the caller's."""
+    names = check_implementation(implementation) or _present()
+    names = (names,) if isinstance(names, str) else names
+    for name in names[:-1]:
+        try:
+            return _run(name, query, cache, scale, window)
+        except NotImplementedError:
+            continue
+    return _run(names[-1], query, cache, scale, window)
+
+
+def check_implementation(implementation: Implementation) -> str | tuple[str, ...] | None:
+    """The argument in a hashable form; ValueError for a name that is not in `IMPLEMENTATIONS`, or for none."""
+    if implementation is None or isinstance(implementation, str):
+        names: tuple[str, ...] = () if implementation is None else (implementation,)
+    else:
+        names = implementation = tuple(implementation)
+        if not names:
+            raise ValueError("implementation=() names none; wanted at least one name, or None")
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation={name!r} must be one of {IMPLEMENTATIONS}")
+    return implementation
+
+
+def _present() -> tuple[str, ...]:
+    """The implementations that the default backend could run, best first."""
+    return IMPLEMENTATIONS if jax.default_backend() == "gpu" else ("xla",)
+
+
+def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
+    if isinstance(cache, DenseCache):
+        if name not in _DENSE:
+            raise NotImplementedError(f"implementation={name!r} attends packed caches; this cache is dense")
+        return _DENSE[name](query, cache, scale, window)
+    assert isinstance(cache, PackedCache)
+    if name not in _PACKED:
+        raise NotImplementedError(f"implementation={name!r} does not attend packed caches in this version")
+    dense = _attend_dense_part(query, cache, scale, window)
+    return _normalise(merge(_PACKED[name](query, cache, scale, window), dense))
+
+
+def _normalise(partial: Partial) -> jax.Array:
+    """float32 [B, K, G, H]; zeros where no token was visible."""
+    total = partial.l[..., None]
+    return jnp.where(total > 0, partial.out / jnp.where(total > 0, total, 1), 0)
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    extra: jax.Array | float = 0.0,
+) -> Partial:
+    """Attention over one tile.
+
+    Args:
+        query: [B, K, G, H].
+        key, value: [B, K, T, H]; whatever stands at invisible tokens, NaN too, has no effect.
+        visible: bool [B, T].
+        scale: factor on the scores.
+        extra: float32 [B, K, G, T], added to the unscaled scores.
+    """
+    visible = visible[:, None, None]
+    scores = jnp.einsum("bkgh,bkth->bkgt", *_float32(query, key), precision=lax.Precision.HIGHEST) + extra
+    scores = jnp.where(visible, scores * scale, jnp.finfo(jnp.float32).min)
+    m = scores.max(axis=-1)
+    weights = jnp.where(visible, jnp.exp(scores - m[..., None]), 0)
+    # A weight of 0 does not silence a NaN value; the value itself must go.
+    value = jnp.where(visible[:, :, 0, :, None], value, 0)
+    out = jnp.einsum("bkgt,bkth->bkgh", *_float32(weights, value), precision=lax.Precision.HIGHEST)
+    return Partial(out, m, weights.sum(axis=-1))
+
+
+def _attend_dense_part(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> Partial:
+    """Attention over a packed cache's sinks and recent tokens."""
+    visible = _visible(cache.dense_positions(), cache.lengths, window)
+    return _attend(query, cache.keys.dense, cache.values.dense, visible, scale)
+
+
+def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> Partial:
+    """Attention over a packed cache's packed part, unpacking a tile of tokens at a time."""
+    rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
+    tile = min(TILE, rows)
+    if rows == 0:
+        return _nothing(query)
+    mean_table = cache.mean_key(jnp.arange(tile)[None]) if cache.key_mean is not None else None
+
+    def see(i: jax.Array) -> jax.Array:
+        row = _tile_start(i, tile, rows) + jnp.arange(tile)
+        fresh = (row >= i * tile) & (row < cache.packed_lengths[:, None])  # the last tile may overlap the one before
+        return fresh & _visible(sinks + row[None], cache.lengths, window)
+
+    def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
+        start = _tile_start(i, tile, rows)
+        extra: jax.Array | float = 0.0
+        if mean_table is not None:
+            # q . R_{s+j} m = (R_-s q) . (R_j m): one table of rotated means serves every tile.
+            turned = rotate(query, -(sinks + start), jnp.asarray(cache.inv_freq))
+            extra = jnp.einsum("bkgh,bkth->bkgt", turned, mean_table, precision=lax.Precision.HIGHEST)
+        key, value = (_tile(store.packed, start, tile) for store in (cache.keys, cache.values))
+        return _attend(query, key, value, visible, scale, extra)
+
+    return _over_tiles(attend_tile, see, -(-rows // tile), _nothing(query))
+
+
+def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
+    """Attention on a dense cache, a tile of tokens at a time, so that no copy of the cache in float32 is made."""
+    tile = min(TILE, cache.capacity)
+
+    def see(i: jax.Array) -> jax.Array:
+        position = _tile_start(i, tile, cache.capacity) + jnp.arange(tile)
+        return (position >= i * tile) & _visible(position[None], cache.lengths, window)
+
+    def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
+        start = _tile_start(i, tile, cache.capacity)
+        key, value = (lax.dynamic_slice_in_dim(x, start, tile, axis=1).swapaxes(1, 2) for x in (cache.key, cache.value))
+        return _attend(query, key, value, visible, scale)
+
+    return _normalise(_over_tiles(attend_tile, see, -(-cache.capacity // tile), _nothing(query)))
+
+
+def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
+    """Attention on a dense cache through cuDNN's fused kernel."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or query.dtype != cache.dtype:
+        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query.dtype}, the cache {cache.dtype}")
+    if window is not None:
+        raise NotImplementedError(f"cuDNN decoding has no sliding window; got sliding_window={window}")
+    batch, kv_heads, group, head_dim = query.shape
+    out = jax.nn.dot_product_attention(
+        query.reshape(batch, 1, kv_heads * group, head_dim),
+        cache.key,
+        cache.value,
+        scale=scale,
+        key_value_seq_lengths=cache.lengths,
+        implementation="cudnn",
+    )
+    some = (cache.lengths > 0)[:, None, None, None]
+    return jnp.where(some, out.reshape(query.shape), 0)
+
+
+_Attend = Callable[[jax.Array, PackedCache, float, int | None], Partial]
+_PACKED: dict[str, _Attend] = {"xla": _attend_packed_xla}
+"""The implementations of attention over the packed part."""
+
+_DENSE: dict[str, Callable[[jax.Array, DenseCache, float, int | None], jax.Array]] = {
+    "cudnn": _attend_dense_cudnn,
+    "xla": _attend_dense_xla,
+}
+
+
+def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | None) -> None:
+    if query.ndim != 3 or query.shape[0] != cache.batch or query.shape[2] != cache.head_dim:
+        raise ValueError(f"query has shape {query.shape}; the cache wants [{cache.batch}, N, {cache.head_dim}]")
+    if query.shape[1] % cache.num_kv_heads or query.shape[1] == 0:
+        raise ValueError(f"query has {query.shape[1]} heads; wanted a multiple of the cache's {cache.num_kv_heads}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"{sliding_window=} must be at least 1, or None")
+
+
+def _over_tiles(
+    attend_tile: Callable[[jax.Array, jax.Array], Partial], see: Callable[[jax.Array], jax.Array], tiles: int, empty: Partial
+) -> Partial:
+    """Attention over all tiles, skipping those in which no sequence sees a token.
+
+    The skip also keeps each tile's conversion to float32 inside the loop: XLA for CPUs would otherwise hoist the conversion
+    of the whole bfloat16 cache out of it.
+    """
+
+    def step(i: jax.Array, partial: Partial) -> Partial:
+        visible = see(i)
+        return lax.cond(visible.any(), lambda p: merge(p, attend_tile(i, visible)), lambda p: p, partial)
+
+    return lax.fori_loop(0, tiles, step, empty)
+
+
+def _tile_start(i: jax.Array, tile: int, rows: int) -> jax.Array:
+    """Where tile i starts; the last one is moved back to end with the rows."""
+    return jnp.minimum(i * tile, rows - tile)
+
+
+def _visible(position: jax.Array, lengths: jax.Array, window: int | None) -> jax.Array:
+    """bool [B, T]: which of the positions [B or 1, T] the last token of each sequence sees."""
+    visible = position < lengths[:, None]
+    return visible if window is None else visible & (position >= lengths[:, None] - window)
+
+
+def _nothing(query: jax.Array) -> Partial:
+    """Attention over no token, for queries [B, K, G, H]."""
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    return Partial(zeros, jnp.full(query.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0])
+
+
+def _tile(packed: BitmapArray | jax.Array, start: jax.Array, length: int) -> jax.Array:
+    """Dense rows start .. start + length - 1 of [B, K, S, H]."""
+    if isinstance(packed, BitmapArray):
+        return bitmap.unpack(bitmap.take(packed, start, length))
+    return lax.dynamic_slice_in_dim(packed, start, length, axis=2)
+
+
+def _float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(array.astype(jnp.float32) for array in arrays)
