@@ -1,0 +1,232 @@
+"""Llama in Flax NNX: Llama 2 and 3, SmolLM2, and, with a sliding window, Mistral.
+
+Modules and weights carry the names of Hugging Face checkpoints, and every kernel keeps the orientation that it has
+there ([outputs, inputs], heads split in two axes), so that loading one is a reshape and never a transpose.
+
+Letters: B sequences, S tokens, D hidden channels, N query heads, K key and value heads, H channels of a head.
+
+Precision: weights, activations and the cache are of one dtype; RMSNorm's statistics, rotary embeddings, attention
+scores and logits are computed in float32. Matrix products have JAX's default precision, which for float32 on NVIDIA
+GPUs is TF32: wrap the call in `jax.default_matmul_precision("highest")` where float32 is meant to be exact.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mustafar_jax.attention import Implementation, decode_attention, prefill_attention
+from mustafar_jax.cache import LayerCache, append, prefill
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.models.config import ModelConfig, rope_frequencies
+from mustafar_jax.rope import rotate
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config = config
+        embed, head_dim = {"embed": config.hidden_size}, {"head_dim": config.head_dim}
+        heads, kv_heads = {"heads": config.num_heads}, {"kv_heads": config.num_kv_heads}
+        options: dict[str, Any] = {"bias": config.attention_bias, "dtype": dtype, "rngs": rngs}
+        self.q_proj = _linear("...d,nhd->...nh", heads | head_dim | embed, **options)
+        self.k_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, **options)
+        self.v_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, **options)
+        self.o_proj = _linear("...nh,dnh->...d", embed | heads | head_dim, **options)
+
+    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], key and value [B, S, K, H]."""
+        query, key, value = self._project(hidden, jnp.arange(hidden.shape[1])[:, None])
+        attended = prefill_attention(query, key, value, lengths, sliding_window=self.config.sliding_window)
+        return self.o_proj(attended), key, value
+
+    def decode(
+        self, hidden: jax.Array, cache: LayerCache, implementation: Implementation
+    ) -> tuple[jax.Array, LayerCache]:
+        """Append one token to each sequence, and attend from it: hidden [B, D] -> [B, D]."""
+        query, key, value = self._project(hidden, cache.lengths[:, None])
+        cache = append(cache, key, value)
+        window = self.config.sliding_window
+        attended = decode_attention(query, cache, sliding_window=window, implementation=implementation)
+        return self.o_proj(attended), cache
+
+    def _project(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """hidden [..., D], positions [..., 1] -> rotated query [..., N, H] and key [..., K, H], value [..., K, H]."""
+        inv_freq = jnp.asarray(rope_frequencies(self.config))
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        query = rotate(query, positions, inv_freq).astype(hidden.dtype)
+        return query, rotate(key, positions, inv_freq).astype(hidden.dtype), value
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward network, SwiGLU."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        embed, inner = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        options: dict[str, Any] = {"bias": config.mlp_bias, "dtype": dtype, "rngs": rngs}
+        self.gate_proj = _linear("...d,fd->...f", inner | embed, **options)
+        self.up_proj = _linear("...d,fd->...f", inner | embed, **options)
+        self.down_proj = _linear("...f,df->...d", embed | inner, **options)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(nnx.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Layer(nnx.Module):
+    """One decoder layer. All layers of a model are of one structure: a function jitted over one compiles once."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.input_layernorm = _norm(config, dtype, rngs)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = _norm(config, dtype, rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Whole sequences from position 0 on, without a cache: hidden [B, S, D], lengths int32 [B] -> [B, S, D]."""
+        attended, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
+        return self._feed_forward(hidden + attended)
+
+    def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """Run right-padded prompts, with dense attention, and put their keys and values into an empty cache.
+
+        Args:
+            hidden: [B, S, D], the tokens at positions 0 to S - 1.
+            cache: this layer's empty cache.
+            lengths: int32 [B], each prompt's tokens; what stands after them is never attended to.
+
+        Returns:
+            The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
+        """
+        attended, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
+        return self._feed_forward(hidden + attended), prefill(cache, key, value, lengths)
+
+    def decode(
+        self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Run one token of each sequence, at the position after those that the cache holds.
+
+        Args:
+            hidden: [B, D].
+            cache: this layer's cache; the token is appended to it before it is attended to.
+            implementation: as `decode_attention` takes it.
+
+        Returns:
+            The layer's output [B, D] and the cache with one more token.
+        """
+        attended, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, implementation)
+        return self._feed_forward(hidden + attended), cache
+
+    def _feed_forward(self, hidden: jax.Array) -> jax.Array:
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Llama(nnx.Module):
+    """A Llama-type language model.
+
+    Args:
+        config: the model's shape.
+        dtype: of weights, activations and caches: bfloat16, float16 or float32.
+        rngs: random numbers for the initial weights; `mustafar_jax.models.load` fills them from a checkpoint.
+    """
+
+    architecture = "LlamaForCausalLM"
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=dtype,
+            embedding_init=nnx.initializers.normal(0.02),
+            embedding_metadata=_logical_axes("vocab", "embed"),
+            rngs=rngs,
+        )
+        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = _norm(config, dtype, rngs)
+        if not config.tie_word_embeddings:
+            axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
+            self.lm_head = _linear("...d,vd->...v", axes, dtype=dtype, rngs=rngs)
+
+    @classmethod
+    def read_config(cls, fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """The description that config.json (and generation_config.json) gives; ValueError for what is unsupported."""
+        return ModelConfig.from_hugging_face(fields, generation)
+
+    def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """Logits of whole sequences, without a cache.
+
+        Args:
+            tokens: int32 [B, S], right-padded.
+            lengths: int32 [B]; None means that every sequence is S long.
+
+        Returns:
+            float32 [B, S, vocab_size], meaningless from `lengths` on.
+        """
+        if lengths is None:
+            lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, lengths)
+        return self.logits(hidden)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Integer tokens [...] -> hidden [..., D]; a token outside the vocabulary gives NaN."""
+        return self.embed_tokens(tokens)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """The last layer's output [..., D] -> float32 [..., vocab_size], through the final norm and the head."""
+        head = self.embed_tokens.embedding if self.config.tie_word_embeddings else self.lm_head.kernel
+        return jnp.einsum("...d,vd->...v", self.norm(hidden), head[...], preferred_element_type=jnp.float32)
+
+    def init_cache(self, config: CompressionConfig, *, batch: int, capacity: int) -> tuple[LayerCache, ...]:
+        """One empty cache per layer, for `batch` sequences of up to `capacity` tokens."""
+        options: dict[str, Any] = {
+            "batch": batch,
+            "capacity": capacity,
+            "num_kv_heads": self.config.num_kv_heads,
+            "head_dim": self.config.head_dim,
+            "dtype": self.dtype,
+            "inv_freq": rope_frequencies(self.config),
+        }
+        return tuple(LayerCache.init(config, **options) for _ in self.layers)
+
+
+def _linear(equation: str, axes: dict[str, int], *, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Einsum:
+    """A linear map; `axes` are the logical names and sizes of its kernel's axes, in the equation's order."""
+    kernel, output = equation.split(",")[1].split("->")
+    bias_axes = {name: axes[name] for letter, name in zip(kernel, axes, strict=True) if letter in output}
+    return nnx.Einsum(
+        equation,
+        tuple(axes.values()),
+        tuple(bias_axes.values()) if bias else None,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+        kernel_metadata=_logical_axes(*axes),
+        bias_metadata=_logical_axes(*bias_axes),
+    )
+
+
+def _norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.rms_norm_eps,
+        dtype=dtype,
+        param_dtype=dtype,
+        scale_metadata=_logical_axes("embed"),
+        rngs=rngs,
+    )
+
+
+def _logical_axes(*names: str) -> dict[str, Any]:
+    """Metadata that names a parameter's axes; checkpoint.py maps the names to a mesh when it places the weights."""
+    # Eager sharding would want a mesh as soon as the parameter is created.
+    return {"out_sharding": names, "eager_sharding": False}

@@ -1,0 +1,45 @@
+"""Pruned, bitmap-packed KV caches for JAX: the cache is physically small, and attention is computed on it as it is."""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from mustafar_jax import interop
+from mustafar_jax.attention import decode_attention, prefill_attention
+from mustafar_jax.bitmap import BitmapArray, key_spmv, pack, unpack, value_spmv
+from mustafar_jax.cache import LayerCache, append, prefill
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation import Generation, generate, log_likelihoods, stream
+from mustafar_jax.pruning import keep_count, magnitude_mask
+
+if TYPE_CHECKING:
+    from mustafar_jax import models
+
+__all__ = [
+    "BitmapArray",
+    "CompressionConfig",
+    "Generation",
+    "LayerCache",
+    "append",
+    "decode_attention",
+    "generate",
+    "interop",
+    "keep_count",
+    "key_spmv",
+    "log_likelihoods",
+    "magnitude_mask",
+    "models",
+    "pack",
+    "prefill",
+    "prefill_attention",
+    "stream",
+    "unpack",
+    "value_spmv",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # The models bring Flax and transformers with them; who only wants the cache need not wait for those.
+    if name == "models":
+        return importlib.import_module("mustafar_jax.models")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

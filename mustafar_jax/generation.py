@@ -1,0 +1,409 @@
+"""Text from a model through its layers' caches: jit-compiled prefill and decode, sampling, streaming."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from mustafar_jax.attention import Implementation, check_implementation
+from mustafar_jax.cache import LayerCache, check_lengths
+from mustafar_jax.config import CompressionConfig
+
+Caches = tuple[LayerCache, ...]
+Progress = Callable[[int, int], object]
+
+DENSE = CompressionConfig(k_sparsity=0, v_sparsity=0)
+"""The config of an ordinary dense cache, the baseline of every comparison."""
+
+
+class Layer(Protocol):
+    """What generation needs of a decoder layer; a pytree, such as a Flax NNX module."""
+
+    def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """Right-padded prompts: hidden [B, S, D], an empty cache, int32 [B] -> hidden and the filled cache."""
+
+    def decode(
+        self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """One token per sequence: hidden [B, D] -> hidden and the cache with that token."""
+
+
+class Model(Protocol):
+    """What generation needs of a language model; a pytree, such as a Flax NNX module."""
+
+    config: Any  # with vocab_size and max_position_embeddings
+    layers: Sequence[Layer]
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [...] -> hidden [..., D]."""
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden [..., D] -> float32 [..., V]."""
+
+    def init_cache(self, config: CompressionConfig, *, batch: int, capacity: int) -> Caches:
+        """One empty cache per layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: int32 [B, max_new_tokens]; 0 after a stop token.
+        lengths: int32 [B], tokens up to and with the stop token, or max_new_tokens.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn: a key, and temperature and top_p as scalars, so that new values compile nothing anew."""
+
+    key: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["token", "finished", "step", "caches"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Where a generation stands: int32 token [B], not yet in the caches; whether each sequence has stopped; tokens so far."""
+
+    token: jax.Array
+    finished: jax.Array
+    step: jax.Array
+    caches: Caches
+
+
+def generate(
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    max_new_tokens: int,
+    lengths: ArrayLike | None = None,
+    config: CompressionConfig | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
+) -> Generation:
+    """Continue a batch of prompts.
+
+    Args:
+        model: the model; a Flax NNX model of `mustafar_jax.models`, or any pytree with the methods of `Model`.
+        tokens: int [B, S], the prompts, padded on the right.
+        max_new_tokens: tokens to generate at most.
+        lengths: int [B], the prompts' own lengths, 1 .. S; S if None.
+        config: how the caches are compressed; a dense cache if None.
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
+        key: a `jax.random.key`, needed where temperature > 0. Each step and each row of the batch draws with its own.
+        eos_id: the token, or tokens, that end a sequence; if None, none does.
+        implementation: of attention, as in `decode_attention`.
+        progress: called as progress(done, total) after each layer of the prefill.
+
+    Raises:
+        ValueError: an argument out of its range, an empty prompt, a prompt and max_new_tokens that together exceed the
+            model's context; before any work is done.
+    """
+    options = _Options.checked(
+        model, tokens, max_new_tokens, lengths, config, temperature, top_p, key, eos_id, implementation
+    )
+    state = _start(model, options, progress)
+    written, count, _ = _decode_loop(
+        model, state, options.sampling, options.eos, options.implementation, max_new_tokens
+    )
+    return Generation(written, count)
+
+
+def stream(
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    max_new_tokens: int,
+    lengths: ArrayLike | None = None,
+    config: CompressionConfig | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
+) -> Iterator[np.ndarray]:
+    """Continue a batch of prompts, yielding each step's tokens, int32 [B], as they come.
+
+    Arguments, errors and tokens are those of `generate`; the stream ends when every sequence has stopped.
+    """
+    options = _Options.checked(
+        model, tokens, max_new_tokens, lengths, config, temperature, top_p, key, eos_id, implementation
+    )
+    return _steps(model, options, progress)
+
+
+def log_likelihoods(
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    prompt_length: int,
+    config: CompressionConfig | None = None,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
+) -> jax.Array:
+    """How likely a text is, token by token, when its beginning is the prompt and the rest is decoded through the cache.
+
+    Args:
+        model: as in `generate`.
+        tokens: int [B, S], texts of one length.
+        prompt_length: tokens that are prefilled, 1 .. S - 1; the others are appended one by one, whatever the model would
+            have written.
+        config, implementation, progress: as in `generate`.
+
+    Returns:
+        float32 [B, S - prompt_length], the natural logarithm of each token's probability after those before it.
+
+    Raises:
+        ValueError: as `generate` does, and a prompt_length outside its range.
+    """
+    tokens = _check_tokens(model, tokens)
+    batch, length = tokens.shape
+    if not 1 <= prompt_length < length:
+        raise ValueError(f"{prompt_length=} must lie in 1 .. {length - 1}, below the {length} tokens of each text")
+    _check_context(model, length, 0)
+    caches = model.init_cache(config or DENSE, batch=batch, capacity=length)
+    lengths = jnp.full(batch, prompt_length, jnp.int32)
+    logits, caches = prefill_prompt(model, tokens[:, :prompt_length], lengths, caches, progress=progress)
+    scores, _ = _score_loop(model, logits, caches, tokens[:, prompt_length:], check_implementation(implementation))
+    return scores
+
+
+def prefill_prompt(
+    model: Model, tokens: jax.Array, lengths: jax.Array, caches: Caches, *, progress: Progress | None = None
+) -> tuple[jax.Array, Caches]:
+    """Run prompts through the model, layer by layer, and fill the caches.
+
+    Each layer's keys and values are pruned and packed before the next layer begins, so at most one layer's are held dense;
+    one layer is compiled, and serves for all.
+
+    Args:
+        model: the model.
+        tokens: int32 [B, S], padded on the right.
+        lengths: int32 [B], valid tokens.
+        caches: one empty cache per layer; donated.
+        progress: called as progress(done, total) after each layer.
+
+    Returns:
+        float32 [B, V], the logits after each prompt's last token, and the filled caches.
+    """
+    hidden = _embed(model, tokens)
+    filled = []
+    for layer, cache in zip(model.layers, caches, strict=True):
+        hidden, cache = _prefill_layer(layer, hidden, cache, lengths)
+        filled.append(cache)
+        if progress is not None:
+            jax.block_until_ready(hidden)
+            progress(len(filled), len(caches))
+    return _last_logits(model, hidden, lengths), tuple(filled)
+
+
+def decode_step(
+    model: Model, token: jax.Array, caches: Caches, *, implementation: Implementation = None
+) -> tuple[jax.Array, Caches]:
+    """Run one token per sequence through the model: int32 [B], caches -> float32 logits [B, V], caches with the token."""
+    hidden = model.embed(token)
+    grown = []
+    for layer, cache in zip(model.layers, caches, strict=True):
+        hidden, cache = layer.decode(hidden, cache, implementation=implementation)
+        grown.append(cache)
+    return model.logits(hidden), tuple(grown)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The checked arguments of a generation."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+    max_new_tokens: int
+    config: CompressionConfig
+    sampling: Sampling | None
+    eos: jax.Array
+    implementation: Implementation
+
+    @classmethod
+    def checked(
+        cls,
+        model: Model,
+        tokens: ArrayLike,
+        max_new_tokens: int,
+        lengths: ArrayLike | None,
+        config: CompressionConfig | None,
+        temperature: float,
+        top_p: float,
+        key: jax.Array | None,
+        eos_id: int | Sequence[int] | None,
+        implementation: Implementation,
+    ) -> "_Options":
+        tokens = _check_tokens(model, tokens)
+        batch, length = tokens.shape
+        if max_new_tokens < 1:
+            raise ValueError(f"{max_new_tokens=} must be at least 1")
+        _check_context(model, length, max_new_tokens)
+        valid = check_lengths(lengths, batch, length, shortest=1)
+        sampling = _check_sampling(temperature, top_p, key)
+        eos = jnp.asarray([] if eos_id is None else np.atleast_1d(eos_id), jnp.int32)
+        return cls(tokens, valid, max_new_tokens, config or DENSE, sampling, eos, check_implementation(implementation))
+
+
+def _start(model: Model, options: _Options, progress: Progress | None) -> DecodeState:
+    """Prefill, and choose the first token."""
+    batch, length = options.tokens.shape
+    caches = model.init_cache(options.config, batch=batch, capacity=length + options.max_new_tokens)
+    logits, caches = prefill_prompt(model, options.tokens, options.lengths, caches, progress=progress)
+    step = jnp.int32(0)
+    token = _choose(logits, options.sampling, step)
+    return DecodeState(token, _is_stop(token, options.eos), step + 1, caches)
+
+
+def _steps(model: Model, options: _Options, progress: Progress | None) -> Iterator[np.ndarray]:
+    state = _start(model, options, progress)
+    yield np.asarray(state.token)
+    for _ in range(options.max_new_tokens - 1):
+        if state.finished.all():
+            return
+        state = _step(model, state, options.sampling, options.eos, options.implementation)
+        yield np.asarray(state.token)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _prefill_layer(layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+    return layer.prefill(hidden, cache, lengths)
+
+
+@jax.jit
+def _embed(model: Model, tokens: jax.Array) -> jax.Array:
+    return model.embed(tokens)
+
+
+@jax.jit
+def _last_logits(model: Model, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    return model.logits(jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0])
+
+
+@functools.partial(jax.jit, static_argnames="implementation", donate_argnames="state")
+def _step(
+    model: Model, state: DecodeState, sampling: Sampling | None, eos: jax.Array, implementation: Implementation
+) -> DecodeState:
+    """The next token of every sequence; 0 for those that have stopped."""
+    logits, caches = decode_step(model, state.token, state.caches, implementation=implementation)
+    token = jnp.where(state.finished, 0, _choose(logits, sampling, state.step))
+    return DecodeState(token, state.finished | _is_stop(token, eos), state.step + 1, caches)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "max_new_tokens"), donate_argnames="state")
+def _decode_loop(
+    model: Model,
+    state: DecodeState,
+    sampling: Sampling | None,
+    eos: jax.Array,
+    implementation: Implementation,
+    max_new_tokens: int,
+) -> tuple[jax.Array, jax.Array, DecodeState]:
+    """All steps on the device: tokens [B, max_new_tokens], their counts [B], and the state, whose buffers were donated."""
+    batch = state.token.shape[0]
+    written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(state.token)
+    Carry = tuple[DecodeState, jax.Array, jax.Array]  # noqa: N806
+
+    def unfinished(carry: Carry) -> jax.Array:
+        state, _, _ = carry
+        return (state.step < max_new_tokens) & ~state.finished.all()
+
+    def advance(carry: Carry) -> Carry:
+        state, written, count = carry
+        count = count + ~state.finished
+        new = _step(model, state, sampling, eos, implementation)
+        return new, written.at[:, state.step].set(new.token), count
+
+    state, written, count = lax.while_loop(unfinished, advance, (state, written, jnp.ones(batch, jnp.int32)))
+    return written, count, state
+
+
+@functools.partial(jax.jit, static_argnames="implementation", donate_argnames="caches")
+def _score_loop(
+    model: Model, logits: jax.Array, caches: Caches, targets: jax.Array, implementation: Implementation
+) -> tuple[jax.Array, Caches]:
+    """Log-probabilities [B, n] of targets [B, n], the first under `logits`; and the caches, which were donated."""
+
+    def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=-1)[:, 0]
+
+    def advance(caches: Caches, pair: tuple[jax.Array, jax.Array]) -> tuple[Caches, jax.Array]:
+        token, target = pair
+        logits, caches = decode_step(model, token, caches, implementation=implementation)
+        return caches, log_probability(logits, target)
+
+    caches, scores = lax.scan(advance, caches, (targets.T[:-1], targets.T[1:]))
+    return jnp.concatenate([log_probability(logits, targets[:, 0])[:, None], scores.T], axis=1), caches
+
+
+def _choose(logits: jax.Array, sampling: Sampling | None, step: jax.Array) -> jax.Array:
+    """float32 [B, V] -> int32 [B]: the likeliest token, or one drawn with a key of this step and each row."""
+    if sampling is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = _nucleus(logits / sampling.temperature, sampling.top_p)
+    key = jax.random.fold_in(sampling.key, step)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [B, V] with -inf at all but the fewest likeliest tokens whose probabilities sum to at least top_p."""
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked
+    kept = (before < top_p).at[:, 0].set(True)
+    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
+    return (token[:, None] == eos).any(axis=-1)
+
+
+def _check_tokens(model: Model, tokens: ArrayLike) -> jax.Array:
+    given = np.asarray(tokens)
+    if given.ndim != 2 or not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(f"tokens is {given.dtype}{list(given.shape)}; wanted integers [B, S]")
+    if given.size == 0:
+        raise ValueError(f"tokens has shape {given.shape}: an empty prompt; wanted at least one token per sequence")
+    if given.min() < 0 or given.max() >= model.config.vocab_size:
+        raise ValueError(f"tokens holds {given.min()} .. {given.max()}; the vocabulary is 0 .. {model.config.vocab_size - 1}")
+    return jnp.asarray(given, jnp.int32)
+
+
+def _check_context(model: Model, length: int, max_new_tokens: int) -> None:
+    context = model.config.max_position_embeddings
+    if length + max_new_tokens > context:
+        raise ValueError(f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}")
+
+
+def _check_sampling(temperature: float, top_p: float, key: jax.Array | None) -> Sampling | None:
+    if temperature < 0:
+        raise ValueError(f"{temperature=} must be at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{top_p=} must lie in (0, 1]")
+    if temperature == 0:
+        return None
+    if key is None:
+        raise ValueError(f"key=None: {temperature=} draws tokens at random, which needs a jax.random.key")
+    return Sampling(key, jnp.float32(temperature), jnp.float32(top_p))
