@@ -1,0 +1,336 @@
+"""Split-K flash decoding over packed keys and values, or over either of them dense."""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mustafar_jax.pallas_kernels import launch, tile, triton
+from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader
+
+WORD = 32
+"""Channels per bitmap word, and tokens that one block of values interleaves."""
+
+_QUERY_ROWS = 16
+"""Rows of the smallest matrix product; query heads are padded to them."""
+
+
+class Packed(NamedTuple):
+    """Packed rows, as in `mustafar_jax.BitmapArray`.
+
+    Attributes:
+        bitmap: uint32 [B, K, S, H / 32], channel c in bit c % 32 of word c // 32; S a multiple of 32.
+        values: [B, K, S / 32, slots / chunk, 32, chunk], chunk 4 or 8.
+    """
+
+    bitmap: jax.Array
+    values: jax.Array
+
+
+Rows = Packed | jax.Array
+"""Keys or values: packed, or dense [B, K, S, H]."""
+
+
+class Mean(NamedTuple):
+    """What was taken off packed keys: a mean key, rotated to each token's position.
+
+    Attributes:
+        key: float32 [B, K, H], before rotation.
+        inv_freq: float32 [H / 2], RoPE's frequencies; channel i pairs with i + H / 2.
+        offset: the position of row 0.
+    """
+
+    key: jax.Array
+    inv_freq: jax.Array
+    offset: int
+
+
+def decode_attention(
+    query: jax.Array,
+    key: Rows,
+    value: Rows,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    scale: float,
+    mean: Mean | None = None,
+    params: launch.DecodeParams | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attend one query per head to the rows first <= row < last of each sequence.
+
+    Each block of 128 threads takes 128 tokens at a time (`tile`), decodes each KV head once for all of its query heads
+    and multiplies on the tensor cores. Tiles without a visible row are skipped.
+
+    Args:
+        query: [B, K, G, H], G from 1 to 16.
+        key, value: rows [B, K, S, H] of the query's dtype, packed or dense; rows outside first .. last may hold
+            anything.
+        first, last: int32 [B]; a sequence with last <= first sees nothing.
+        scale: factor on the scores.
+        mean: where keys are centred, what to add back.
+        params: launch parameters; tuned ones for this device, or a heuristic, if None.
+        interpret: run as plain JAX, anywhere.
+
+    Returns:
+        Float32 (out [B, K, G, H], m [B, K, G], l [B, K, G]): unnormalised sums, the largest score (the lowest float32
+        where nothing was visible) and the sum of exp(score - m).
+
+    Raises:
+        NotImplementedError: see `triton.check_supported`; also for values or keys of another dtype than the query's.
+        ValueError: more splits than tiles.
+
+    Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    triton.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
+    _check_dtypes(query, key, value)
+    heads, rows = batch * kv_heads, _row_count(key)
+    params = params or launch.decode_params(heads=heads, rows=rows, slots=max(_slots(key), _slots(value)))
+    plan = _Plan(
+        reader=TileReader(head_dim, query.dtype, interpret),
+        group=group,
+        rows=rows,
+        tiles_per_split=-(-_tiles(rows) // params.splits),
+        scale=scale,
+        centred=mean is not None,
+    )
+    operands = [jnp.stack([first, last], axis=1).astype(jnp.int32), _pad_query(tile.permute_query(query), heads)]
+    specs = [
+        pl.BlockSpec((None, 2), lambda split, head: (head // kv_heads, 0)),
+        _per_head(operands[1]),
+    ]
+    for rows_of in (key, value):
+        for array in _flat(rows_of, heads):
+            operands.append(array)
+            specs.append(_per_head(array))
+    if mean is not None:
+        for array, per_head in _mean_tables(query, mean, rows, heads):
+            operands.append(array)
+            specs.append(_per_head(array) if per_head else pl.BlockSpec(array.shape, lambda split, head: (0,) * 3))
+    shapes = [(head_dim,), (), ()]
+    out, m, l = triton.pallas_call(  # noqa: E741
+        functools.partial(_kernel, plan=plan, packed=(isinstance(key, Packed), isinstance(value, Packed))),
+        name="decode_attention",
+        num_warps=tile.NUM_WARPS,
+        interpret=interpret,
+        grid=(params.splits, heads),
+        in_specs=specs,
+        out_specs=[
+            pl.BlockSpec((None, None, group, *s), lambda split, head, rank=len(s): (head, split) + (0,) * (1 + rank))
+            for s in shapes
+        ],
+        out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
+    )(*operands)
+    return tuple(x.reshape(batch, kv_heads, *x.shape[1:]) for x in merge_splits(out, m, l))
+
+
+def merge_splits(out: jax.Array, m: jax.Array, l: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:  # noqa: E741
+    """Merge unnormalised splits: out [..., splits, G, H], m and l [..., splits, G] -> without the axis of splits."""
+    largest = m.max(axis=-2)
+    weight = jnp.exp(m - largest[..., None, :])
+    return (out * weight[..., None]).sum(axis=-3), largest, (l * weight).sum(axis=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a kernel is compiled for."""
+
+    reader: TileReader
+    group: int
+    rows: int
+    tiles_per_split: int
+    scale: float
+    centred: bool
+
+
+def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> None:  # noqa: ANN001, ANN002
+    """One split of one KV head.
+
+    Refs: range [2]; q [16, H], permuted; for keys and for values bitmap [S * H / 32] and values [S * slots], or dense
+    rows [S * H]; with a mean: turn [2, tiles, H / 2], mixed [2, 16, H] and table [H, 128]; outputs out [G, H], m [G],
+    l [G].
+    """
+    reader = plan.reader
+    refs = list(refs)
+    key_refs, value_refs = ([refs.pop(0) for _ in range(1 + is_packed)] for is_packed in packed)
+    mean_refs = [refs.pop(0) for _ in range(3 if plan.centred else 0)]
+    out_ref, m_ref, l_ref = refs
+    first, last = range_ref[0], range_ref[1]
+    begin = jnp.maximum(pl.program_id(0) * plan.tiles_per_split, first // TOKENS)
+    end = jnp.minimum((pl.program_id(0) + 1) * plan.tiles_per_split, -(-last // TOKENS))
+    to_log2 = plan.scale * math.log2(math.e)
+    steps = [q_ref[:, pl.ds(16 * step, 16)] for step in range(reader.head_dim // 16)]
+
+    def attend(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
+        m, total, out, memory = carry
+        tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
+        seen = (tokens >= first) & (tokens < last)
+        loaded_key = _load(key_refs, tokens, seen, plan)
+        loaded_value = _load(value_refs, tokens, seen, plan)  # early: in flight while the keys are unpacked
+        if len(key_refs) == 2:
+            memory = reader.scatter(memory, *loaded_key)
+            memory, operands = reader.keys(memory)
+        else:
+            operands = _dense_keys(key_refs[0], i, last, plan)
+        scores = [sum(triton.dot(q, k) for q, k in zip(steps, ops, strict=True)) for ops in operands]
+        if plan.centred:
+            scores = [s + e for s, e in zip(scores, _mean_scores(*mean_refs, i, plan), strict=True)]
+        columns = [
+            i * TOKENS + g * COLUMNS + tile.token_of_column(jnp.arange(COLUMNS, dtype=jnp.int32))
+            for g in range(TOKENS // COLUMNS)
+        ]
+        scores = [
+            jnp.where(((c >= first) & (c < last))[None, :], s * to_log2, -jnp.inf)
+            for s, c in zip(scores, columns, strict=True)
+        ]
+        m_new = functools.reduce(jnp.maximum, [s.max(axis=1) for s in scores], m)
+        decay = jnp.exp2(m - m_new)
+        weights = [jnp.exp2(s - m_new[:, None]) for s in scores]
+        total = total * decay + sum(w.sum(axis=1) for w in weights)
+        if len(value_refs) == 2:
+            memory = reader.scatter(memory, *loaded_value)
+            memory, operands = reader.values(memory)
+        else:
+            operands = _dense_values(value_refs[0], i, first, last, plan)
+        weights = [w.astype(reader.dtype) for w in weights]
+        out = [
+            o * decay[:, None] + sum(triton.dot(w, v) for w, v in zip(weights, ops, strict=True))
+            for o, ops in zip(out, operands, strict=True)
+        ]
+        return m_new, total, out, memory
+
+    lowest = float(np.finfo(np.float32).min)
+    zeros = [jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
+    start = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), jnp.zeros(_QUERY_ROWS, jnp.float32), zeros, reader.zeros())
+    m, total, out, _ = lax.fori_loop(begin, end, attend, start)
+    head = jnp.arange(_QUERY_ROWS)
+    for group, part in enumerate(out):
+        channel = group * COLUMNS + jnp.arange(COLUMNS)
+        triton.store(out_ref.at[head[:, None], channel[None, :]], part, mask=(head < plan.group)[:, None])
+    triton.store(m_ref.at[head], jnp.maximum(m * math.log(2), lowest), mask=head < plan.group)
+    triton.store(l_ref.at[head], total, mask=head < plan.group)
+
+
+def _load(refs, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> tuple[list[jax.Array], list[jax.Array]]:  # noqa: ANN001
+    """A tile's bitmap words, 0 for what is not seen, and its slots; nothing where the rows are dense."""
+    if len(refs) == 1:
+        return [], []
+    bitmap_ref, values_ref = refs  # [S * H / 32], [S / 32, chunks, 32, chunk] flat
+    row_words, slots = plan.reader.head_dim // WORD, values_ref.shape[0] // plan.rows
+    chunk = 8 if slots % 8 == 0 else 4
+    word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
+    words = triton.load(bitmap_ref.at[word], mask=jnp.broadcast_to(seen[:, None], word.shape), other=0)
+    # rows past the end are not seen; their block is read from the last one
+    block = jnp.minimum(tokens // WORD, plan.rows // WORD - 1) * (slots * WORD) + tokens % WORD * chunk
+    place = block[:, None] + jnp.arange(chunk)[None, :]
+    chunks = [triton.load(values_ref.at[place + c * (WORD * chunk)]) for c in range(slots // chunk)]
+    return triton.unstack(words), chunks
+
+
+def _dense_keys(ref, i: jax.Array, last: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
+    """Operands as `TileReader.keys` gives them, from dense rows [S * H]."""
+    row = jnp.arange(16, dtype=jnp.int32)
+    half, pair = row & 1, (row >> 1 & 3) * 2 + (row >> 3)
+    channel = pair + half * (plan.reader.head_dim // 2)
+    groups = []
+    for group in range(TOKENS // COLUMNS):
+        token = i * TOKENS + group * COLUMNS + tile.token_of_column(jnp.arange(COLUMNS, dtype=jnp.int32))
+        token = jnp.minimum(token, plan.rows - 1)[None, :] * plan.reader.head_dim
+        groups.append(
+            [triton.load(ref.at[token + (channel + 8 * step)[:, None]]) for step in range(plan.reader.head_dim // 16)]
+        )
+    return groups
+
+
+def _dense_values(ref, i: jax.Array, first: jax.Array, last: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
+    """Operands as `TileReader.values` gives them, from dense rows [S * H]; zero where a token is not seen."""
+    groups = []
+    for group in range(plan.reader.head_dim // COLUMNS):
+        channel = group * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
+        operands = []
+        for step in range(TOKENS // 32):
+            token = i * TOKENS + step * 32 + tile.token_of_column(jnp.arange(32, dtype=jnp.int32))[:, None]
+            seen = jnp.broadcast_to((token >= first) & (token < last), (32, COLUMNS))
+            operands.append(triton.load(ref.at[token * plan.reader.head_dim + channel], mask=seen, other=0))
+        groups.append(operands)
+    return groups
+
+
+def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tuple[jax.Array, bool]]:
+    """What `_mean_scores` reads: (array, whether it is per KV head).
+
+    q . R_s m = sum over pairs of a cos(w s) + b sin(w s), where a = q1 m1 + q2 m2 and b = q2 m1 - q1 m2. With s =
+    tile start + j the start's angle turns (a, b), and one table of cos(w j) and sin(w j) serves every head and tile.
+    """
+    q1, q2 = jnp.split(query.astype(jnp.float32), 2, axis=-1)
+    m1, m2 = jnp.split(mean.key[:, :, None].astype(jnp.float32), 2, axis=-1)
+    a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
+    mixed = jnp.stack([_pad_query(x, heads) for x in (a, b)], axis=1)  # [heads, 2, 16, H / 2]
+    start = (mean.offset + jnp.arange(_tiles(rows)) * TOKENS)[:, None] * mean.inv_freq
+    within = mean.inv_freq[:, None] * jnp.arange(TOKENS)
+    turn = jnp.stack([jnp.cos(start), jnp.sin(start)])  # [2, tiles, H / 2]
+    table = jnp.stack([jnp.cos(within), jnp.sin(within)])  # [2, H / 2, TOKENS]
+    return [(turn, False), (mixed, True), (table, False)]
+
+
+def _mean_scores(turn_ref, mixed_ref, table_ref, i: jax.Array, plan: _Plan) -> list[jax.Array]:  # noqa: ANN001
+    """q . R_s m for a tile's tokens: a [16, COLUMNS] block for each column group."""
+    cos, sin = turn_ref[0, i, :], turn_ref[1, i, :]
+    a, b = mixed_ref[0], mixed_ref[1]
+    turned = (a * cos + b * sin, b * cos - a * sin)
+    columns = [
+        g * COLUMNS + tile.token_of_column(jnp.arange(COLUMNS, dtype=jnp.int32)) for g in range(TOKENS // COLUMNS)
+    ]
+    frequency = jnp.arange(plan.reader.head_dim // 2, dtype=jnp.int32)[:, None]
+    return [
+        sum(
+            triton.dot(part, triton.load(table_ref.at[which, frequency, column[None, :]]))
+            for which, part in enumerate(turned)
+        )
+        for column in columns
+    ]
+
+
+def _check_dtypes(query: jax.Array, key: Rows, value: Rows) -> None:
+    for name, rows in (("key", key), ("value", value)):
+        dtype = rows.values.dtype if isinstance(rows, Packed) else rows.dtype
+        if dtype != query.dtype:
+            raise NotImplementedError(f"the Triton kernels take one dtype; query is {query.dtype}, {name} {dtype}")
+
+
+def _row_count(rows: Rows) -> int:
+    return rows.bitmap.shape[2] if isinstance(rows, Packed) else rows.shape[2]
+
+
+def _slots(rows: Rows) -> int:
+    return rows.values.shape[3] * rows.values.shape[5] if isinstance(rows, Packed) else rows.shape[3]
+
+
+def _tiles(rows: int) -> int:
+    return -(-rows // TOKENS)
+
+
+def _pad_query(query: jax.Array, heads: int) -> jax.Array:
+    """[B, K, G, n] -> [B * K, 16, n]."""
+    padding = [(0, 0), (0, 0), (0, _QUERY_ROWS - query.shape[2]), (0, 0)]
+    return jnp.pad(query, padding).reshape(heads, _QUERY_ROWS, query.shape[3])
+
+
+def _flat(rows: Rows, heads: int) -> list[jax.Array]:
+    """One flat row per KV head, which keeps the kernel's addresses cheap; 16-bit integers, since bits are moved."""
+    if isinstance(rows, Packed):
+        bitmap = lax.bitcast_convert_type(rows.bitmap, jnp.int32)
+        return [bitmap.reshape(heads, -1), lax.bitcast_convert_type(rows.values, jnp.int16).reshape(heads, -1)]
+    return [rows.reshape(heads, -1)]
+
+
+def _per_head(array: jax.Array) -> pl.BlockSpec:
+    """The block of one KV head, all of it."""
+    return pl.BlockSpec((None, *array.shape[1:]), lambda split, head: (head,) + (0,) * (array.ndim - 1))

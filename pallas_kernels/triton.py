@@ -1,0 +1,203 @@
+"""Pallas lowered through Triton: everything that this package takes from that backend, and what it adds to it.
+
+The one module that imports `jax.experimental.pallas.triton`. It adds what Pallas leaves out: a few instructions, and
+shared memory with addresses. Each helper is inline assembly in a compiled kernel and plain JAX, its twin, where
+`interpret` is true.
+
+**Shared memory.** The compiler takes inline assembly for pure functions of their operands. A `Memory` is therefore
+a value that every access takes and every change returns, as a state monad threads its state: compiled, it is the
+buffer's address, and the data dependence through it is what keeps the accesses in order; interpreted, it is the
+buffer's contents. Use each `Memory` once for a change; reads belong before the `synchronise` that is given their
+results.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.extend import core
+from jax.interpreters import mlir
+
+with warnings.catch_warnings():  # jax >= 0.11 announces that this backend will go; here is the place to replace it
+    warnings.simplefilter("ignore")
+    from jax.experimental.pallas import triton as plgpu
+
+WARP = 32
+MIN_COMPUTE_CAPABILITY = 8.0
+SHARED_BYTES = 48 * 1024
+"""Static shared memory that a block of any CUDA GPU may have."""
+
+Memory = jax.Array
+
+
+def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> None:
+    """Raise NotImplementedError, with the reason, for what these kernels cannot run.
+
+    Only static facts count, and the compute capability where jax has a GPU: never the default backend.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Triton kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}")
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"the Triton kernels take head_dim 64 and 128; got {head_dim=}")
+    if queries_per_head > 16:
+        raise NotImplementedError(f"the Triton kernels take at most 16 query heads per KV head; got {queries_per_head}")
+    capability = _compute_capability()
+    if capability is not None and capability < MIN_COMPUTE_CAPABILITY:
+        raise NotImplementedError(f"the Triton kernels need compute capability 8.0; this GPU has {capability}")
+
+
+@functools.cache
+def _compute_capability() -> float | None:
+    """Of the first GPU; None where jax has none, or not a CUDA one."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        return float(jax.devices("cuda")[0].compute_capability)
+    return None
+
+
+def pallas_call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    num_warps: int,
+    num_stages: int = 1,
+    interpret: bool = False,
+    **options: Any,
+) -> Callable[..., Any]:
+    """`pl.pallas_call` through Triton; lowering it for another platform than CUDA raises NotImplementedError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+        call = pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **options)
+
+    def run(first: jax.Array, *rest: jax.Array) -> Any:
+        if not interpret:
+            first = _cuda_only_p.bind(first)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call(first, *rest)
+
+    return run
+
+
+# The identity. Pallas itself raises ValueError on a CPU; callers that fall back on NotImplementedError need that type.
+_cuda_only_p = core.Primitive("cuda_only")
+_cuda_only_p.def_abstract_eval(lambda x: x)
+_cuda_only_p.def_impl(lambda x: jax.jit(_cuda_only_p.bind)(x))
+
+
+def _lower_elsewhere(ctx: Any, x: Any) -> Any:
+    raise NotImplementedError("the Triton kernels lower for CUDA alone; elsewhere pass interpret=True, or use XLA")
+
+
+mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
+mlir.register_lowering(_cuda_only_p, lambda ctx, x: [x], platform="cuda")
+
+load, store = plgpu.load, plgpu.store
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32 [m, n] of [m, k] and [k, n]."""
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two halves of a last axis of 2, without moving data between lanes."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return first.reshape(x.shape[:-1]), second.reshape(x.shape[:-1])
+
+
+def unstack(x: jax.Array) -> list[jax.Array]:
+    """The slices of the last axis, a power of two, in order, without moving data between lanes."""
+    size = x.shape[-1]
+    if size == 1:
+        return [x.reshape(x.shape[:-1])]
+    even, odd = split(x.reshape(*x.shape[:-1], size // 2, 2))
+    return [part for pair in zip(unstack(even), unstack(odd), strict=True) for part in pair]
+
+
+def as_dtype_pairs(words: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The low and the high half of int32 words, as 16-bit floating point."""
+    low, high = words.astype(jnp.int16), lax.shift_right_logical(words, np.int32(16)).astype(jnp.int16)
+    return lax.bitcast_convert_type(low, dtype), lax.bitcast_convert_type(high, dtype)
+
+
+def highest_bit(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """Position of the highest set bit of int32 x; -1 for 0. One instruction, where `31 - clz` takes two or more."""
+    if interpret:
+        return 31 - lax.clz(x)
+    return _asm("bfind.u32 $0, $1;", x)
+
+
+def pick_halves(a: jax.Array, b: jax.Array, half: int, *, interpret: bool) -> jax.Array:
+    """int32: half `half` (0 low, 1 high) of a in the low half, the same half of b in the high one."""
+    if interpret:
+        shift = np.int32(16 * half)
+        low, high = (lax.shift_right_logical(x, shift) & 0xFFFF for x in (a, b))
+        return low | (high << 16)
+    return _asm(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", a, b)
+
+
+def shared_zeros(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
+    """A zeroed buffer of 32-bit words in shared memory, a multiple of the block's threads.
+
+    Args:
+        words: its size.
+        lane: arange of the block's threads, as a flat int32 array; every access has one element per thread.
+        interpret: see the module.
+    """
+    if words * 4 > SHARED_BYTES or words % lane.size:
+        raise ValueError(f"{words=} must be a multiple of {lane.size}, and at most {SHARED_BYTES // 4}")
+    if interpret:
+        return jnp.zeros(2 * words, jnp.int16)
+    address = _asm(f"{{ .shared .align 16 .b8 tile[{words * 4}]; mov.u32 $0, tile; }}", lane)
+    clear = " ".join(f"st.shared.b32 [a + {4 * start}], 0;" for start in range(0, words, lane.size))
+    cleared = _asm(f"{{ .reg .b32 a; shl.b32 a, $2, 2; add.u32 a, a, $1; {clear} mov.b32 $0, $1; }}", address, lane)
+    return synchronise(cleared, interpret=interpret)
+
+
+def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax.Array, *, interpret: bool) -> Memory:
+    """Write int16 values at byte offsets, multiples of 2, in the lanes where int32 `where` is not 0."""
+    if interpret:
+        place = jnp.where(where != 0, offset // 2, memory.size)
+        return memory.at[place].set(value, mode="drop")
+    code = "{ .reg .pred p; .reg .b32 a; setp.ne.u32 p, $4, 0; add.u32 a, $1, $2; @p st.shared.b16 [a], $3; mov.b32 $0, $1; }"
+    return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
+
+
+def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: bool) -> jax.Array:
+    """Read int32 words at byte offsets `offset + constant`, multiples of 4, and clear them.
+
+    Interpreted, the clearing happens in `synchronise`: every word must be read before it, by exactly one lane.
+    """
+    if interpret:
+        place = (offset + constant) // 2
+        low, high = memory[place].astype(jnp.int32), memory[place + 1].astype(jnp.int32)
+        return (low & 0xFFFF) | (high << 16)
+    code = f"{{ .reg .b32 a; add.u32 a, $1, $2; ld.shared.b32 $0, [a + {constant}]; st.shared.b32 [a + {constant}], 0; }}"
+    return _asm(code, memory, offset)
+
+
+def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bool) -> Memory:
+    """Wait for the block's threads; what was `read` (by `shared_load`, which clears) was read before."""
+    if interpret:
+        return jnp.zeros_like(memory) if read else memory
+    return _asm("bar.sync 0; mov.b32 $0, $1;", memory, *read)
+
+
+def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
+    """Inline assembly on int32 operands of one shape; Pallas lowers it with one int32 result."""
+    [result] = plgpu.elementwise_inline_asm(
+        code,
+        args=args,
+        constraints=constraints or ",".join(["=r"] + ["r"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.int32)],
+    )
+    return result
