@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import launch, tile, triton
-from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader
+from mustafar_jax.pallas_kernels.tile import COLUMNS, HALF, TOKENS, TileReader
 
 WORD = 32
 """Channels per bitmap word, and tokens that one block of values interleaves."""
@@ -101,7 +101,7 @@ def decode_attention(
         scale=scale,
         centred=mean is not None,
     )
-    operands = [jnp.stack([first, last], axis=1).astype(jnp.int32), _pad_query(tile.permute_query(query), heads)]
+    operands = [jnp.stack([first, last], axis=1).astype(jnp.int32), _pad_query(query, heads)]
     specs = [
         pl.BlockSpec((None, 2), lambda split, head: (head // kv_heads, 0)),
         _per_head(operands[1]),
@@ -166,7 +166,7 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
     begin = jnp.maximum(pl.program_id(0) * plan.tiles_per_split, first // TOKENS)
     end = jnp.minimum((pl.program_id(0) + 1) * plan.tiles_per_split, -(-last // TOKENS))
     to_log2 = plan.scale * math.log2(math.e)
-    steps = [q_ref[:, pl.ds(16 * step, 16)] for step in range(reader.head_dim // 16)]
+    query = q_ref[...]
 
     def attend(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
         m, total, out, memory = carry
@@ -178,22 +178,19 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
             memory = reader.scatter(memory, *loaded_key)
             memory, operands = reader.keys(memory)
         else:
-            operands = _dense_keys(key_refs[0], i, last, plan)
-        scores = [sum(triton.dot(q, k) for q, k in zip(steps, ops, strict=True)) for ops in operands]
+            operands = _dense_keys(key_refs[0], i, plan)
+        scores = [_interleave(*(triton.dot(query, part) for part in parts)) for parts in operands]
         if plan.centred:
             scores = [s + e for s, e in zip(scores, _mean_scores(*mean_refs, i, plan), strict=True)]
-        columns = [
-            i * TOKENS + g * COLUMNS + tile.token_of_column(jnp.arange(COLUMNS, dtype=jnp.int32))
-            for g in range(TOKENS // COLUMNS)
-        ]
+        columns = [i * TOKENS + half * HALF + jnp.arange(HALF, dtype=jnp.int32) for half in range(2)]
         scores = [
             jnp.where(((c >= first) & (c < last))[None, :], s * to_log2, -jnp.inf)
             for s, c in zip(scores, columns, strict=True)
         ]
-        m_new = functools.reduce(jnp.maximum, [s.max(axis=1) for s in scores], m)
+        m_new = jnp.maximum(m, jnp.maximum(*scores).max(axis=1))
         decay = jnp.exp2(m - m_new)
         weights = [jnp.exp2(s - m_new[:, None]) for s in scores]
-        total = total * decay + sum(w.sum(axis=1) for w in weights)
+        total = total * decay[:, None] + sum(weights)
         if len(value_refs) == 2:
             memory = reader.scatter(memory, *loaded_value)
             memory, operands = reader.values(memory)
@@ -208,14 +205,15 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
 
     lowest = float(np.finfo(np.float32).min)
     zeros = [jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
-    start = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), jnp.zeros(_QUERY_ROWS, jnp.float32), zeros, reader.zeros())
+    total = jnp.zeros((_QUERY_ROWS, HALF), jnp.float32)
+    start = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), total, zeros, reader.zeros())
     m, total, out, _ = lax.fori_loop(begin, end, attend, start)
     head = jnp.arange(_QUERY_ROWS)
     for group, part in enumerate(out):
         channel = group * COLUMNS + jnp.arange(COLUMNS)
         triton.store(out_ref.at[head[:, None], channel[None, :]], part, mask=(head < plan.group)[:, None])
     triton.store(m_ref.at[head], jnp.maximum(m * math.log(2), lowest), mask=head < plan.group)
-    triton.store(l_ref.at[head], total, mask=head < plan.group)
+    triton.store(l_ref.at[head], total.sum(axis=1), mask=head < plan.group)
 
 
 def _load(refs, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> tuple[list[jax.Array], list[jax.Array]]:  # noqa: ANN001
@@ -234,33 +232,33 @@ def _load(refs, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> tuple[list[j
     return triton.unstack(words), chunks
 
 
-def _dense_keys(ref, i: jax.Array, last: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
+def _dense_keys(ref, i: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
     """Operands as `TileReader.keys` gives them, from dense rows [S * H]."""
-    row = jnp.arange(16, dtype=jnp.int32)
-    half, pair = row & 1, (row >> 1 & 3) * 2 + (row >> 3)
-    channel = pair + half * (plan.reader.head_dim // 2)
-    groups = []
-    for group in range(TOKENS // COLUMNS):
-        token = i * TOKENS + group * COLUMNS + tile.token_of_column(jnp.arange(COLUMNS, dtype=jnp.int32))
-        token = jnp.minimum(token, plan.rows - 1)[None, :] * plan.reader.head_dim
-        groups.append(
-            [triton.load(ref.at[token + (channel + 8 * step)[:, None]]) for step in range(plan.reader.head_dim // 16)]
-        )
-    return groups
+    channel = jnp.arange(plan.reader.head_dim, dtype=jnp.int32)[:, None]
+
+    def operand(start: int) -> jax.Array:
+        token = i * TOKENS + start + 2 * jnp.arange(COLUMNS, dtype=jnp.int32)
+        # rows past the end are not seen; the last one is read in their place
+        return triton.load(ref.at[jnp.minimum(token, plan.rows - 1)[None, :] * plan.reader.head_dim + channel])
+
+    return [[operand(half * HALF + parity) for parity in range(2)] for half in range(2)]
 
 
 def _dense_values(ref, i: jax.Array, first: jax.Array, last: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
     """Operands as `TileReader.values` gives them, from dense rows [S * H]; zero where a token is not seen."""
-    groups = []
-    for group in range(plan.reader.head_dim // COLUMNS):
+
+    def operand(group: int, half: int) -> jax.Array:
         channel = group * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
-        operands = []
-        for step in range(TOKENS // 32):
-            token = i * TOKENS + step * 32 + tile.token_of_column(jnp.arange(32, dtype=jnp.int32))[:, None]
-            seen = jnp.broadcast_to((token >= first) & (token < last), (32, COLUMNS))
-            operands.append(triton.load(ref.at[token * plan.reader.head_dim + channel], mask=seen, other=0))
-        groups.append(operands)
-    return groups
+        token = i * TOKENS + half * HALF + jnp.arange(HALF, dtype=jnp.int32)[:, None]
+        seen = jnp.broadcast_to((token >= first) & (token < last), (HALF, COLUMNS))
+        return triton.load(ref.at[token * plan.reader.head_dim + channel], mask=seen, other=0)
+
+    return [[operand(group, half) for half in range(2)] for group in range(plan.reader.head_dim // COLUMNS)]
+
+
+def _interleave(even: jax.Array, odd: jax.Array) -> jax.Array:
+    """[16, n] of even and of odd columns -> [16, 2 n]."""
+    return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], -1)
 
 
 def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tuple[jax.Array, bool]]:
@@ -281,21 +279,17 @@ def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tu
 
 
 def _mean_scores(turn_ref, mixed_ref, table_ref, i: jax.Array, plan: _Plan) -> list[jax.Array]:  # noqa: ANN001
-    """q . R_s m for a tile's tokens: a [16, COLUMNS] block for each column group."""
+    """q . R_s m for a tile's tokens: a [16, HALF] block for each half."""
     cos, sin = turn_ref[0, i, :], turn_ref[1, i, :]
     a, b = mixed_ref[0], mixed_ref[1]
     turned = (a * cos + b * sin, b * cos - a * sin)
-    columns = [
-        g * COLUMNS + tile.token_of_column(jnp.arange(COLUMNS, dtype=jnp.int32)) for g in range(TOKENS // COLUMNS)
-    ]
     frequency = jnp.arange(plan.reader.head_dim // 2, dtype=jnp.int32)[:, None]
-    return [
-        sum(
-            triton.dot(part, triton.load(table_ref.at[which, frequency, column[None, :]]))
-            for which, part in enumerate(turned)
-        )
-        for column in columns
-    ]
+
+    def half_scores(half: int) -> jax.Array:
+        column = half * HALF + jnp.arange(HALF, dtype=jnp.int32)[None, :]
+        return sum(triton.dot(x, triton.load(table_ref.at[which, frequency, column])) for which, x in enumerate(turned))
+
+    return [half_scores(half) for half in range(2)]
 
 
 def _check_dtypes(query: jax.Array, key: Rows, value: Rows) -> None:

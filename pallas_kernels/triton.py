@@ -162,17 +162,22 @@ def shared_zeros(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
     return synchronise(cleared, interpret=interpret)
 
 
+def shared_offset(memory: Memory, offset: jax.Array, *, interpret: bool) -> jax.Array:
+    """Byte offsets in the buffer as the accesses take them: compiled, addresses."""
+    return offset if interpret else memory + offset
+
+
 def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax.Array, *, interpret: bool) -> Memory:
-    """Write int16 values at byte offsets, multiples of 2, in the lanes where int32 `where` is not 0."""
+    """Write int16 values at offsets, multiples of 2, in the lanes where int32 `where` is not 0."""
     if interpret:
         place = jnp.where(where != 0, offset // 2, memory.size)
         return memory.at[place].set(value, mode="drop")
-    code = "{ .reg .pred p; .reg .b32 a; setp.ne.u32 p, $4, 0; add.u32 a, $1, $2; @p st.shared.b16 [a], $3; mov.b32 $0, $1; }"
+    code = "{ .reg .pred p; setp.ne.u32 p, $4, 0; @p st.shared.b16 [$2], $3; mov.b32 $0, $1; }"
     return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
 
 
 def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: bool) -> jax.Array:
-    """Read int32 words at byte offsets `offset + constant`, multiples of 4, and clear them.
+    """Read int32 words at `offset + constant`, multiples of 4, and clear them.
 
     Interpreted, the clearing happens in `synchronise`: every word must be read before it, by exactly one lane.
     """
@@ -180,8 +185,8 @@ def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: 
         place = (offset + constant) // 2
         low, high = memory[place].astype(jnp.int32), memory[place + 1].astype(jnp.int32)
         return (low & 0xFFFF) | (high << 16)
-    code = f"{{ .reg .b32 a; add.u32 a, $1, $2; ld.shared.b32 $0, [a + {constant}]; st.shared.b32 [a + {constant}], 0; }}"
-    return _asm(code, memory, offset)
+    code = f"ld.shared.b32 $0, [$2 + {constant}]; st.shared.b32 [$2 + {constant}], 0;"
+    return _asm(code, memory, offset, constraints="=&r,r,r")
 
 
 def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bool) -> Memory:
