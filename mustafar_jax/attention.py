@@ -129,6 +129,7 @@ def _first_that_runs(
     names = (names,) if isinstance(names, str) else names
     for name in names[:-1]:
         try:
+            _check_present(name)
             return _run(name, query, cache, scale, window)
         except NotImplementedError:
             continue
@@ -152,6 +153,12 @@ def check_implementation(implementation: Implementation) -> str | tuple[str, ...
 def _present() -> tuple[str, ...]:
     """The implementations that the default backend could run, best first."""
     return IMPLEMENTATIONS if jax.default_backend() == "gpu" else ("xla",)
+
+
+def _check_present(name: str) -> None:
+    """Raise NotImplementedError for what only lowering would find out: a backend named alone may be for elsewhere."""
+    if name != "xla" and jax.default_backend() != "gpu":
+        raise NotImplementedError(f"implementation={name!r} needs a GPU; the default backend is {jax.default_backend()}")
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
@@ -232,6 +239,28 @@ def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, windo
     return _over_tiles(attend_tile, see, -(-rows // tile), _nothing(query))
 
 
+def _attend_packed_triton(
+    query: jax.Array, cache: PackedCache, scale: float, window: int | None, *, interpret: bool = False
+) -> Partial:
+    """Attention over a packed cache's packed part, by the Pallas kernel that lowers through Triton."""
+    rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
+    if rows == 0:
+        return _nothing(query)
+    last = cache.packed_lengths
+    first = jnp.zeros_like(last) if window is None else jnp.maximum(cache.lengths - window - sinks, 0)
+    mean = None
+    if cache.key_mean is not None:
+        mean = kernels.Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
+    key, value = (_kernel_rows(store.packed) for store in (cache.keys, cache.values))
+    return Partial(
+        *kernels.decode_attention(query, key, value, first, last, scale=scale, mean=mean, interpret=interpret)
+    )
+
+
+def _kernel_rows(packed: Rows) -> kernels.Rows:
+    return kernels.Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
+
+
 def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
     """Attention on a dense cache, a tile of tokens at a time, so that no copy of the cache in float32 is made."""
     tile = min(TILE, cache.capacity)
@@ -268,7 +297,7 @@ def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, windo
 
 
 _Attend = Callable[[jax.Array, PackedCache, float, int | None], Partial]
-_PACKED: dict[str, _Attend] = {"xla": _attend_packed_xla}
+_PACKED: dict[str, _Attend] = {"triton": _attend_packed_triton, "xla": _attend_packed_xla}
 """The implementations of attention over the packed part."""
 
 _DENSE: dict[str, Callable[[jax.Array, DenseCache, float, int | None], jax.Array]] = {
