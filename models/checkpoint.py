@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
@@ -70,6 +70,7 @@ def load(
         FileNotFoundError: nothing is there, or files of the checkpoint are missing (all of them named).
         ValueError: an unsupported or damaged checkpoint, or tensors that do not fit the model (all of them named).
     """
+    dtype = None if dtype is None else _check_dtype(dtype)
     path = Path(source)
     if path.is_file():
         return _load_gguf(path, dtype, mesh, progress)
@@ -79,7 +80,8 @@ def load(
     generation = folder / "generation_config.json"
     config = model_class.read_config(fields, _read_json(generation) if generation.exists() else None)
     tensors, stored_dtype = open_safetensors(folder)
-    dtype = dtype or _stated_dtype(fields) or stored_dtype
+    if dtype is None:
+        dtype = _stated_dtype(fields) or stored_dtype
     model = load_weights(model_class, config, tensors, dtype=dtype, mesh=mesh, progress=progress)
     return model, _load_tokenizer(folder)
 
@@ -242,7 +244,7 @@ def _place(array: np.ndarray, variable: nnx.Variable[Any], dtype: np.dtype[Any],
     return jax.block_until_ready(jax.device_put(array, sharding))
 
 
-def _sharding(variable: nnx.Variable[Any], mesh: Mesh) -> NamedSharding:
+def _sharding(variable: nnx.Variable[Any], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Split the axes that `MESH_AXES` names where the mesh divides them."""
 
     def mesh_axis(name: str, size: int) -> str | None:
@@ -311,7 +313,8 @@ def _load_gguf(file: Path, dtype: DTypeLike | None, mesh: Mesh | None, progress:
     from mustafar_jax.models.tokenizer import load_gguf_tokenizer
 
     config, tensors = open_gguf(file)
-    model = load_weights(Llama, config, tensors, dtype=dtype or jnp.bfloat16, mesh=mesh, progress=progress)
+    dtype = jnp.bfloat16 if dtype is None else dtype
+    model = load_weights(Llama, config, tensors, dtype=dtype, mesh=mesh, progress=progress)
     return model, load_gguf_tokenizer(file)
 
 

@@ -58,9 +58,17 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in (*sizes, "max_position_embeddings"):
             _check_positive(name, getattr(self, name))
-        _check_positive("head_dim", self.head_dim)
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of channels")
         if self.num_heads % self.num_kv_heads:
@@ -127,8 +135,12 @@ def _llama3_kept_share(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndar
     return np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_positive(value):
         raise ValueError(f"{name}={value!r} must be a positive integer")
 
 
@@ -140,6 +152,13 @@ def _value(fields: Mapping[str, Any], name: str, default: Any) -> Any:
 
 def _unsupported(fields: Mapping[str, Any]) -> list[str]:
     problems = [f"{name} is missing" for name in _REQUIRED if fields.get(name) is None]
+    for name in _REQUIRED:
+        value = fields.get(name)
+        if value is not None and not _is_positive(value):
+            problems.append(f"{name}={value!r} must be a positive integer")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(_value(fields, name, {}), Mapping):
+            return [*problems, f"{name}={fields[name]!r} must be an object"]
     activation = _value(fields, "hidden_act", "silu")
     if activation != "silu":
         problems.append(f"hidden_act={activation!r}, supported: 'silu'")
@@ -173,10 +192,12 @@ def _read_rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = float(rope["rope_theta"])
     if rope["rope_type"] == "default":
         return theta, None
+    if rope["rope_type"] == "linear":
+        return theta, RopeScaling("linear", float(rope["factor"]))
     original = _value(fields, "max_position_embeddings", 2048)
     return theta, RopeScaling(
-        kind=rope["rope_type"],
-        factor=float(rope["factor"]),
+        "llama3",
+        float(rope["factor"]),
         low_freq_factor=float(_value(rope, "low_freq_factor", RopeScaling.low_freq_factor)),
         high_freq_factor=float(_value(rope, "high_freq_factor", RopeScaling.high_freq_factor)),
         original_max_position_embeddings=_value(rope, "original_max_position_embeddings", original),

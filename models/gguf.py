@@ -1,7 +1,8 @@
 """GGUF files of the Llama architecture, read tensor by tensor under Hugging Face names and orders.
 
-The header is parsed here rather than by `gguf.GGUFReader`: a file that is cut short is
-reported with the place and the bytes that are missing, and long vocabularies take a twentieth of the time. The quantised formats are the `gguf` package's.
+The header is parsed here rather than by `gguf.GGUFReader`: a file that is cut short is reported with the place and the
+bytes that are missing, and long vocabularies take a twentieth of the time. The quantised formats are the `gguf`
+package's.
 """
 
 import dataclasses

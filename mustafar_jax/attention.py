@@ -1,5 +1,6 @@
-"""Attention on a `LayerCache`: one query token per sequence against packed and dense parts, merged as flash decoding does."""
+"""Attention on a `LayerCache`: one query token per sequence, packed and dense parts merged as in flash decoding."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from jax import lax
 
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
-from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows
 from mustafar_jax.rope import rotate
 
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "cudnn", "xla")
@@ -76,10 +77,12 @@ def decode_attention(
     batch, num_heads, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
-    out = _first_that_runs(implementation, grouped, cache, scale, sliding_window)
+    names = check_implementation(implementation) or _present()
+    out = _first_that_runs(names, grouped, cache, scale, sliding_window)
     return out.reshape(query.shape).astype(query.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "sliding_window"))
 def prefill_attention(
     query: jax.Array,
     key: jax.Array,
@@ -102,15 +105,20 @@ def prefill_attention(
         [B, S, N, H] in the query's dtype; rows of padding hold nothing of use.
     """
     length, chunk = query.shape[1], min(query.shape[1], PREFILL_CHUNK)
+    dtype = query.dtype
+    if dtype == jnp.float16:  # XLA for CPUs has no float16 product with float32 sums
+        query, key, value = _float32(query, key, value)
+    valid = jnp.arange(length) < lengths[:, None]
+    value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
 
     def attend(start: jax.Array) -> jax.Array:
         # The last chunk is moved back to end with the prompt, so every chunk has the same shape.
         rows = jnp.minimum(start, length - chunk) + jnp.arange(chunk)
         distance = rows[:, None] - jnp.arange(length)
-        visible = (distance >= 0) & (distance < (sliding_window or length))
-        visible = visible & (jnp.arange(length) < lengths[:, None, None])
+        visible = (distance >= 0) & (distance < (sliding_window or length)) & valid[:, None]
         part = jnp.take(query, rows, axis=1)
-        return jax.nn.dot_product_attention(part, key, value, mask=visible[:, None], scale=scale)
+        out = jax.nn.dot_product_attention(part, key, value, mask=visible[:, None], scale=scale)
+        return out.astype(dtype)
 
     if chunk == length:
         return attend(jnp.int32(0))
@@ -121,11 +129,11 @@ def prefill_attention(
     return jnp.concatenate([body, whole[:, -1, body.shape[1] + chunk - length :]], axis=1)
 
 
+@functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
 def _first_that_runs(
-    implementation: Implementation, query: jax.Array, cache: LayerCache, scale: float, window: int | None
+    names: str | tuple[str, ...], query: jax.Array, cache: LayerCache, scale: float, window: int | None
 ) -> jax.Array:
     """Try implementations in order; the last one's NotImplementedError is the caller's."""
-    names = check_implementation(implementation) or _present()
     names = (names,) if isinstance(names, str) else names
     for name in names[:-1]:
         try:
@@ -316,12 +324,15 @@ def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | Non
 
 
 def _over_tiles(
-    attend_tile: Callable[[jax.Array, jax.Array], Partial], see: Callable[[jax.Array], jax.Array], tiles: int, empty: Partial
+    attend_tile: Callable[[jax.Array, jax.Array], Partial],
+    see: Callable[[jax.Array], jax.Array],
+    tiles: int,
+    empty: Partial,
 ) -> Partial:
     """Attention over all tiles, skipping those in which no sequence sees a token.
 
-    The skip also keeps each tile's conversion to float32 inside the loop: XLA for CPUs would otherwise hoist the conversion
-    of the whole bfloat16 cache out of it.
+    The skip also keeps each tile's conversion to float32 inside the loop: XLA for CPUs would otherwise hoist the
+    conversion of the whole bfloat16 cache out of it.
     """
 
     def step(i: jax.Array, partial: Partial) -> Partial:
@@ -348,7 +359,7 @@ def _nothing(query: jax.Array) -> Partial:
     return Partial(zeros, jnp.full(query.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0])
 
 
-def _tile(packed: BitmapArray | jax.Array, start: jax.Array, length: int) -> jax.Array:
+def _tile(packed: Rows, start: jax.Array, length: int) -> jax.Array:
     """Dense rows start .. start + length - 1 of [B, K, S, H]."""
     if isinstance(packed, BitmapArray):
         return bitmap.unpack(bitmap.take(packed, start, length))

@@ -1,8 +1,8 @@
 """Bitmap plus packed nonzeros: the format that keeps a pruned cache small (arXiv 2505.22913, section 4).
 
 The layout differs from the published one (mustafar_jax.interop exports that): keys and values alike have one row per
-token, and every row has the same number of slots, so nothing needs offsets and a group of tokens is appended by a write at
-a known place. docs/architecture.md draws it.
+token, and every row has the same number of slots, so nothing needs offsets and a group of tokens is appended by a write
+at a known place. docs/architecture.md draws it.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ WORD = 32
 """Channels per bitmap word, and tokens that are interleaved in one block of values."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["bitmap", "values", "overflow"], meta_fields=["length"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["bitmap", "values", "overflow"], meta_fields=["length"]
+)
 @dataclasses.dataclass(frozen=True)
 class BitmapArray:
     """Rows of head_dim entries of which only some are held: [..., S, H], packed along H. A pytree.
@@ -34,8 +36,8 @@ class BitmapArray:
 
     Attributes:
         bitmap: uint32 [..., S', H / 32], S' being S rounded up to a multiple of 32.
-        values: [..., S' / 32, slots / chunk, 32, chunk]: 32 tokens interleaved in chunks of 8 slots (4 where slots is not a
-            multiple of 8), so that 32 lanes that read a chunk each of neighbouring tokens read one contiguous block.
+        values: [..., S' / 32, slots / chunk, 32, chunk]: 32 tokens interleaved in chunks of 8 slots (4 where slots is
+            not a multiple of 8), so that 32 lanes reading a chunk each, of neighbouring tokens, read one block.
         overflow: bool [...], whether any row under this leading index did not fit.
         length: S, the rows that there are to its user.
     """
@@ -52,10 +54,12 @@ class BitmapArray:
 
     @property
     def ndim(self) -> int:
+        """Axes of `shape`."""
         return self.bitmap.ndim
 
     @property
     def dtype(self) -> jnp.dtype:
+        """Of the entries."""
         return self.values.dtype
 
     @property
@@ -69,7 +73,7 @@ class BitmapArray:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in (self.bitmap, self.values, self.overflow))
 
 
-def pack(x: jax.Array, mask: jax.Array, *, slots: int | None = None) -> BitmapArray:
+def pack(x: jax.Array, mask: jax.Array | np.ndarray, *, slots: int | None = None) -> BitmapArray:
     """Pack the masked entries of [..., S, H].
 
     Args:
@@ -81,19 +85,20 @@ def pack(x: jax.Array, mask: jax.Array, *, slots: int | None = None) -> BitmapAr
         The packed array; `unpack` gives back where(mask, x, 0) bit for bit.
 
     Raises:
-        ValueError: shapes that differ, H not a multiple of 32, slots < 1, a concrete mask with a row of more than `slots`
-            entries, or a traced mask without `slots`. A traced row that does not fit sets `overflow` instead.
-        TypeError: a mask that is not bool.
+        ValueError: shapes that differ, H not a multiple of 32, slots < 1, a concrete mask with a row of more than
+            `slots` entries, or a traced mask without `slots`. A traced row that does not fit sets `overflow` instead.
+        TypeError: another dtype of x, a mask that is not bool.
     """
     _check_pack(x, mask)
     slots = _resolve_slots(mask, slots)
     length = x.shape[-2]
     padding = [(0, 0)] * (x.ndim - 2) + [(0, -length % WORD), (0, 0)]
-    x, mask = jnp.pad(x, padding), jnp.pad(jnp.asarray(mask), padding)
+    entries, mask = jnp.pad(_to_bits(x), padding), jnp.pad(jnp.asarray(mask), padding)
     rank = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
     held = mask & (rank < slots)
     overflow = jnp.any(mask & ~held, axis=(-2, -1))
-    return BitmapArray(_to_words(held), _interleave(_compress(x, held, rank, slots)), overflow, length)
+    values = lax.bitcast_convert_type(_interleave(_compress(entries, held, rank, slots)), x.dtype)
+    return BitmapArray(_to_words(held), values, overflow, length)
 
 
 def unpack(packed: BitmapArray) -> jax.Array:
@@ -106,8 +111,10 @@ def unpack(packed: BitmapArray) -> jax.Array:
     rank = before[..., None] + lax.population_count(below).astype(jnp.int32)
     dense = (*packed.bitmap.shape[:-1], packed.bitmap.shape[-1] * WORD)
     # clip: a bitmap that nobody has written may ask for slots that are not there
-    entries = jnp.take_along_axis(_deinterleave(packed.values), rank.reshape(dense), axis=-1, mode="clip")
-    return jnp.where(held.reshape(dense), entries, 0)[..., : packed.length, :]
+    slots = _deinterleave(_to_bits(packed.values))
+    entries = jnp.take_along_axis(slots, rank.reshape(dense), axis=-1, mode="clip")
+    rows = jnp.where(held.reshape(dense), entries, 0)[..., : packed.length, :]
+    return lax.bitcast_convert_type(rows, packed.dtype)
 
 
 def key_spmv(query: jax.Array, packed: BitmapArray) -> jax.Array:
@@ -175,7 +182,7 @@ def put(packed: BitmapArray, update: BitmapArray, start: jax.Array) -> BitmapArr
     )
 
 
-def _check_pack(x: jax.Array, mask: jax.Array) -> None:
+def _check_pack(x: jax.Array, mask: jax.Array | np.ndarray) -> None:
     if x.ndim < 2 or mask.shape != x.shape:
         raise ValueError(f"mask has shape {mask.shape}, x has {x.shape}; wanted the same, [..., S, H]")
     if x.shape[-1] % WORD:
@@ -186,7 +193,7 @@ def _check_pack(x: jax.Array, mask: jax.Array) -> None:
         raise TypeError(f"x has dtype {x.dtype}; wanted bfloat16, float16 or float32")
 
 
-def _resolve_slots(mask: jax.Array, slots: int | None) -> int:
+def _resolve_slots(mask: jax.Array | np.ndarray, slots: int | None) -> int:
     """Slots per row, checked against the mask where that is concrete."""
     if slots is not None and slots < 1:
         raise ValueError(f"{slots=} must be at least 1")
@@ -207,7 +214,9 @@ def _round_slots(slots: int) -> int:
 
 def _check_spmv(name: str, x: jax.Array, packed: BitmapArray, wanted: int) -> None:
     if x.ndim != packed.ndim or x.shape[:-2] != packed.shape[:-2] or x.shape[-1] != wanted:
-        raise ValueError(f"{name} has shape {x.shape}; wanted [*{packed.shape[:-2]}, G, {wanted}] for packed {packed.shape}")
+        raise ValueError(
+            f"{name} has shape {x.shape}; wanted [*{packed.shape[:-2]}, G, {wanted}] for packed {packed.shape}"
+        )
 
 
 def _float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -220,14 +229,19 @@ def _to_words(mask: jax.Array) -> jax.Array:
     return jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
 
-def _compress(x: jax.Array, held: jax.Array, rank: jax.Array, slots: int) -> jax.Array:
+def _to_bits(x: jax.Array) -> jax.Array:
+    """The entries' bits: moved as integers, every NaN stays as it is, also where XLA has no 16-bit floating point."""
+    return lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+
+
+def _compress(entries: jax.Array, held: jax.Array, rank: jax.Array, slots: int) -> jax.Array:
     """The held entries of each row, in order, in its first slots: [..., H] -> [..., slots]."""
-    *leading, head_dim = x.shape
+    *leading, head_dim = entries.shape
     # Entries that are not held go to places beyond the slots, a different one each, where the scatter drops them.
     slot = jnp.where(held, rank, slots + jnp.arange(head_dim)).reshape(-1, head_dim)
     row = jnp.arange(slot.shape[0])[:, None]
-    rows = jnp.zeros((slot.shape[0], slots), x.dtype)
-    rows = rows.at[row, slot].set(x.reshape(-1, head_dim), mode="drop", unique_indices=True)
+    rows = jnp.zeros((slot.shape[0], slots), entries.dtype)
+    rows = rows.at[row, slot].set(entries.reshape(-1, head_dim), mode="drop", unique_indices=True)
     return rows.reshape(*leading, slots)
 
 

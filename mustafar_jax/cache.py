@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
 
 _register = functools.partial(functools.partial, jax.tree_util.register_dataclass)
-CACHE_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_COUNTS = ["lengths", "overflow"]
+_STATIC = ["config", "capacity", "num_kv_heads", "head_dim", "dtype"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """Keys and values of one attention layer for a batch of sequences, each of its own length. A pytree.
 
@@ -41,7 +44,7 @@ class LayerCache:
     capacity: int
     num_kv_heads: int
     head_dim: int
-    dtype: jnp.dtype
+    dtype: np.dtype[Any]
 
     @staticmethod
     def init(
@@ -69,18 +72,34 @@ class LayerCache:
             ValueError: an argument out of its range.
             TypeError: an unsupported dtype.
         """
-        for name, size in (("batch", batch), ("capacity", capacity), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+        sizes = {"batch": batch, "capacity": capacity, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
         dtype = jnp.dtype(dtype)
-        if dtype not in CACHE_DTYPES:
+        if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             raise TypeError(f"dtype={dtype} must be bfloat16, float16 or float32")
-        if config.is_dense:
-            return DenseCache.empty(config, batch, capacity, num_kv_heads, head_dim, dtype)
-        if head_dim % bitmap.WORD:
+        if head_dim % bitmap.WORD and not config.is_dense:
             raise ValueError(f"{head_dim=} must be a multiple of {bitmap.WORD} where keys or values are pruned")
+        common: dict[str, Any] = {
+            "lengths": jnp.zeros(batch, jnp.int32),
+            "overflow": jnp.zeros(batch, bool),
+            "config": config,
+            "dtype": dtype,
+            **{name: size for name, size in sizes.items() if name != "batch"},
+        }
+        if config.is_dense:
+            key, value = (jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype) for _ in range(2))
+            return DenseCache(key=key, value=value, **common)
         frequencies = _frequencies(config, inv_freq, head_dim)
-        return PackedCache.empty(config, batch, capacity, num_kv_heads, head_dim, dtype, frequencies)
+        leading = (batch, num_kv_heads)
+        return PackedCache(
+            keys=_empty_store(config, config.k_sparsity, capacity, leading, head_dim, dtype),
+            values=_empty_store(config, config.v_sparsity, capacity, leading, head_dim, dtype),
+            key_mean=None if frequencies is None else jnp.zeros((*leading, head_dim), jnp.float32),
+            inv_freq=frequencies,
+            **common,
+        )
 
     @property
     def batch(self) -> int:
@@ -115,9 +134,9 @@ def prefill(
     cache: LayerCache,
     key: jax.Array,
     value: jax.Array,
-    lengths: ArrayLike | None = None,
+    lengths: ArrayLike | Sequence[int] | None = None,
     *,
-    rows: ArrayLike | None = None,
+    rows: ArrayLike | Sequence[int] | None = None,
 ) -> LayerCache:
     """Fill a cache with a prompt's keys and values, pruning and packing what leaves the dense window.
 
@@ -158,41 +177,13 @@ def append(cache: LayerCache, key: jax.Array, value: jax.Array) -> LayerCache:
     return cache._append(key, value)
 
 
-@_register(data_fields=["key", "value", "lengths", "overflow"], meta_fields=["config"])
-@dataclasses.dataclass(frozen=True)
+@_register(data_fields=["key", "value", *_COUNTS], meta_fields=_STATIC)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCache(LayerCache):
     """A cache that prunes nothing: key and value [B, capacity, K, H], the baseline of every comparison."""
 
     key: jax.Array
     value: jax.Array
-    lengths: jax.Array
-    overflow: jax.Array
-    config: CompressionConfig
-
-    @classmethod
-    def empty(
-        cls, config: CompressionConfig, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
-    ) -> Self:
-        """See `LayerCache.init`."""
-        shape = (batch, capacity, num_kv_heads, head_dim)
-        counts = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *counts, config)
-
-    @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self.key.shape[1]
-
-    @property
-    def num_kv_heads(self) -> int:  # type: ignore[override]
-        return self.key.shape[2]
-
-    @property
-    def head_dim(self) -> int:  # type: ignore[override]
-        return self.key.shape[3]
-
-    @property
-    def dtype(self) -> jnp.dtype:  # type: ignore[override]
-        return self.key.dtype
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
@@ -219,6 +210,10 @@ class DenseCache(LayerCache):
         )
 
 
+Rows = BitmapArray | jax.Array
+"""Rows of tokens [B, K, S, H]: packed, or an ordinary array where the config leaves this cache's sparsity at 0."""
+
+
 @_register(data_fields=["dense", "packed"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Store:
@@ -226,21 +221,19 @@ class Store:
 
     Attributes:
         dense: [B, K, sinks + tail, H]; the first tokens of a sequence, then a ring of the most recent ones.
-        packed: [B, K, C, H], what was pruned; an ordinary array where the config leaves this cache's sparsity at 0.
+        packed: [B, K, C, H], the tokens between them.
     """
 
     dense: jax.Array
-    packed: BitmapArray | jax.Array
+    packed: Rows
 
 
-@_register(
-    data_fields=["keys", "values", "key_mean", "lengths", "overflow"], meta_fields=["config", "capacity", "inv_freq"]
-)
-@dataclasses.dataclass(frozen=True)
+@_register(data_fields=["keys", "values", "key_mean", *_COUNTS], meta_fields=["inv_freq", *_STATIC])
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedCache(LayerCache):
     """A cache whose older tokens are pruned and packed. Head-major, so that no step transposes it.
 
-    A token's place follows from its position in the sequence and the sequence's length alone. Of the first `length` tokens:
+    A token's place follows from its position and its sequence's length alone. Of the first `length` tokens:
 
         positions [0, sinks)                  dense slots [0, sinks)
         positions [sinks, sinks + P)          packed rows [0, P), P = config.packed_tokens(length)
@@ -250,62 +243,15 @@ class PackedCache(LayerCache):
 
     Attributes:
         keys, values: what is held of each.
-        key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are centred.
-            Packed keys are what is left of a key after this mean, rotated to the key's position, was taken off.
+        key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
+            centred. Packed keys are what is left of a key after this mean, rotated to its position, was taken off.
         inv_freq: the RoPE frequencies that rotate `key_mean`; static.
     """
 
     keys: Store
     values: Store
     key_mean: jax.Array | None
-    lengths: jax.Array
-    overflow: jax.Array
-    config: CompressionConfig
-    capacity: int
     inv_freq: tuple[float, ...] | None
-
-    @classmethod
-    def empty(
-        cls,
-        config: CompressionConfig,
-        batch: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: jnp.dtype,
-        inv_freq: tuple[float, ...] | None,
-    ) -> Self:
-        """See `LayerCache.init`."""
-        leading, rows = (batch, num_kv_heads), config.packed_tokens(capacity)
-
-        def store(sparsity: float) -> Store:
-            dense = jnp.zeros((*leading, config.sink_tokens + _tail(config), head_dim), dtype)
-            if sparsity == 0:
-                return Store(dense, jnp.zeros((*leading, rows, head_dim), dtype))
-            return Store(dense, bitmap.empty(leading, rows, head_dim, keep_count(head_dim, sparsity), dtype))
-
-        return cls(
-            keys=store(config.k_sparsity),
-            values=store(config.v_sparsity),
-            key_mean=None if inv_freq is None else jnp.zeros((*leading, head_dim), jnp.float32),
-            lengths=jnp.zeros(batch, jnp.int32),
-            overflow=jnp.zeros(batch, bool),
-            config=config,
-            capacity=capacity,
-            inv_freq=inv_freq,
-        )
-
-    @property
-    def num_kv_heads(self) -> int:  # type: ignore[override]
-        return self.keys.dense.shape[1]
-
-    @property
-    def head_dim(self) -> int:  # type: ignore[override]
-        return self.keys.dense.shape[3]
-
-    @property
-    def dtype(self) -> jnp.dtype:  # type: ignore[override]
-        return self.keys.dense.dtype
 
     @property
     def packed_lengths(self) -> jax.Array:
@@ -313,7 +259,7 @@ class PackedCache(LayerCache):
         return self.config.packed_tokens(self.lengths)
 
     def dense_positions(self) -> jax.Array:
-        """int32 [B, sinks + tail]: the position of the token in each dense slot; `lengths` or more where there is none."""
+        """int32 [B, sinks + tail]: the position of the token in each dense slot, `lengths` or more where none is."""
         sinks, tail = self.config.sink_tokens, _tail(self.config)
         packed = self.packed_lengths[:, None]
         # The ring's oldest token has position sinks + packed, and stands in slot packed % tail.
@@ -364,8 +310,8 @@ class PackedCache(LayerCache):
         start = jnp.zeros_like(lengths)
         return dataclasses.replace(
             cache,
-            keys=Store(cache._dense_part(key), _put(_cleared(self.keys.packed), packed_key, start)),
-            values=Store(cache._dense_part(value), _put(_cleared(self.values.packed), packed_value, start)),
+            keys=Store(cache._dense_part(key), _put(_without_overflow(self.keys.packed), packed_key, start)),
+            values=Store(cache._dense_part(value), _put(_without_overflow(self.values.packed), packed_value, start)),
         )
 
     def _dense_part(self, x: jax.Array) -> jax.Array:
@@ -376,11 +322,13 @@ class PackedCache(LayerCache):
 
     def _append(self, key: jax.Array, value: jax.Array) -> Self:
         fits = self.lengths < self.capacity
+        stores = (self.keys, key), (self.values, value)
         slot = jnp.where(fits, self._slot(self.lengths), self.keys.dense.shape[2])
+        key, value = (write_rows(store.dense, token[:, :, None], slot, axis=2) for store, token in stores)
         written = dataclasses.replace(
             self,
-            keys=dataclasses.replace(self.keys, dense=write_rows(self.keys.dense, key[:, :, None], slot, axis=2)),
-            values=dataclasses.replace(self.values, dense=write_rows(self.values.dense, value[:, :, None], slot, axis=2)),
+            keys=Store(key, self.keys.packed),
+            values=Store(value, self.values.packed),
             lengths=self.lengths + fits,
             overflow=self.overflow | ~fits,
         )
@@ -401,28 +349,33 @@ class PackedCache(LayerCache):
         start = jnp.where(full, start, self.config.packed_tokens(self.capacity))
         return dataclasses.replace(
             self,
-            keys=dataclasses.replace(self.keys, packed=_put(self.keys.packed, packed_key, start)),
-            values=dataclasses.replace(self.values, packed=_put(self.values.packed, packed_value, start)),
+            keys=Store(self.keys.dense, _put(self.keys.packed, packed_key, start)),
+            values=Store(self.values.dense, _put(self.values.packed, packed_value, start)),
         )
 
-    def _compress(
-        self, key: jax.Array, value: jax.Array, positions: jax.Array, valid: jax.Array
-    ) -> tuple[BitmapArray | jax.Array, BitmapArray | jax.Array]:
+    def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, valid: jax.Array) -> tuple[Rows, Rows]:
         """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
-        config, valid = self.config, valid[:, None, :, None]
-        if config.k_sparsity:
-            if self.key_mean is not None:
-                key = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
-            mask = METHODS[config.k_method](key, config.k_sparsity)
-            key = bitmap.pack(key, mask & valid, slots=keep_count(self.head_dim, config.k_sparsity))
-        if config.v_sparsity:
-            mask = METHODS[config.v_method](value, config.v_sparsity)
-            value = rescale_to_norm(value, mask) if config.rescale_values else value
-            value = bitmap.pack(value, mask & valid, slots=keep_count(self.head_dim, config.v_sparsity))
-        return key, value
+        config = self.config
+        if self.key_mean is not None:
+            key = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
+        return (
+            _prune(key, valid, config.k_method, config.k_sparsity, rescale=False),
+            _prune(value, valid, config.v_method, config.v_sparsity, rescale=config.rescale_values),
+        )
 
 
-def check_lengths(lengths: ArrayLike | None, batch: int, longest: int, *, shortest: int = 0) -> jax.Array:
+def _prune(x: jax.Array, valid: jax.Array, method: str, sparsity: float, *, rescale: bool) -> Rows:
+    """Prune and pack [B, K, n, H], holding nothing of the tokens that are not valid [B, n]; as it is at sparsity 0."""
+    if sparsity == 0:
+        return x
+    mask = METHODS[method](x, sparsity)
+    x = rescale_to_norm(x, mask) if rescale else x
+    return bitmap.pack(x, mask & valid[:, None, :, None], slots=keep_count(x.shape[-1], sparsity))
+
+
+def check_lengths(
+    lengths: ArrayLike | Sequence[int] | None, batch: int, longest: int, *, shortest: int = 0
+) -> jax.Array:
     """Lengths as int32 [batch], `longest` each if None.
 
     Raises ValueError for another shape, a dtype that is not integer, or (where concrete) a value outside
@@ -430,16 +383,17 @@ def check_lengths(lengths: ArrayLike | None, batch: int, longest: int, *, shorte
     """
     if lengths is None:
         return jnp.full(batch, longest, jnp.int32)
-    if np.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise ValueError(f"lengths is {jnp.result_type(lengths)}{list(np.shape(lengths))}; wanted integers [{batch}]")
-    if not isinstance(lengths, jax.core.Tracer):
-        given = np.asarray(lengths)
+    given = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if given.shape != (batch,) or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"lengths is {given.dtype}{list(given.shape)}; wanted integers [{batch}]")
+    if not isinstance(given, jax.core.Tracer):
+        given = np.asarray(given)
         if given.min() < shortest or given.max() > longest:
             raise ValueError(f"lengths={given.tolist()} must lie in {shortest} .. {longest}")
-    return jnp.asarray(lengths, jnp.int32)
+    return jnp.asarray(given, jnp.int32)
 
 
-def _check_rows(rows: ArrayLike, batch: int) -> None:
+def _check_rows(rows: ArrayLike | Sequence[int], batch: int) -> None:
     if isinstance(rows, jax.core.Tracer):
         return
     given = np.asarray(rows)
@@ -447,7 +401,9 @@ def _check_rows(rows: ArrayLike, batch: int) -> None:
         raise ValueError(f"rows={given.tolist()} must be different sequences in 0 .. {batch - 1}")
 
 
-def _check_kv(cache: LayerCache, key: jax.Array, value: jax.Array, wanted: tuple[int | None, ...], letters: str) -> None:
+def _check_kv(
+    cache: LayerCache, key: jax.Array, value: jax.Array, wanted: tuple[int | None, ...], letters: str
+) -> None:
     for name, x in (("key", key), ("value", value)):
         fits = x.ndim == len(wanted) and all(want in (None, size) for want, size in zip(wanted, x.shape, strict=True))
         if not fits:
@@ -476,7 +432,7 @@ def _tail(config: CompressionConfig) -> int:
 
 
 def _mean_key(cache: PackedCache, key: jax.Array) -> jax.Array:
-    """float32 [B, K, H]: the mean, before RoPE, of the prompt's keys [B, S, K, H] that are neither sinks nor in the window."""
+    """float32 [B, K, H]: the mean, before RoPE, of a prompt's keys [B, S, K, H] but for the sinks and the window."""
     position = jnp.arange(key.shape[1])
     last = cache.lengths[:, None] - cache.config.residual_length
     counted = (position >= cache.config.sink_tokens) & (position < last)
@@ -485,11 +441,28 @@ def _mean_key(cache: PackedCache, key: jax.Array) -> jax.Array:
     return total / jnp.maximum(counted.sum(axis=1), 1)[:, None, None]
 
 
-def _cleared(packed: BitmapArray | jax.Array) -> BitmapArray | jax.Array:
-    return jax.tree.map(jnp.zeros_like, packed)
+def _empty_store(
+    config: CompressionConfig,
+    sparsity: float,
+    capacity: int,
+    leading: tuple[int, int],
+    head_dim: int,
+    dtype: np.dtype[Any],
+) -> Store:
+    rows = config.packed_tokens(capacity)
+    dense = jnp.zeros((*leading, config.sink_tokens + _tail(config), head_dim), dtype)
+    if sparsity == 0:
+        return Store(dense, jnp.zeros((*leading, rows, head_dim), dtype))
+    return Store(dense, bitmap.empty(leading, rows, head_dim, keep_count(head_dim, sparsity), dtype))
 
 
-def _put(packed: BitmapArray | jax.Array, update: BitmapArray | jax.Array, start: jax.Array) -> BitmapArray | jax.Array:
+def _without_overflow(packed: Rows) -> Rows:
+    if isinstance(packed, BitmapArray):
+        return dataclasses.replace(packed, overflow=jnp.zeros_like(packed.overflow))
+    return packed
+
+
+def _put(packed: Rows, update: Rows, start: jax.Array) -> Rows:
     """Write rows [B, K, n, H] from row start [B] on; a sequence whose start lies at the end or beyond is left alone."""
     if isinstance(packed, BitmapArray):
         assert isinstance(update, BitmapArray)
@@ -498,5 +471,5 @@ def _put(packed: BitmapArray | jax.Array, update: BitmapArray | jax.Array, start
     return write_rows(packed, update, start, axis=2)
 
 
-def _to_array(packed: BitmapArray | jax.Array) -> jax.Array:
+def _to_array(packed: Rows) -> jax.Array:
     return bitmap.unpack(packed) if isinstance(packed, BitmapArray) else packed

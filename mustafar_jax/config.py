@@ -11,17 +11,19 @@ from mustafar_jax.pruning import METHODS, check_sparsity, keep_count
 class CompressionConfig:
     """What a KV cache drops and what it keeps dense. Hashable: static under `jax.jit`.
 
-    The defaults are the published rule (arXiv 2505.22913, section 3): per-token magnitude, a dense window of the 32 most
-    recent tokens. `recommended` turns on what keeps a model's output closer to dense at the same sparsity.
+    The defaults are the published rule (arXiv 2505.22913, section 3): per-token magnitude, a dense window of the 32
+    most recent tokens. `recommended` turns on what keeps a model's output closer to dense at the same sparsity.
 
     Attributes:
-        k_sparsity, v_sparsity: the fraction of each key or value vector that is removed, in [0, 1); 0 keeps that cache dense.
+        k_sparsity, v_sparsity: the fraction of each key or value vector that is removed, in [0, 1); 0 keeps that
+            cache dense.
         k_method, v_method: the rule that scores entries, a name in `pruning.METHODS`.
         residual_length: the most recent tokens that are always dense.
         group: tokens that are pruned and packed at once, a multiple of 32.
         sink_tokens: the first tokens of a sequence that stay dense.
-        center_keys: prune what is left of a key after its sequence's mean key, rotated to the token's position, is taken off;
-            attention adds that mean's score back. Needs the model's RoPE frequencies; without effect where keys are dense.
+        center_keys: prune what is left of a key after its sequence's mean key, rotated to the token's position, is
+            taken off; attention adds that mean's score back. Needs the model's RoPE frequencies; without effect where
+            keys are dense.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm.
 
     Raises:

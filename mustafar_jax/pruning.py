@@ -1,5 +1,6 @@
 """Which entries of a cached vector are kept (arXiv 2505.22913, section 3)."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -35,9 +36,9 @@ def magnitude_mask(x: jax.Array, sparsity: float, *, axis: int = -1) -> jax.Arra
         axis: the axis whose entries compete.
 
     Returns:
-        bool of x's shape, True where kept, with exactly `keep_count(x.shape[axis], sparsity)` True along `axis` (all, where
-        that is more than there are). Of equal magnitudes the lowest index wins. Magnitudes are compared on their bits:
-        subnormals count, NaN ranks above infinity, and all NaN are equal.
+        bool of x's shape, True where kept, with exactly `keep_count(x.shape[axis], sparsity)` True along `axis` (all,
+        where that is more than there are). Of equal magnitudes the lowest index wins. Magnitudes are compared on their
+        bits: subnormals count, NaN ranks above infinity, and all NaN are equal.
 
     Raises:
         ValueError: sparsity outside [0, 1).
@@ -45,7 +46,7 @@ def magnitude_mask(x: jax.Array, sparsity: float, *, axis: int = -1) -> jax.Arra
     """
     size = x.shape[axis]
     kept = min(size, keep_count(size, sparsity))
-    return jnp.moveaxis(_largest(_magnitude_bits(jnp.moveaxis(x, axis, -1)), kept), -1, axis)
+    return jnp.moveaxis(_largest(magnitude_bits(jnp.moveaxis(x, axis, -1)), kept), -1, axis)
 
 
 METHODS: dict[str, Callable[..., jax.Array]] = {"magnitude": magnitude_mask}
@@ -60,8 +61,9 @@ def rescale_to_norm(x: jax.Array, mask: jax.Array) -> jax.Array:
         mask: bool of x's shape.
 
     Returns:
-        [..., H] in x's dtype: where kept, the entry times ||x|| / ||kept||, computed in float32 and clipped to the dtype's
-        largest finite value; where the kept norm is 0 or a norm is not finite, the entry itself. Not kept: as it was.
+        [..., H] in x's dtype: where kept, the entry times ||x|| / ||kept||, computed in float32 and clipped to the
+        dtype's largest finite value; where the kept norm is 0 or a norm is not finite, the entry itself. Not kept: as
+        it was.
     """
     x32 = x.astype(jnp.float32)
     norm = jnp.linalg.norm(x32, axis=-1, keepdims=True)
@@ -72,7 +74,7 @@ def rescale_to_norm(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask & usable, scaled.astype(x.dtype), x)
 
 
-def _magnitude_bits(x: jax.Array) -> jax.Array:
+def magnitude_bits(x: jax.Array) -> jax.Array:
     """Unsigned integers that order as |x| does, all NaN being one value above infinity."""
     if x.dtype not in _BITS_OF:
         raise TypeError(f"x has dtype {x.dtype}; wanted bfloat16, float16 or float32")
@@ -84,14 +86,15 @@ def _magnitude_bits(x: jax.Array) -> jax.Array:
 
 def _largest(bits: jax.Array, count: int) -> jax.Array:
     """Mask of the `count` largest along the last axis, the lowest index first among equals."""
-    threshold = _kth_largest(bits, count)
+    threshold = kth_largest(bits, count)
     above = bits > threshold
     tied = bits == threshold
     room = count - jnp.sum(above, axis=-1, keepdims=True)
     return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
 
 
-def _kth_largest(bits: jax.Array, k: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="k")  # so that a call outside jit does not compile its loop each time
+def kth_largest(bits: jax.Array, k: int) -> jax.Array:
     """The k-th largest along the last axis, [..., 1], found bit by bit from the highest: no sort, exact.
 
     The answer is the largest t that at least k entries reach; each step asks whether one more bit of t can be set.

@@ -1,10 +1,13 @@
 """Writes into a batch of sequences, each at a place of its own, that compile to updates in place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def write_rows(array: jax.Array, update: jax.Array, start: jax.Array, *, axis: int) -> jax.Array:
     """Overwrite `update.shape[axis]` consecutive rows along `axis`, from another start in each sequence.
 
@@ -16,12 +19,11 @@ def write_rows(array: jax.Array, update: jax.Array, start: jax.Array, *, axis: i
     """
     # XLA for CPUs has no 16-bit scatter: it would convert the whole array to float32 and back. A slice update stays in
     # place there; on GPUs one scatter is one kernel, a loop of updates would be one kernel per sequence.
-    return lax.platform_dependent(
-        array, update, start, cpu=lambda *args: _by_slices(*args, axis), default=lambda *args: _by_scatter(*args, axis)
-    )
+    by_slices, by_scatter = functools.partial(_by_slices, axis), functools.partial(_by_scatter, axis)
+    return lax.platform_dependent(array, update, start, cpu=by_slices, default=by_scatter)
 
 
-def _by_slices(array: jax.Array, update: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+def _by_slices(axis: int, array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
     written = start < array.shape[axis]
     first_written = jnp.argsort(~written)  # only these are visited: to write back what was read would cost a copy
 
@@ -34,7 +36,7 @@ def _by_slices(array: jax.Array, update: jax.Array, start: jax.Array, axis: int)
     return lax.fori_loop(0, written.sum(), write_one, array)
 
 
-def _by_scatter(array: jax.Array, update: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+def _by_scatter(axis: int, array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
     batch = jnp.arange(start.shape[0])[:, None]
     rows = start[:, None] + jnp.arange(update.shape[axis])
     index = (batch, *[slice(None)] * (axis - 1), rows)

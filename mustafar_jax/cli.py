@@ -1,0 +1,235 @@
+"""The command `mustafar`: generate text through a compressed cache, and say what a model's cache costs."""
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mustafar_jax import text
+from mustafar_jax.cache import LayerCache
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation import DENSE
+
+if TYPE_CHECKING:
+    from mustafar_jax.models import ModelConfig
+
+CONTEXTS = (1024, 4096, 16384, 65536, 131072)
+"""Context lengths of `mustafar info`, as far as the model's own reaches."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. An error of the user's is one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+        print(f"mustafar {options.command}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Load a model, continue a prompt, and say how fast and with how large a cache."""
+    from mustafar_jax import models
+
+    config, prompt = _compression(options), _prompt(options)
+    with _progress() as progress:
+        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
+        model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
+        if tokenizer is None:
+            raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+        tokens = text.encode(tokenizer, prompt, chat=options.chat)
+        prefilled = functools.partial(_report, progress, progress.add_task("prefilling", total=None))
+        pieces = text.stream_text(
+            model,
+            tokenizer,
+            tokens,
+            max_new_tokens=options.max_new_tokens,
+            config=config,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            key=jax.random.key(options.seed),
+            implementation=options.implementation,
+            progress=prefilled,
+        )
+        first = next(pieces)
+    rate = _print_pieces(first, pieces, flush=options.stream)
+    caches = _abstract_caches(model.config, config, tokens.shape[1] + options.max_new_tokens, dtype=model.dtype)
+    print(_summary(rate, caches, config, model.config.head_dim), file=sys.stderr)
+
+
+def info(options: argparse.Namespace) -> None:
+    """Print a model's shape and what its cache costs, dense and compressed."""
+    from mustafar_jax import models
+
+    config = models.load_config(options.model)
+    compression = _compression(options)
+    console = Console()
+    console.print(_shape_table(options.model, config))
+    console.print(_cost_table(config, compression, options.dtype or "bfloat16"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mustafar", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    writes = commands.add_parser("generate", help="continue a prompt")
+    writes.set_defaults(run=generate)
+    writes.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
+    prompt = writes.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue, or to answer with --chat")
+    prompt.add_argument("--prompt-file", help="read it from this file; - for standard input")
+    writes.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
+    writes.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (%(default)s)")
+    writes.add_argument("--stream", action="store_true", help="show the text as it comes")
+    writes.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
+    writes.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest, up to this sum (%(default)s)"
+    )
+    writes.add_argument("--seed", type=int, default=0, help="of the random draws (%(default)s)")
+    writes.add_argument("--implementation", help="of attention; the best that works here unless given")
+    shows = commands.add_parser("info", help="a model's shape and its cache's costs")
+    shows.set_defaults(run=info)
+    shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
+    for command in (writes, shows):
+        _add_compression(command)
+    return parser
+
+
+def _add_compression(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=DTYPES, help="of weights and cache; the checkpoint's unless given")
+    command.add_argument("--k-sparsity", type=float, default=0.7, help="removed of each key; 0: dense (%(default)s)")
+    command.add_argument("--v-sparsity", type=float, default=0.7, help="removed of each value; 0: dense (%(default)s)")
+    command.add_argument("--residual-length", type=int, default=32, help="recent tokens kept dense (%(default)s)")
+    command.add_argument(
+        "--published-rule",
+        action="store_true",
+        help="prune as the paper does, without dense sink tokens, centred keys and rescaled values",
+    )
+
+
+def _compression(options: argparse.Namespace) -> CompressionConfig:
+    make = CompressionConfig if options.published_rule else CompressionConfig.recommended
+    return make(options.k_sparsity, options.v_sparsity, residual_length=options.residual_length)
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    if options.prompt is not None:
+        return options.prompt
+    if options.prompt_file == "-":
+        return sys.stdin.read()
+    with open(options.prompt_file, encoding="utf-8") as file:
+        return file.read()
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _report(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def _print_pieces(first: str, pieces: Any, *, flush: bool) -> float | None:
+    """Print the text, as it comes or all at once; tokens per second, None where there are too few to tell."""
+    written, times = [first], [time.perf_counter()]
+    if flush:
+        print(first, end="", flush=True)
+    for piece in pieces:
+        written.append(piece)
+        times.append(time.perf_counter())
+        if flush:
+            print(piece, end="", flush=True)
+    print("" if flush else "".join(written))
+    # The first token comes from the prefill, and the second waits for the decode step's compilation.
+    return (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None
+
+
+def _summary(rate: float | None, caches: Sequence[LayerCache], config: CompressionConfig, head_dim: int) -> str:
+    held, dense = (sum(getattr(cache, name) for cache in caches) for name in ("nbytes", "dense_nbytes"))
+    speed = "too few tokens to time" if rate is None else f"{rate:.1f} tokens/s"
+    keys, values = config.true_sparsity(head_dim)
+    return (
+        f"{speed} · cache {_bytes(held)}, dense {_bytes(dense)} ({held / dense:.1%}) · "
+        f"sparsity of packed keys {keys:.4g}, of packed values {values:.4g}"
+    )
+
+
+def _shape_table(name: str, config: "ModelConfig") -> Table:
+    table = Table(title=name, show_header=False)
+    for field in (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+    ):
+        table.add_row(field, str(getattr(config, field)))
+    table.add_row("max_position_embeddings", str(config.max_position_embeddings))
+    table.add_row("sliding_window", str(config.sliding_window))
+    return table
+
+
+def _cost_table(config: "ModelConfig", compression: CompressionConfig, dtype: str) -> Table:
+    """Bytes of one sequence's cache, all layers, at a few context lengths."""
+    keys, values = compression.true_sparsity(config.head_dim)
+    table = Table(title=f"KV cache of one sequence, {dtype}; true sparsity {keys:.4g} (keys), {values:.4g} (values)")
+    for column in ("context", "dense", "compressed", "of dense", "dense/token", "compressed/token"):
+        table.add_column(column, justify="right")
+    lengths = {length for length in CONTEXTS if length < config.max_position_embeddings}
+    for length in sorted(lengths | {config.max_position_embeddings}):
+        dense, held = (
+            sum(cache.nbytes for cache in _abstract_caches(config, how, length, dtype=dtype))
+            for how in (DENSE, compression)
+        )
+        per_token = (_bytes(dense / length), _bytes(held / length))
+        table.add_row(f"{length:,}", _bytes(dense), _bytes(held), f"{held / dense:.1%}", *per_token)
+    return table
+
+
+def _abstract_caches(
+    config: "ModelConfig", compression: CompressionConfig, capacity: int, *, dtype: Any
+) -> list[LayerCache]:
+    """The caches of all layers for one sequence, as shapes: nothing is allocated."""
+    from mustafar_jax.models.config import rope_frequencies
+
+    cache = jax.eval_shape(
+        lambda: LayerCache.init(
+            compression,
+            batch=1,
+            capacity=capacity,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            inv_freq=rope_frequencies(config),
+        )
+    )
+    return [cache] * config.num_layers
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:.4g} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

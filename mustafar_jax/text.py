@@ -1,0 +1,55 @@
+"""Between text and tokens: prompts, chat templates, and generated text as it comes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mustafar_jax import generation
+from mustafar_jax.generation import Model
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
+    """A prompt's tokens, int32 [1, S].
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: the text.
+        chat: make it the user's turn of a conversation, by the tokenizer's chat template, with the answer to come.
+
+    Raises:
+        ValueError: an empty prompt, or `chat` where the tokenizer has no chat template.
+    """
+    if not prompt:
+        raise ValueError("prompt='' is empty; wanted some text")
+    if not chat:
+        return np.asarray(tokenizer(prompt)["input_ids"], np.int32)[None]
+    if tokenizer.chat_template is None:
+        raise ValueError("chat=True needs a chat template, and this tokenizer has none")
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)[None]
+
+
+def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Iterator[str]:
+    """Continue one prompt, yielding the text that each step adds; '' where a character is not yet whole.
+
+    Args:
+        model: the model.
+        tokenizer: a Hugging Face tokenizer.
+        tokens: int32 [1, S], as `encode` gives them.
+        options: those of `generate`; `eos_id` is the model's own unless given.
+    """
+    options = {"eos_id": model.config.eos_ids or None} | options
+    written: list[int] = []
+    # Each step decodes the last shown piece and what follows it: a token's text may depend on the one before.
+    context, shown = 0, 0
+    for step in generation.stream(model, tokens, **options):
+        written.append(int(step[0]))
+        before = tokenizer.decode(written[context:shown], skip_special_tokens=True)
+        text = tokenizer.decode(written[context:], skip_special_tokens=True)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield ""
+            continue
+        context, shown = shown, len(written)
+        yield text[len(before) :]

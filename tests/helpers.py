@@ -1,0 +1,49 @@
+"""Data and references that several tests use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def bits(x):
+    """The bits of a floating-point array, as a numpy array of unsigned integers: NaN and -0.0 compare exactly."""
+    x = np.asarray(x)
+    return x.view(np.uint16 if x.dtype.itemsize == 2 else np.uint32)
+
+
+def adversarial(rng, shape, dtype):
+    """Random numbers with many ties, and NaN of both signs, infinities, -0.0 and subnormals among them."""
+    unsigned = np.uint32 if jnp.dtype(dtype).itemsize == 4 else np.uint16
+    ordinary = np.asarray(jnp.asarray(rng.standard_normal(shape).round(1), dtype)).view(unsigned)
+    anything = rng.integers(0, np.iinfo(unsigned).max, shape, dtype=unsigned, endpoint=True)
+    finfo = jnp.finfo(dtype)
+    special = np.array([np.nan, -np.nan, np.inf, -np.inf, -0.0, 0.0, finfo.smallest_subnormal, -finfo.tiny / 2])
+    special = np.asarray(special.astype(dtype)).view(unsigned)
+    choice = rng.integers(0, 4, shape)
+    picked = np.where(choice == 0, anything, np.where(choice == 1, rng.choice(special, shape), ordinary))
+    return jnp.asarray(picked.astype(unsigned).view(dtype))
+
+
+def rms_error_ratio(actual, expected):
+    """||actual - expected|| / ||expected|| in float64; NaN where actual holds one."""
+    actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def rope_frequencies(head_dim, theta=10000.0):
+    """Plain RoPE's frequencies, float32 [head_dim / 2]."""
+    return (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+
+
+def attention_on_dense(query, key, value, lengths, sliding_window=None):
+    """What decode attention must equal: query [B, N, H] at position lengths - 1 on key, value [B, S, K, H]."""
+    position, last = jnp.arange(key.shape[1]), lengths[:, None]
+    visible = position < last
+    if sliding_window is not None:
+        visible &= last - 1 - position < sliding_window
+    exact = (x.astype(jnp.float32) for x in (query[:, None], key, value))
+    with jax.default_matmul_precision("highest"):
+        out = jax.nn.dot_product_attention(*exact, mask=visible[:, None, None])[:, 0]
+    return jnp.where(lengths[:, None, None] > 0, out, 0)

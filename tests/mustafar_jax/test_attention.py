@@ -1,0 +1,213 @@
+"""Attention on caches: equal to dense attention on what the cache holds, whatever the lengths; prefill; arguments."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mustafar_jax import CompressionConfig, LayerCache, append, attention, decode_attention, prefill, prefill_attention
+from mustafar_jax.cache import PackedCache, Store
+from tests.helpers import DTYPES, attention_on_dense, rms_error_ratio, rope_frequencies
+
+BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 3, 2, 64, 448, 300
+CONFIGS = {
+    "dense": CompressionConfig(0, 0),
+    "published": CompressionConfig(0.7, 0.5),
+    "recommended": CompressionConfig.recommended(0.7, 0.7),
+    "dense keys": CompressionConfig.recommended(0, 0.7),
+    "dense values": CompressionConfig.recommended(0.5, 0, group=64, residual_length=40),
+    "no window": CompressionConfig.recommended(0.5, 0.5, residual_length=0, sink_tokens=1),
+}
+TOLERANCE = {jnp.bfloat16: 5e-3, jnp.float16: 1e-3, jnp.float32: 1e-5}
+
+prefill_jit = jax.jit(prefill)
+append_jit = jax.jit(append)
+attend = jax.jit(decode_attention, static_argnames=("scale", "sliding_window", "implementation"))
+
+
+def assert_close(actual, expected):
+    """Equal within float32's rounding of the largest number."""
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * max(1, float(jnp.abs(expected).max())))
+
+
+def empty(config, dtype=jnp.float32, **sizes):
+    sizes = {"batch": BATCH, "capacity": CAPACITY, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM} | sizes
+    return LayerCache.init(config, **sizes, dtype=dtype, inv_freq=rope_frequencies(sizes["head_dim"]))
+
+
+def normal(rng, *shape, dtype=jnp.float32):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def filled(config, lengths, rng, dtype=jnp.float32, **sizes):
+    """A cache with a prompt in it; keys have a mean worth taking off, channels have scales of their own."""
+    cache = empty(config, dtype, **sizes)
+    shape = (cache.batch, PROMPT, cache.num_kv_heads, cache.head_dim)
+    scales = np.exp(rng.standard_normal(cache.head_dim))
+    key, value = (jnp.asarray(rng.standard_normal(shape) * scales + mean, dtype) for mean in (2.0, 0.0))
+    return prefill_jit(cache, key, value, jnp.asarray(lengths, jnp.int32))
+
+
+def poisoned(cache):
+    """The cache with NaN, or inverted bits, wherever no token has been written."""
+
+    def poison(leaf, held):
+        held = held.reshape(held.shape + (1,) * (leaf.ndim - held.ndim))
+        return jnp.where(held, leaf, jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else ~leaf)
+
+    def poison_store(store):
+        dense = poison(store.dense, (cache.dense_positions() < cache.lengths[:, None])[:, None])
+        rows = (jnp.arange(store.packed.shape[2]) < cache.packed_lengths[:, None])[:, None]
+        if isinstance(store.packed, jax.Array):
+            return Store(dense, poison(store.packed, rows))
+        words, values = poison(store.packed.bitmap, rows), poison(store.packed.values, rows[..., ::32])
+        return Store(dense, dataclasses.replace(store.packed, bitmap=words, values=values))
+
+    if isinstance(cache, PackedCache):
+        return dataclasses.replace(cache, keys=poison_store(cache.keys), values=poison_store(cache.values))
+    held = jnp.arange(cache.capacity) < cache.lengths[:, None]
+    return dataclasses.replace(cache, key=poison(cache.key, held), value=poison(cache.value, held))
+
+
+@settings(max_examples=6)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(0, PROMPT), min_size=BATCH, max_size=BATCH),
+    window=st.sampled_from([None, 1, 48, 200]),
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_dense_attention_on_what_is_held(name, seed, lengths, window):
+    rng = np.random.default_rng(seed)
+    cache = filled(CONFIGS[name], lengths, rng)
+    query = normal(rng, BATCH, 6, HEAD_DIM)
+    out = attend(query, cache, sliding_window=window)
+    expected = attention_on_dense(query, *cache.to_dense(), sliding_window=window)
+    assert_close(out, expected)
+    # The same bits with poison in every slot that no token was written to.
+    np.testing.assert_array_equal(attend(query, poisoned(cache), sliding_window=window), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["dense", "recommended"])
+def test_equals_dense_attention_in_every_dtype(name, dtype):
+    rng = np.random.default_rng(1)
+    cache = filled(CONFIGS[name], [300, 63, 1], rng, dtype)
+    query = normal(rng, BATCH, 4, HEAD_DIM, dtype=dtype)
+    out = attend(query, cache)
+    assert out.dtype == dtype
+    assert rms_error_ratio(out, attention_on_dense(query, *cache.to_dense())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (96, 4), (128, 16), (256, 3)])
+def test_every_head_dim_and_group(head_dim, group):
+    rng = np.random.default_rng(2)
+    cache = filled(CONFIGS["recommended"], [300, 32, 100], rng, head_dim=head_dim)
+    query = normal(rng, BATCH, KV_HEADS * group, head_dim)
+    assert_close(attend(query, cache), attention_on_dense(query, *cache.to_dense()))
+
+
+def test_after_appending_past_every_boundary():
+    rng = np.random.default_rng(3)
+    cache = filled(CONFIGS["recommended"], [300, 0, 35], rng)
+    for step in range(140):
+        cache = append_jit(cache, normal(rng, BATCH, KV_HEADS, HEAD_DIM), normal(rng, BATCH, KV_HEADS, HEAD_DIM))
+        if step % 13 == 0:
+            query = normal(rng, BATCH, 6, HEAD_DIM)
+            for window in (None, 48):
+                expected = attention_on_dense(query, *cache.to_dense(), sliding_window=window)
+                assert_close(attend(query, cache, sliding_window=window), expected)
+    assert cache.packed_lengths.tolist() == [384, 96, 128]
+
+
+@pytest.mark.parametrize("name", ["dense", "recommended"])
+def test_a_row_does_not_depend_on_the_others(name):
+    rng = np.random.default_rng(4)
+    cache, query = filled(CONFIGS[name], [200, 300, 5], rng), normal(rng, BATCH, 6, HEAD_DIM)
+    other = filled(CONFIGS[name], [299, 1, 0], rng)
+    mixed = jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b[1:]]), cache, other)
+    np.testing.assert_array_equal(attend(query, mixed)[0], attend(query, cache)[0])
+    np.testing.assert_array_equal(attend(query, cache), attend(query, cache))
+
+
+def test_scale():
+    rng = np.random.default_rng(5)
+    cache, query = filled(CONFIGS["recommended"], [300, 100, 40], rng), normal(rng, BATCH, 6, HEAD_DIM)
+    assert_close(attend(query, cache, scale=0.5), attend(query * 4, cache))
+
+
+def test_centred_keys_lose_nothing_where_every_entry_is_kept():
+    """q . k = q . (k - R m) + q . R m, for any mean: with all entries kept, the dense cache's result."""
+    rng = np.random.default_rng(6)
+    query, lengths = normal(rng, BATCH, 6, HEAD_DIM), [300, 150, 70]
+    kept = CompressionConfig(0.001, 0.001, center_keys=True)
+    caches = [filled(config, lengths, np.random.default_rng(7)) for config in (kept, CONFIGS["dense"])]
+    assert caches[0].packed_lengths.min() > 0
+    assert jnp.abs(caches[0].key_mean).max() > 0.1
+    assert_close(*(attend(query, cache) for cache in caches))
+
+
+@pytest.mark.parametrize("length", [1, 63, 700, 1024])
+@pytest.mark.parametrize("window", [None, 48])
+def test_prefill_attention(length, window):
+    rng = np.random.default_rng(8)
+    query, key, value = (normal(rng, 2, length, heads, 32) for heads in (4, 2, 2))
+    lengths = jnp.array([length, (length + 1) // 2])
+    value = value.at[1, (length + 1) // 2 :].set(jnp.nan)
+    out = jax.jit(prefill_attention, static_argnames="sliding_window")(
+        query, key, value, lengths, sliding_window=window
+    )
+    assert out.shape == query.shape
+    for row in {0, length // 3, length // 2, length - 1}:
+        rows = jnp.minimum(lengths, row + 1)
+        expected = attention_on_dense(query[:, row], key, jnp.nan_to_num(value), rows, sliding_window=window)
+        valid = np.asarray(lengths) > row
+        assert_close(out[valid, row], expected[valid])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_attention_in_every_dtype(dtype):
+    rng = np.random.default_rng(9)
+    query, key, value = (normal(rng, 2, 40, heads, 32, dtype=dtype) for heads in (4, 2, 2))
+    out = prefill_attention(query, key, value, jnp.array([40, 40]))
+    assert out.dtype == dtype
+    expected = attention_on_dense(query[:, -1], key, value, jnp.array([40, 40]))
+    assert rms_error_ratio(out[:, -1], expected) < TOLERANCE[dtype]
+
+
+def test_implementations_fall_through():
+    rng = np.random.default_rng(10)
+    cache, query = filled(CONFIGS["recommended"], [300, 100, 40], rng), normal(rng, BATCH, 6, HEAD_DIM)
+    expected = attend(query, cache, implementation="xla")
+    np.testing.assert_array_equal(attend(query, cache), expected)
+    np.testing.assert_array_equal(attend(query, cache, implementation=("cudnn", "xla")), expected)
+    with pytest.raises(NotImplementedError, match="implementation='cudnn' does not attend packed caches"):
+        attend(query, cache, implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="cuDNN wants bfloat16 or float16; query is float32"):
+        attend(query, filled(CONFIGS["dense"], [1, 1, 1], rng), implementation="cudnn")
+
+
+@pytest.mark.parametrize("name", ["dense", "recommended"])
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        (r"query has shape \(3, 6, 32\); the cache wants \[3, N, 64\]", {"query": jnp.ones((3, 6, 32))}),
+        (r"query has shape \(2, 6, 64\)", {"query": jnp.ones((2, 6, 64))}),
+        (r"query has shape \(3, 1, 6, 64\)", {"query": jnp.ones((3, 1, 6, 64))}),
+        ("query has 5 heads; wanted a multiple of the cache's 2", {"query": jnp.ones((3, 5, 64))}),
+        ("sliding_window=0 must be at least 1", {"sliding_window": 0}),
+        ("implementation='pallas' must be one of", {"implementation": "pallas"}),
+        ("implementation='pallas' must be one of", {"implementation": ("xla", "pallas")}),
+        (r"implementation=\(\) names none", {"implementation": ()}),
+    ],
+)
+def test_bad_arguments(name, message, options):
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**{"query": jnp.ones((BATCH, 6, HEAD_DIM)), "cache": empty(CONFIGS[name])} | options)
+
+
+def test_every_named_implementation_is_known():
+    assert set(attention._PACKED) | set(attention._DENSE) <= set(attention.IMPLEMENTATIONS)
