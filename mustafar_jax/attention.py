@@ -12,6 +12,8 @@ from jax import lax
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows
+from mustafar_jax.pallas_kernels import decode_attention as kernels
+from mustafar_jax.pallas_kernels import rows as kernel_rows
 from mustafar_jax.rope import rotate
 
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "cudnn", "xla")
@@ -265,8 +267,8 @@ def _attend_packed_triton(
     )
 
 
-def _kernel_rows(packed: Rows) -> kernels.Rows:
-    return kernels.Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
+def _kernel_rows(packed: Rows) -> kernel_rows.Rows:
+    return kernel_rows.Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
 
 
 def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:

@@ -12,29 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import launch, tile, triton
+from mustafar_jax.pallas_kernels.rows import Packed, Rows, check_dtype, flat, load_tile, per_head, row_count
 from mustafar_jax.pallas_kernels.tile import COLUMNS, HALF, TOKENS, TileReader
-
-WORD = 32
-"""Channels per bitmap word, and tokens that one block of values interleaves."""
 
 _QUERY_ROWS = 16
 """Rows of the smallest matrix product; query heads are padded to them."""
-
-
-class Packed(NamedTuple):
-    """Packed rows, as in `mustafar_jax.BitmapArray`.
-
-    Attributes:
-        bitmap: uint32 [B, K, S, H / 32], channel c in bit c % 32 of word c // 32; S a multiple of 32.
-        values: [B, K, S / 32, slots / chunk, 32, chunk], chunk 4 or 8.
-    """
-
-    bitmap: jax.Array
-    values: jax.Array
-
-
-Rows = Packed | jax.Array
-"""Keys or values: packed, or dense [B, K, S, H]."""
 
 
 class Mean(NamedTuple):
@@ -90,9 +72,10 @@ def decode_attention(
     """
     batch, kv_heads, group, head_dim = query.shape
     triton.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    _check_dtypes(query, key, value)
-    heads, rows = batch * kv_heads, _row_count(key)
-    params = params or launch.decode_params(heads=heads, rows=rows, slots=max(_slots(key), _slots(value)))
+    check_dtype(key, query.dtype)
+    check_dtype(value, query.dtype)
+    heads, rows = batch * kv_heads, row_count(key)
+    params = params or launch.decode_params(heads=heads, rows=rows)
     plan = _Plan(
         reader=TileReader(head_dim, query.dtype, interpret),
         group=group,
@@ -104,16 +87,16 @@ def decode_attention(
     operands = [jnp.stack([first, last], axis=1).astype(jnp.int32), _pad_query(query, heads)]
     specs = [
         pl.BlockSpec((None, 2), lambda split, head: (head // kv_heads, 0)),
-        _per_head(operands[1]),
+        per_head(operands[1]),
     ]
     for rows_of in (key, value):
-        for array in _flat(rows_of, heads):
+        for array in flat(rows_of):
             operands.append(array)
-            specs.append(_per_head(array))
+            specs.append(per_head(array))
     if mean is not None:
-        for array, per_head in _mean_tables(query, mean, rows, heads):
+        for array, of_head in _mean_tables(query, mean, rows, heads):
             operands.append(array)
-            specs.append(_per_head(array) if per_head else pl.BlockSpec(array.shape, lambda split, head: (0,) * 3))
+            specs.append(per_head(array) if of_head else pl.BlockSpec(array.shape, lambda split, head: (0,) * 3))
     shapes = [(head_dim,), (), ()]
     out, m, l = triton.pallas_call(  # noqa: E741
         functools.partial(_kernel, plan=plan, packed=(isinstance(key, Packed), isinstance(value, Packed))),
@@ -172,9 +155,12 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
         m, total, out, memory = carry
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
         seen = (tokens >= first) & (tokens < last)
-        loaded_key = _load(key_refs, tokens, seen, plan)
-        loaded_value = _load(value_refs, tokens, seen, plan)  # early: in flight while the keys are unpacked
-        if len(key_refs) == 2:
+        # both at once: the values are in flight while the keys are unpacked
+        loaded_key, loaded_value = (
+            load_tile(*refs, tokens, seen, head_dim=reader.head_dim, rows=plan.rows) if len(refs) == 2 else None
+            for refs in (key_refs, value_refs)
+        )
+        if loaded_key:
             memory = reader.scatter(memory, *loaded_key)
             memory, operands = reader.keys(memory)
         else:
@@ -191,7 +177,7 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
         decay = jnp.exp2(m - m_new)
         weights = [jnp.exp2(s - m_new[:, None]) for s in scores]
         total = total * decay[:, None] + sum(weights)
-        if len(value_refs) == 2:
+        if loaded_value:
             memory = reader.scatter(memory, *loaded_value)
             memory, operands = reader.values(memory)
         else:
@@ -214,22 +200,6 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
         triton.store(out_ref.at[head[:, None], channel[None, :]], part, mask=(head < plan.group)[:, None])
     triton.store(m_ref.at[head], jnp.maximum(m * math.log(2), lowest), mask=head < plan.group)
     triton.store(l_ref.at[head], total.sum(axis=1), mask=head < plan.group)
-
-
-def _load(refs, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> tuple[list[jax.Array], list[jax.Array]]:  # noqa: ANN001
-    """A tile's bitmap words, 0 for what is not seen, and its slots; nothing where the rows are dense."""
-    if len(refs) == 1:
-        return [], []
-    bitmap_ref, values_ref = refs  # [S * H / 32], [S / 32, chunks, 32, chunk] flat
-    row_words, slots = plan.reader.head_dim // WORD, values_ref.shape[0] // plan.rows
-    chunk = 8 if slots % 8 == 0 else 4
-    word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
-    words = triton.load(bitmap_ref.at[word], mask=jnp.broadcast_to(seen[:, None], word.shape), other=0)
-    # rows past the end are not seen; their block is read from the last one
-    block = jnp.minimum(tokens // WORD, plan.rows // WORD - 1) * (slots * WORD) + tokens % WORD * chunk
-    place = block[:, None] + jnp.arange(chunk)[None, :]
-    chunks = [triton.load(values_ref.at[place + c * (WORD * chunk)]) for c in range(slots // chunk)]
-    return triton.unstack(words), chunks
 
 
 def _dense_keys(ref, i: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
@@ -292,21 +262,6 @@ def _mean_scores(turn_ref, mixed_ref, table_ref, i: jax.Array, plan: _Plan) -> l
     return [half_scores(half) for half in range(2)]
 
 
-def _check_dtypes(query: jax.Array, key: Rows, value: Rows) -> None:
-    for name, rows in (("key", key), ("value", value)):
-        dtype = rows.values.dtype if isinstance(rows, Packed) else rows.dtype
-        if dtype != query.dtype:
-            raise NotImplementedError(f"the Triton kernels take one dtype; query is {query.dtype}, {name} {dtype}")
-
-
-def _row_count(rows: Rows) -> int:
-    return rows.bitmap.shape[2] if isinstance(rows, Packed) else rows.shape[2]
-
-
-def _slots(rows: Rows) -> int:
-    return rows.values.shape[3] * rows.values.shape[5] if isinstance(rows, Packed) else rows.shape[3]
-
-
 def _tiles(rows: int) -> int:
     return -(-rows // TOKENS)
 
@@ -315,16 +270,3 @@ def _pad_query(query: jax.Array, heads: int) -> jax.Array:
     """[B, K, G, n] -> [B * K, 16, n]."""
     padding = [(0, 0), (0, 0), (0, _QUERY_ROWS - query.shape[2]), (0, 0)]
     return jnp.pad(query, padding).reshape(heads, _QUERY_ROWS, query.shape[3])
-
-
-def _flat(rows: Rows, heads: int) -> list[jax.Array]:
-    """One flat row per KV head, which keeps the kernel's addresses cheap; 16-bit integers, since bits are moved."""
-    if isinstance(rows, Packed):
-        bitmap = lax.bitcast_convert_type(rows.bitmap, jnp.int32)
-        return [bitmap.reshape(heads, -1), lax.bitcast_convert_type(rows.values, jnp.int16).reshape(heads, -1)]
-    return [rows.reshape(heads, -1)]
-
-
-def _per_head(array: jax.Array) -> pl.BlockSpec:
-    """The block of one KV head, all of it."""
-    return pl.BlockSpec((None, *array.shape[1:]), lambda split, head: (head,) + (0,) * (array.ndim - 1))

@@ -17,13 +17,12 @@ class DecodeParams:
 TARGET_BLOCKS = 132 * 5 * 3
 
 
-def decode_params(*, heads: int, rows: int, slots: int) -> DecodeParams:
+def decode_params(*, heads: int, rows: int) -> DecodeParams:
     """Launch parameters from static shapes alone.
 
     Args:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
-        slots: entries of a row, the larger of keys' and values'.
     """
     tiles = max(1, -(-rows // 128))
     return DecodeParams(splits=max(1, min(tiles, TARGET_BLOCKS // heads)))

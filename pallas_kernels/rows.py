@@ -1,0 +1,85 @@
+"""Rows of tokens as the kernels take them, packed or dense, and how a tile of them is loaded."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mustafar_jax.pallas_kernels import triton
+
+WORD = 32
+"""Channels per bitmap word, and tokens that one block of values interleaves."""
+
+
+class Packed(NamedTuple):
+    """Packed rows, as in `mustafar_jax.BitmapArray`.
+
+    Attributes:
+        bitmap: uint32 [B, K, S, H / 32], channel c in bit c % 32 of word c // 32; S a multiple of 32.
+        values: [B, K, S / 32, slots / chunk, 32, chunk], chunk 8, or 4 where slots is not a multiple of 8.
+    """
+
+    bitmap: jax.Array
+    values: jax.Array
+
+
+Rows = Packed | jax.Array
+"""Keys or values: packed, or dense [B, K, S, H]."""
+
+
+def row_count(rows: Rows) -> int:
+    """Rows per KV head, S."""
+    return rows.bitmap.shape[2] if isinstance(rows, Packed) else rows.shape[2]
+
+
+def check_dtype(rows: Rows, dtype: Any) -> None:
+    """Raise NotImplementedError where rows are of another dtype than what they are multiplied with."""
+    held = rows.values.dtype if isinstance(rows, Packed) else rows.dtype
+    if held != dtype:
+        raise NotImplementedError(f"the Triton kernels take one dtype; got {dtype} and rows of {held}")
+
+
+def flat(rows: Rows) -> list[jax.Array]:
+    """Arrays with one flat row per KV head, which keeps a kernel's addresses cheap.
+
+    Packed: bitmap int32 [B * K, S * H / 32] and values int16 [B * K, S * slots], since their bits are what is moved.
+    """
+    if not isinstance(rows, Packed):
+        return [rows.reshape(rows.shape[0] * rows.shape[1], -1)]
+    bitmap = lax.bitcast_convert_type(rows.bitmap, jnp.int32)
+    values = lax.bitcast_convert_type(rows.values, jnp.int16)
+    return [x.reshape(x.shape[0] * x.shape[1], -1) for x in (bitmap, values)]
+
+
+def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
+    """The block of one KV head, all of it; the grid's `axis` counts heads."""
+    return pl.BlockSpec((None, *array.shape[1:]), lambda *ids: (ids[axis],) + (0,) * (array.ndim - 1))
+
+
+def load_tile(
+    bitmap_ref: Any, values_ref: Any, tokens: jax.Array, seen: jax.Array, *, head_dim: int, rows: int
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Load a tile of packed rows, a row per thread.
+
+    Args:
+        bitmap_ref: int32 [S * H / 32].
+        values_ref: int16 [S * slots].
+        tokens: int32 [n], the rows.
+        seen: bool [n]; the words of rows that are not seen come as 0, whatever they hold.
+        head_dim: H.
+        rows: S.
+
+    Returns:
+        The bitmap's words, int32 [n] each, and the slots in order, int16 [n, chunk] each.
+    """
+    row_words, slots = head_dim // WORD, values_ref.shape[0] // rows
+    chunk = 8 if slots % 8 == 0 else 4
+    word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
+    words = triton.load(bitmap_ref.at[word], mask=jnp.broadcast_to(seen[:, None], word.shape), other=0)
+    # rows past the end are not seen; the last block is read in their place
+    block = jnp.minimum(tokens // WORD, rows // WORD - 1) * (slots * WORD) + tokens % WORD * chunk
+    place = block[:, None] + jnp.arange(chunk)[None, :]
+    chunks = [triton.load(values_ref.at[place + c * (WORD * chunk)]) for c in range(slots // chunk)]
+    return triton.unstack(words), chunks

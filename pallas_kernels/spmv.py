@@ -1,0 +1,160 @@
+"""Products of dense queries or probabilities with packed rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mustafar_jax.pallas_kernels import launch, tile, triton
+from mustafar_jax.pallas_kernels.rows import WORD, Packed, check_dtype, flat, load_tile, per_head
+from mustafar_jax.pallas_kernels.tile import COLUMNS, HALF, TOKENS, TileReader
+
+_HEADS = 16
+"""Query heads of one matrix product; others are padded to a multiple."""
+
+
+def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.Array:
+    """Scores of packed keys: query . key, unscaled.
+
+    A block unpacks one tile of tokens and multiplies all query heads with it.
+
+    Args:
+        query: [B, K, G, H], the G query heads that share a KV head; any G.
+        key: packed rows [B, K, S, H] of the query's dtype, S a multiple of 32.
+        interpret: run as plain JAX, anywhere.
+
+    Returns:
+        float32 [B, K, G, S].
+
+    Raises:
+        NotImplementedError: see `triton.check_supported`.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    rows = key.bitmap.shape[2]
+    triton.check_supported(dtype=query.dtype, head_dim=head_dim)
+    check_dtype(key, query.dtype)
+    reader = TileReader(head_dim, query.dtype, interpret)
+    operands = [_pad(query, axis=2, multiple=_HEADS), *flat(key)]
+    padded = operands[0].shape[2]
+    operands[0] = operands[0].reshape(-1, padded, head_dim)
+    scores = triton.pallas_call(
+        functools.partial(_key_kernel, reader=reader, rows=rows, group=group),
+        name="key_spmv",
+        num_warps=tile.NUM_WARPS,
+        interpret=interpret,
+        grid=(-(-rows // TOKENS), batch * kv_heads),
+        in_specs=[per_head(x) for x in operands],
+        out_specs=pl.BlockSpec((None, group, rows), lambda i, head: (head, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((batch * kv_heads, group, rows), jnp.float32),
+    )(*operands)
+    return scores.reshape(batch, kv_heads, group, rows)
+
+
+def _key_kernel(q_ref, bitmap_ref, values_ref, out_ref, *, reader: TileReader, rows: int, group: int) -> None:  # noqa: ANN001
+    """One tile. Refs: q [G padded, H]; bitmap and values flat; out [G, S]."""
+    start = pl.program_id(0) * TOKENS
+    tokens = start + jnp.arange(TOKENS, dtype=jnp.int32)
+    loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
+    memory = reader.scatter(reader.zeros(), *loaded)
+    _, halves = reader.keys(memory)
+    for first in range(0, q_ref.shape[0], _HEADS):
+        query = q_ref[pl.ds(first, _HEADS), :]
+        head = first + jnp.arange(_HEADS)[:, None]
+        for half, parts in enumerate(halves):
+            for parity, part in enumerate(parts):
+                column = start + half * HALF + parity + 2 * jnp.arange(COLUMNS)[None, :]
+                inside = (head < group) & (column < rows)
+                triton.store(out_ref.at[head, column], triton.dot(query, part), mask=inside)
+
+
+def value_spmv(
+    probabilities: jax.Array, value: Packed, *, params: launch.DecodeParams | None = None, interpret: bool = False
+) -> jax.Array:
+    """Sums of packed values, weighted by attention probabilities.
+
+    A block unpacks the tiles of its split one after another; the splits' sums are added in float32.
+
+    Args:
+        probabilities: [B, K, G, S], any G; rounded to the values' dtype.
+        value: packed rows [B, K, S, H], S a multiple of 32.
+        params: launch parameters; tuned ones for this device, or a heuristic, if None.
+        interpret: run as plain JAX, anywhere.
+
+    Returns:
+        float32 [B, K, G, H].
+
+    Raises:
+        NotImplementedError: see `triton.check_supported`.
+    """
+    batch, kv_heads, group, rows = probabilities.shape
+    heads, head_dim = batch * kv_heads, value.bitmap.shape[-1] * WORD
+    weights = probabilities.astype(value.values.dtype)
+    triton.check_supported(dtype=weights.dtype, head_dim=head_dim)
+    weights = _pad(_pad(weights, axis=2, multiple=_HEADS), axis=3, multiple=TOKENS)
+    parts = weights.shape[2] // _HEADS
+    params = params or launch.decode_params(heads=heads * parts, rows=rows)
+    operands = [weights.reshape(heads, parts, _HEADS, -1), *flat(value)]
+    kernel = functools.partial(
+        _value_kernel,
+        reader=TileReader(head_dim, weights.dtype, interpret),
+        rows=rows,
+        group=group,
+        tiles_per_split=-(-rows // (TOKENS * params.splits)),
+    )
+    out = triton.pallas_call(
+        kernel,
+        name="value_spmv",
+        num_warps=tile.NUM_WARPS,
+        interpret=interpret,
+        grid=(params.splits, heads, parts),
+        in_specs=[
+            pl.BlockSpec((None, None, _HEADS, weights.shape[3]), lambda split, head, part: (head, part, 0, 0)),
+            *map(per_head, operands[1:]),
+        ],
+        out_specs=pl.BlockSpec((None, None, group, head_dim), lambda split, head, part: (head, split, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((heads, params.splits, group, head_dim), jnp.float32),
+    )(*operands)
+    return out.sum(axis=1).reshape(batch, kv_heads, group, head_dim)
+
+
+def _value_kernel(
+    p_ref,  # [16, S padded]
+    bitmap_ref,
+    values_ref,
+    out_ref,  # [G, H]
+    *,
+    reader: TileReader,
+    rows: int,
+    group: int,
+    tiles_per_split: int,
+) -> None:
+    """One split, for 16 query heads."""
+    begin = pl.program_id(0) * tiles_per_split
+    end = jnp.minimum(begin + tiles_per_split, -(-rows // TOKENS))
+
+    def add(i: jax.Array, carry: tuple[list[jax.Array], triton.Memory]) -> tuple[list[jax.Array], triton.Memory]:
+        out, memory = carry
+        tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
+        loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
+        memory, operands = reader.values(reader.scatter(memory, *loaded))
+        weights = [p_ref[:, pl.ds(i * TOKENS + half * HALF, HALF)] for half in range(2)]
+        out = [
+            o + triton.dot(weights[0], first) + triton.dot(weights[1], second)
+            for o, (first, second) in zip(out, operands, strict=True)
+        ]
+        return out, memory
+
+    zeros = [jnp.zeros((_HEADS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
+    out, _ = lax.fori_loop(begin, end, add, (zeros, reader.zeros()))
+    head = pl.program_id(2) * _HEADS + jnp.arange(_HEADS)[:, None]
+    for i, part in enumerate(out):
+        channel = i * COLUMNS + jnp.arange(COLUMNS)[None, :]
+        triton.store(out_ref.at[head, channel], part, mask=jnp.broadcast_to(head < group, part.shape))
+
+
+def _pad(x: jax.Array, *, axis: int, multiple: int) -> jax.Array:
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, padding)
