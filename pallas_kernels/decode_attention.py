@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import launch, tile, triton
 from mustafar_jax.pallas_kernels.rows import Packed, Rows, check_dtype, flat, load_tile, per_head, row_count
-from mustafar_jax.pallas_kernels.tile import COLUMNS, HALF, TOKENS, TileReader
+from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader
 
 _QUERY_ROWS = 16
 """Rows of the smallest matrix product; query heads are padded to them."""
@@ -161,37 +161,27 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
             for refs in (key_refs, value_refs)
         )
         if loaded_key:
-            memory = reader.scatter(memory, *loaded_key)
-            memory, operands = reader.keys(memory)
+            memory, scores = reader.times_keys(reader.scatter(memory, *loaded_key), query)
         else:
-            operands = _dense_keys(key_refs[0], i, plan)
-        scores = [_interleave(*(triton.dot(query, part) for part in parts)) for parts in operands]
+            scores = triton.dot(query, _dense_keys(key_refs[0], tokens, plan))
         if plan.centred:
-            scores = [s + e for s, e in zip(scores, _mean_scores(*mean_refs, i, plan), strict=True)]
-        columns = [i * TOKENS + half * HALF + jnp.arange(HALF, dtype=jnp.int32) for half in range(2)]
-        scores = [
-            jnp.where(((c >= first) & (c < last))[None, :], s * to_log2, -jnp.inf)
-            for s, c in zip(scores, columns, strict=True)
-        ]
-        m_new = jnp.maximum(m, jnp.maximum(*scores).max(axis=1))
-        decay = jnp.exp2(m - m_new)
-        weights = [jnp.exp2(s - m_new[:, None]) for s in scores]
-        total = total * decay[:, None] + sum(weights)
+            scores += _mean_scores(*mean_refs, i, plan)
+        scores = jnp.where(seen[None, :], scores * to_log2, -jnp.inf)
+        m_new = jnp.maximum(m, scores.max(axis=1))
+        decay = jnp.exp2(m - m_new)[:, None]
+        weights = jnp.exp2(scores - m_new[:, None])
+        total = total * decay + weights
+        weights, out = weights.astype(reader.dtype), [o * decay for o in out]
         if loaded_value:
-            memory = reader.scatter(memory, *loaded_value)
-            memory, operands = reader.values(memory)
+            memory, out = reader.times_values(reader.scatter(memory, *loaded_value), weights, out)
         else:
-            operands = _dense_values(value_refs[0], i, first, last, plan)
-        weights = [w.astype(reader.dtype) for w in weights]
-        out = [
-            o * decay[:, None] + sum(triton.dot(w, v) for w, v in zip(weights, ops, strict=True))
-            for o, ops in zip(out, operands, strict=True)
-        ]
+            values = _dense_values(value_refs[0], tokens, seen, plan)
+            out = [o + triton.dot(weights, v) for o, v in zip(out, values, strict=True)]
         return m_new, total, out, memory
 
     lowest = float(np.finfo(np.float32).min)
     zeros = [jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
-    total = jnp.zeros((_QUERY_ROWS, HALF), jnp.float32)
+    total = jnp.zeros((_QUERY_ROWS, TOKENS), jnp.float32)
     start = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), total, zeros, reader.zeros())
     m, total, out, _ = lax.fori_loop(begin, end, attend, start)
     head = jnp.arange(_QUERY_ROWS)
@@ -202,33 +192,19 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
     triton.store(l_ref.at[head], total.sum(axis=1), mask=head < plan.group)
 
 
-def _dense_keys(ref, i: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
-    """Operands as `TileReader.keys` gives them, from dense rows [S * H]."""
+def _dense_keys(ref, tokens: jax.Array, plan: _Plan) -> jax.Array:  # noqa: ANN001
+    """Keys [H, TOKENS] from dense rows [S * H]."""
     channel = jnp.arange(plan.reader.head_dim, dtype=jnp.int32)[:, None]
-
-    def operand(start: int) -> jax.Array:
-        token = i * TOKENS + start + 2 * jnp.arange(COLUMNS, dtype=jnp.int32)
-        # rows past the end are not seen; the last one is read in their place
-        return triton.load(ref.at[jnp.minimum(token, plan.rows - 1)[None, :] * plan.reader.head_dim + channel])
-
-    return [[operand(half * HALF + parity) for parity in range(2)] for half in range(2)]
+    # rows past the end are not seen; the last one is read in their place
+    return triton.load(ref.at[jnp.minimum(tokens, plan.rows - 1)[None, :] * plan.reader.head_dim + channel])
 
 
-def _dense_values(ref, i: jax.Array, first: jax.Array, last: jax.Array, plan: _Plan) -> list[list[jax.Array]]:  # noqa: ANN001
-    """Operands as `TileReader.values` gives them, from dense rows [S * H]; zero where a token is not seen."""
-
-    def operand(group: int, half: int) -> jax.Array:
-        channel = group * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
-        token = i * TOKENS + half * HALF + jnp.arange(HALF, dtype=jnp.int32)[:, None]
-        seen = jnp.broadcast_to((token >= first) & (token < last), (HALF, COLUMNS))
-        return triton.load(ref.at[token * plan.reader.head_dim + channel], mask=seen, other=0)
-
-    return [[operand(group, half) for half in range(2)] for group in range(plan.reader.head_dim // COLUMNS)]
-
-
-def _interleave(even: jax.Array, odd: jax.Array) -> jax.Array:
-    """[16, n] of even and of odd columns -> [16, 2 n]."""
-    return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], -1)
+def _dense_values(ref, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> list[jax.Array]:  # noqa: ANN001
+    """Values [TOKENS, COLUMNS] for each COLUMNS channels, from dense rows [S * H]; zero where not seen."""
+    mask = jnp.broadcast_to(seen[:, None], (TOKENS, COLUMNS))
+    place = tokens[:, None] * plan.reader.head_dim + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
+    groups = range(plan.reader.head_dim // COLUMNS)
+    return [triton.load(ref.at[place + group * COLUMNS], mask=mask, other=0) for group in groups]
 
 
 def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tuple[jax.Array, bool]]:
@@ -248,18 +224,12 @@ def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tu
     return [(turn, False), (mixed, True), (table, False)]
 
 
-def _mean_scores(turn_ref, mixed_ref, table_ref, i: jax.Array, plan: _Plan) -> list[jax.Array]:  # noqa: ANN001
-    """q . R_s m for a tile's tokens: a [16, HALF] block for each half."""
+def _mean_scores(turn_ref, mixed_ref, table_ref, i: jax.Array, plan: _Plan) -> jax.Array:  # noqa: ANN001
+    """q . R_s m for a tile's tokens: [16, TOKENS]."""
     cos, sin = turn_ref[0, i, :], turn_ref[1, i, :]
     a, b = mixed_ref[0], mixed_ref[1]
     turned = (a * cos + b * sin, b * cos - a * sin)
-    frequency = jnp.arange(plan.reader.head_dim // 2, dtype=jnp.int32)[:, None]
-
-    def half_scores(half: int) -> jax.Array:
-        column = half * HALF + jnp.arange(HALF, dtype=jnp.int32)[None, :]
-        return sum(triton.dot(x, triton.load(table_ref.at[which, frequency, column])) for which, x in enumerate(turned))
-
-    return [half_scores(half) for half in range(2)]
+    return sum(triton.dot(part, table_ref[which]) for which, part in enumerate(turned))
 
 
 def _tiles(rows: int) -> int:

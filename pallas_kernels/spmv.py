@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import launch, tile, triton
 from mustafar_jax.pallas_kernels.rows import WORD, Packed, check_dtype, flat, load_tile, per_head
-from mustafar_jax.pallas_kernels.tile import COLUMNS, HALF, TOKENS, TileReader
+from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader
 
 _HEADS = 16
 """Query heads of one matrix product; others are padded to a multiple."""
@@ -18,7 +18,7 @@ _HEADS = 16
 def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.Array:
     """Scores of packed keys: query . key, unscaled.
 
-    A block unpacks one tile of tokens and multiplies all query heads with it.
+    A block unpacks one tile of tokens and multiplies 16 query heads with it.
 
     Args:
         query: [B, K, G, H], the G query heads that share a KV head; any G.
@@ -37,36 +37,33 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
     check_dtype(key, query.dtype)
     reader = TileReader(head_dim, query.dtype, interpret)
     operands = [_pad(query, axis=2, multiple=_HEADS), *flat(key)]
-    padded = operands[0].shape[2]
-    operands[0] = operands[0].reshape(-1, padded, head_dim)
+    parts = operands[0].shape[2] // _HEADS
+    operands[0] = operands[0].reshape(-1, parts, _HEADS, head_dim)
     scores = triton.pallas_call(
         functools.partial(_key_kernel, reader=reader, rows=rows, group=group),
         name="key_spmv",
         num_warps=tile.NUM_WARPS,
         interpret=interpret,
-        grid=(-(-rows // TOKENS), batch * kv_heads),
-        in_specs=[per_head(x) for x in operands],
-        out_specs=pl.BlockSpec((None, group, rows), lambda i, head: (head, 0, 0)),
+        grid=(-(-rows // TOKENS), batch * kv_heads, parts),
+        in_specs=[
+            pl.BlockSpec((None, None, _HEADS, head_dim), lambda i, head, part: (head, part, 0, 0)),
+            *map(per_head, operands[1:]),
+        ],
+        out_specs=pl.BlockSpec((None, group, rows), lambda i, head, part: (head, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((batch * kv_heads, group, rows), jnp.float32),
     )(*operands)
     return scores.reshape(batch, kv_heads, group, rows)
 
 
 def _key_kernel(q_ref, bitmap_ref, values_ref, out_ref, *, reader: TileReader, rows: int, group: int) -> None:  # noqa: ANN001
-    """One tile. Refs: q [G padded, H]; bitmap and values flat; out [G, S]."""
+    """One tile, for 16 query heads. Refs: q [16, H]; bitmap and values flat; out [G, S]."""
     start = pl.program_id(0) * TOKENS
     tokens = start + jnp.arange(TOKENS, dtype=jnp.int32)
     loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
     memory = reader.scatter(reader.zeros(), *loaded)
-    _, halves = reader.keys(memory)
-    for first in range(0, q_ref.shape[0], _HEADS):
-        query = q_ref[pl.ds(first, _HEADS), :]
-        head = first + jnp.arange(_HEADS)[:, None]
-        for half, parts in enumerate(halves):
-            for parity, part in enumerate(parts):
-                column = start + half * HALF + parity + 2 * jnp.arange(COLUMNS)[None, :]
-                inside = (head < group) & (column < rows)
-                triton.store(out_ref.at[head, column], triton.dot(query, part), mask=inside)
+    _, scores = reader.times_keys(memory, q_ref[...])
+    head = pl.program_id(2) * _HEADS + jnp.arange(_HEADS)[:, None]
+    triton.store(out_ref.at[head, tokens[None, :]], scores, mask=(head < group) & (tokens < rows)[None, :])
 
 
 def value_spmv(
@@ -138,12 +135,8 @@ def _value_kernel(
         out, memory = carry
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
         loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
-        memory, operands = reader.values(reader.scatter(memory, *loaded))
-        weights = [p_ref[:, pl.ds(i * TOKENS + half * HALF, HALF)] for half in range(2)]
-        out = [
-            o + triton.dot(weights[0], first) + triton.dot(weights[1], second)
-            for o, (first, second) in zip(out, operands, strict=True)
-        ]
+        weights = p_ref[:, pl.ds(i * TOKENS, TOKENS)]
+        memory, out = reader.times_values(reader.scatter(memory, *loaded), weights, out)
         return out, memory
 
     zeros = [jnp.zeros((_HEADS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]

@@ -66,17 +66,17 @@ class TileReader:
                 words, places = _next_word([words[0] ^ lowest, *words[1:]], places)
         return triton.synchronise(memory, interpret=self.interpret)
 
-    def keys(self, memory: triton.Memory) -> tuple[triton.Memory, list[list[jax.Array]]]:
-        """Read a tile for `queries @ keys`, and empty it.
+    def times_keys(self, memory: triton.Memory, query: jax.Array) -> tuple[triton.Memory, jax.Array]:
+        """Multiply queries [16, H] with a tile of keys, and empty it.
 
         Returns:
-            The empty tile, and for each half of the tokens operands [H, COLUMNS] of its even and of its odd tokens.
+            The empty tile, and float32 scores [16, TOKENS].
         """
         row, lane = _lane() >> 2, _lane() & 3
         start = triton.shared_offset(memory, lane * np.int32(2 * _STRIDE) + row * 4, interpret=self.interpret)
         halves, read = [], []
         for half in range(2):
-            steps: list[list[list[jax.Array]]] = [[], []]  # [parity][step][i]
+            steps: list[list[list[jax.Array]]] = [[], []]  # [even or odd tokens][step][i]
             for step in range(self.head_dim // 16):
                 words = []
                 for i, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -86,29 +86,37 @@ class TileReader:
                 for parity in range(2):
                     pairs = (words[:2], words[2:])
                     steps[parity].append([triton.pick_halves(*w, parity, interpret=self.interpret) for w in pairs])
-            halves.append([_operand(of_parity, self.dtype) for of_parity in steps])
-        return triton.synchronise(memory, read, interpret=self.interpret), halves
+            scores = [triton.dot(query, _operand(of_parity, self.dtype)) for of_parity in steps]
+            halves.append(jnp.stack(scores, axis=-1).reshape(query.shape[0], HALF))
+        return triton.synchronise(memory, read, interpret=self.interpret), join_halves(*halves)
 
-    def values(self, memory: triton.Memory) -> tuple[triton.Memory, list[list[jax.Array]]]:
-        """Read a tile for `probabilities @ values`, and empty it.
+    def times_values(
+        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array]
+    ) -> tuple[triton.Memory, list[jax.Array]]:
+        """Add the product of weights [16, TOKENS] with a tile of values to `out`, and empty the tile.
 
-        Returns:
-            The empty tile, and for each COLUMNS channels operands [HALF, COLUMNS] of the tokens' halves.
+        Args:
+            memory: the tile.
+            weights: of the tile's dtype.
+            out: float32 [16, COLUMNS] for each COLUMNS channels.
         """
         row, lane = _lane() >> 2, _lane() & 3
         start = triton.shared_offset(memory, row * np.int32(_STRIDE) + lane * 4, interpret=self.interpret)
-        groups, read = [], []
+        sums, read = [], []
         for group in range(self.head_dim // COLUMNS):
-            halves = []
-            for half in range(2):
-                steps = []
-                for step in range(HALF // 16):
-                    offsets = [_STRIDE * COLUMNS * group + 2 * (HALF * half + 16 * step + 8 * i) for i in range(2)]
-                    steps.append([triton.shared_load(memory, start, o, interpret=self.interpret) for o in offsets])
-                read += [word for step in steps for word in step]
-                halves.append(_operand(steps, self.dtype))
-            groups.append(halves)
-        return triton.synchronise(memory, read, interpret=self.interpret), groups
+            steps = []
+            for step in range(TOKENS // 16):
+                offsets = [_STRIDE * COLUMNS * group + 2 * (16 * step + 8 * i) for i in range(2)]
+                words = [triton.shared_load(memory, start, o, interpret=self.interpret) for o in offsets]
+                read += words
+                steps.append([triton.copy(word, interpret=self.interpret) for word in words])
+            sums.append(out[group] + triton.dot(weights, _operand(steps, self.dtype)))
+        return triton.synchronise(memory, read, interpret=self.interpret), sums
+
+
+def join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
+    """[16, HALF] and [16, HALF] -> [16, TOKENS]."""
+    return jnp.stack([first, second], axis=-1).transpose(0, 2, 1).reshape(first.shape[0], TOKENS)
 
 
 def _lane() -> jax.Array:
