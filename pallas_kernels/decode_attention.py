@@ -155,6 +155,8 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
         m, total, out, memory = carry
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
         seen = (tokens >= first) & (tokens < last)
+        columns = tile.token_of_column(tokens)
+        seen_columns = (columns >= first) & (columns < last)
         # both at once: the values are in flight while the keys are unpacked
         loaded_key, loaded_value = (
             load_tile(*refs, tokens, seen, head_dim=reader.head_dim, rows=plan.rows) if len(refs) == 2 else None
@@ -163,19 +165,19 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
         if loaded_key:
             memory, scores = reader.times_keys(reader.scatter(memory, *loaded_key), query)
         else:
-            scores = triton.dot(query, _dense_keys(key_refs[0], tokens, plan))
+            scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
         if plan.centred:
             scores += _mean_scores(*mean_refs, i, plan)
-        scores = jnp.where(seen[None, :], scores * to_log2, -jnp.inf)
+        scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
         m_new = jnp.maximum(m, scores.max(axis=1))
         decay = jnp.exp2(m - m_new)[:, None]
         weights = jnp.exp2(scores - m_new[:, None])
         total = total * decay + weights
         weights, out = weights.astype(reader.dtype), [o * decay for o in out]
         if loaded_value:
-            memory, out = reader.times_values(reader.scatter(memory, *loaded_value), weights, out)
+            memory, out = reader.times_values(reader.scatter(memory, *loaded_value), weights, out, order="columns")
         else:
-            values = _dense_values(value_refs[0], tokens, seen, plan)
+            values = _dense_values(value_refs[0], columns, seen_columns, plan)
             out = [o + triton.dot(weights, v) for o, v in zip(out, values, strict=True)]
         return m_new, total, out, memory
 
@@ -218,7 +220,7 @@ def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tu
     a, b = q1 * m1 + q2 * m2, q2 * m1 - q1 * m2
     mixed = jnp.stack([_pad_query(x, heads) for x in (a, b)], axis=1)  # [heads, 2, 16, H / 2]
     start = (mean.offset + jnp.arange(_tiles(rows)) * TOKENS)[:, None] * mean.inv_freq
-    within = mean.inv_freq[:, None] * jnp.arange(TOKENS)
+    within = mean.inv_freq[:, None] * tile.token_of_column(jnp.arange(TOKENS))
     turn = jnp.stack([jnp.cos(start), jnp.sin(start)])  # [2, tiles, H / 2]
     table = jnp.stack([jnp.cos(within), jnp.sin(within)])  # [2, H / 2, TOKENS]
     return [(turn, False), (mixed, True), (table, False)]

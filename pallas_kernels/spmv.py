@@ -63,7 +63,8 @@ def _key_kernel(q_ref, bitmap_ref, values_ref, out_ref, *, reader: TileReader, r
     memory = reader.scatter(reader.zeros(), *loaded)
     _, scores = reader.times_keys(memory, q_ref[...])
     head = pl.program_id(2) * _HEADS + jnp.arange(_HEADS)[:, None]
-    triton.store(out_ref.at[head, tokens[None, :]], scores, mask=(head < group) & (tokens < rows)[None, :])
+    column = tile.token_of_column(tokens)
+    triton.store(out_ref.at[head, column[None, :]], scores, mask=(head < group) & (column < rows)[None, :])
 
 
 def value_spmv(
@@ -136,7 +137,7 @@ def _value_kernel(
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
         loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
         weights = p_ref[:, pl.ds(i * TOKENS, TOKENS)]
-        memory, out = reader.times_values(reader.scatter(memory, *loaded), weights, out)
+        memory, out = reader.times_values(reader.scatter(memory, *loaded), weights, out, order="tokens")
         return out, memory
 
     zeros = [jnp.zeros((_HEADS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]

@@ -11,7 +11,7 @@ channel, for values 4 token pairs of 8 neighbouring channels. Stores meet in a b
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ COLUMNS = 32
 """Columns of an operand of 16 rows of which each thread holds 4 entries."""
 _STRIDE = 68 * 4
 """Bytes from one channel to the next."""
+
+
+Order = Literal["tokens", "columns"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +73,11 @@ class TileReader:
         """Multiply queries [16, H] with a tile of keys, and empty it.
 
         Returns:
-            The empty tile, and float32 scores [16, TOKENS].
+            The empty tile, and float32 scores [16, TOKENS], column c for the token `token_of_column(c)`.
         """
         row, lane = _lane() >> 2, _lane() & 3
-        start = triton.shared_offset(memory, lane * np.int32(2 * _STRIDE) + row * 4, interpret=self.interpret)
+        place = lane * np.int32(2 * _STRIDE) + 2 * token_of_column(2 * row)
+        start = triton.shared_offset(memory, place, interpret=self.interpret)
         halves, read = [], []
         for half in range(2):
             steps: list[list[list[jax.Array]]] = [[], []]  # [even or odd tokens][step][i]
@@ -86,18 +90,19 @@ class TileReader:
                 for parity in range(2):
                     pairs = (words[:2], words[2:])
                     steps[parity].append([triton.pick_halves(*w, parity, interpret=self.interpret) for w in pairs])
-            scores = [triton.dot(query, _operand(of_parity, self.dtype)) for of_parity in steps]
+            scores = [triton.dot(query, _operand(of_parity, self.dtype, "tokens")) for of_parity in steps]
             halves.append(jnp.stack(scores, axis=-1).reshape(query.shape[0], HALF))
         return triton.synchronise(memory, read, interpret=self.interpret), join_halves(*halves)
 
     def times_values(
-        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array]
+        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order
     ) -> tuple[triton.Memory, list[jax.Array]]:
         """Add the product of weights [16, TOKENS] with a tile of values to `out`, and empty the tile.
 
         Args:
             memory: the tile.
-            weights: of the tile's dtype.
+            weights: of the tile's dtype, a column for each token.
+            order: how the columns stand for the tokens: as the tokens do, or as `token_of_column` says.
             out: float32 [16, COLUMNS] for each COLUMNS channels.
         """
         row, lane = _lane() >> 2, _lane() & 3
@@ -109,8 +114,8 @@ class TileReader:
                 offsets = [_STRIDE * COLUMNS * group + 2 * (16 * step + 8 * i) for i in range(2)]
                 words = [triton.shared_load(memory, start, o, interpret=self.interpret) for o in offsets]
                 read += words
-                steps.append([triton.copy(word, interpret=self.interpret) for word in words])
-            sums.append(out[group] + triton.dot(weights, _operand(steps, self.dtype)))
+                steps.append(words)
+            sums.append(out[group] + triton.dot(weights, _operand(steps, self.dtype, order)))
         return triton.synchronise(memory, read, interpret=self.interpret), sums
 
 
@@ -119,22 +124,32 @@ def join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.stack([first, second], axis=-1).transpose(0, 2, 1).reshape(first.shape[0], TOKENS)
 
 
+def token_of_column(column: jax.Array) -> jax.Array:
+    """The token of a tile that a column of the scores stands for: pairs of tokens within each 16 in another order.
+
+    Of a column's bits h, i and j (two of them) within 16, lowest first h i j, the token has h j i.
+    """
+    return (column & ~15) | (column & 1) | ((column >> 1 & 1) << 3) | ((column >> 2 & 3) << 1)
+
+
 def _lane() -> jax.Array:
     return jnp.arange(TOKENS, dtype=jnp.int32)
 
 
-def _operand(steps: list[list[jax.Array]], dtype: Any) -> jax.Array:
+def _operand(steps: list[list[jax.Array]], dtype: Any, order: Order) -> jax.Array:
     """The [16 * steps, COLUMNS] operand whose words each thread has read: steps[step][i], each [4 * COLUMNS].
 
-    Thread (column, j) holds rows 16 step + 8 i + 2 j + h, h in a word's halves; the compiler gives the product's
-    operand the same threads, so no data moves.
+    Thread (column, j) holds rows 16 step + 8 i + 2 j + h, h in a word's halves, or 16 step + 4 j + 2 i + h in the order
+    "columns". These are the two layouts that the compiler gives a product's operands (2 and 4 neighbouring rows per
+    thread), so no data moves. It takes the second where the other operand comes from a product of such operands.
     """
     parts = [triton.as_dtype_pairs(word, dtype) for step in steps for word in step]  # [step, i][h]
     stacked = _stack([half for part in parts for half in part])  # [4 * COLUMNS, 2, ..., 2]: bits of step, then i, h
     count = len(steps)
     stacked = stacked.reshape(COLUMNS, 4, *stacked.shape[1:])
     *step_bits, i, h = range(2, stacked.ndim)
-    return stacked.transpose(*step_bits, i, 1, h, 0).reshape(16 * count, COLUMNS)
+    rows = (i, 1, h) if order == "tokens" else (1, i, h)
+    return stacked.transpose(*step_bits, *rows, 0).reshape(16 * count, COLUMNS)
 
 
 def _stack(parts: list[jax.Array]) -> jax.Array:

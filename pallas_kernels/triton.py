@@ -135,11 +135,6 @@ def highest_bit(x: jax.Array, *, interpret: bool) -> jax.Array:
     return _asm("bfind.u32 $0, $1;", x)
 
 
-def copy(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """The same int32 values, as a value of its own to the compiler, which lays out both for their uses; free."""
-    return x if interpret else _asm("mov.b32 $0, $1;", x)
-
-
 def pick_halves(a: jax.Array, b: jax.Array, half: int, *, interpret: bool) -> jax.Array:
     """int32: half `half` (0 low, 1 high) of a in the low half, the same half of b in the high one."""
     if interpret:
