@@ -168,7 +168,9 @@ def _present() -> tuple[str, ...]:
 def _check_present(name: str) -> None:
     """Raise NotImplementedError for what only lowering would find out: a backend named alone may be for elsewhere."""
     if name != "xla" and jax.default_backend() != "gpu":
-        raise NotImplementedError(f"implementation={name!r} needs a GPU; the default backend is {jax.default_backend()}")
+        raise NotImplementedError(
+            f"implementation={name!r} needs a GPU; the default backend is {jax.default_backend()}"
+        )
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -106,8 +107,8 @@ def decode_attention(
         grid=(params.splits, heads),
         in_specs=specs,
         out_specs=[
-            pl.BlockSpec((None, None, group, *s), lambda split, head, rank=len(s): (head, split) + (0,) * (1 + rank))
-            for s in shapes
+            pl.BlockSpec((None, None, group, head_dim), lambda split, head: (head, split, 0, 0)),
+            *[pl.BlockSpec((None, None, group), lambda split, head: (head, split, 0))] * 2,
         ],
         out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
     )(*operands)
@@ -133,18 +134,22 @@ class _Plan:
     centred: bool
 
 
-def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> None:  # noqa: ANN001, ANN002
+def _kernel(
+    range_ref: triton.Ref,  # [2]
+    q_ref: triton.Ref,  # [16, H]
+    *refs: triton.Ref,
+    plan: _Plan,
+    packed: tuple[bool, bool],
+) -> None:
     """One split of one KV head.
 
-    Refs: range [2]; q [16, H], permuted; for keys and for values bitmap [S * H / 32] and values [S * slots], or dense
-    rows [S * H]; with a mean: turn [2, tiles, H / 2], mixed [2, 16, H] and table [H, 128]; outputs out [G, H], m [G],
-    l [G].
+    The other refs: for keys and for values bitmap [S * H / 32] and values [S * slots], or dense rows [S * H]; with a
+    mean turn [2, tiles, H / 2], mixed [2, 16, H / 2] and table [2, H / 2, TOKENS]; outputs out [G, H], m [G], l [G].
     """
     reader = plan.reader
-    refs = list(refs)
-    key_refs, value_refs = ([refs.pop(0) for _ in range(1 + is_packed)] for is_packed in packed)
-    mean_refs = [refs.pop(0) for _ in range(3 if plan.centred else 0)]
-    out_ref, m_ref, l_ref = refs
+    inputs, (out_ref, m_ref, l_ref) = iter(refs[:-3]), refs[-3:]
+    key_refs, value_refs = (list(itertools.islice(inputs, 1 + is_packed)) for is_packed in packed)
+    mean_refs = list(inputs)
     first, last = range_ref[0], range_ref[1]
     begin = jnp.maximum(pl.program_id(0) * plan.tiles_per_split, first // TOKENS)
     end = jnp.minimum((pl.program_id(0) + 1) * plan.tiles_per_split, -(-last // TOKENS))
@@ -167,7 +172,7 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
         else:
             scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
         if plan.centred:
-            scores += _mean_scores(*mean_refs, i, plan)
+            scores += _mean_scores(*mean_refs, i)
         scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
         m_new = jnp.maximum(m, scores.max(axis=1))
         decay = jnp.exp2(m - m_new)[:, None]
@@ -194,14 +199,14 @@ def _kernel(range_ref, q_ref, *refs, plan: _Plan, packed: tuple[bool, bool]) -> 
     triton.store(l_ref.at[head], total.sum(axis=1), mask=head < plan.group)
 
 
-def _dense_keys(ref, tokens: jax.Array, plan: _Plan) -> jax.Array:  # noqa: ANN001
+def _dense_keys(ref: triton.Ref, tokens: jax.Array, plan: _Plan) -> jax.Array:
     """Keys [H, TOKENS] from dense rows [S * H]."""
     channel = jnp.arange(plan.reader.head_dim, dtype=jnp.int32)[:, None]
     # rows past the end are not seen; the last one is read in their place
     return triton.load(ref.at[jnp.minimum(tokens, plan.rows - 1)[None, :] * plan.reader.head_dim + channel])
 
 
-def _dense_values(ref, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> list[jax.Array]:  # noqa: ANN001
+def _dense_values(ref: triton.Ref, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> list[jax.Array]:
     """Values [TOKENS, COLUMNS] for each COLUMNS channels, from dense rows [S * H]; zero where not seen."""
     mask = jnp.broadcast_to(seen[:, None], (TOKENS, COLUMNS))
     place = tokens[:, None] * plan.reader.head_dim + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
@@ -226,7 +231,7 @@ def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tu
     return [(turn, False), (mixed, True), (table, False)]
 
 
-def _mean_scores(turn_ref, mixed_ref, table_ref, i: jax.Array, plan: _Plan) -> jax.Array:  # noqa: ANN001
+def _mean_scores(turn_ref: triton.Ref, mixed_ref: triton.Ref, table_ref: triton.Ref, i: jax.Array) -> jax.Array:
     """q . R_s m for a tile's tokens: [16, TOKENS]."""
     cos, sin = turn_ref[0, i, :], turn_ref[1, i, :]
     a, b = mixed_ref[0], mixed_ref[1]

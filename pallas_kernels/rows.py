@@ -59,7 +59,7 @@ def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
 
 
 def load_tile(
-    bitmap_ref: Any, values_ref: Any, tokens: jax.Array, seen: jax.Array, *, head_dim: int, rows: int
+    bitmap_ref: triton.Ref, values_ref: triton.Ref, tokens: jax.Array, seen: jax.Array, *, head_dim: int, rows: int
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Load a tile of packed rows, a row per thread.
 

@@ -55,8 +55,17 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
     return scores.reshape(batch, kv_heads, group, rows)
 
 
-def _key_kernel(q_ref, bitmap_ref, values_ref, out_ref, *, reader: TileReader, rows: int, group: int) -> None:  # noqa: ANN001
-    """One tile, for 16 query heads. Refs: q [16, H]; bitmap and values flat; out [G, S]."""
+def _key_kernel(
+    q_ref: triton.Ref,  # [16, H]
+    bitmap_ref: triton.Ref,  # [S * H / 32]
+    values_ref: triton.Ref,  # [S * slots]
+    out_ref: triton.Ref,  # [G, S]
+    *,
+    reader: TileReader,
+    rows: int,
+    group: int,
+) -> None:
+    """One tile, for 16 query heads."""
     start = pl.program_id(0) * TOKENS
     tokens = start + jnp.arange(TOKENS, dtype=jnp.int32)
     loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
@@ -118,10 +127,10 @@ def value_spmv(
 
 
 def _value_kernel(
-    p_ref,  # [16, S padded]
-    bitmap_ref,
-    values_ref,
-    out_ref,  # [G, H]
+    p_ref: triton.Ref,  # [16, S padded to whole tiles]
+    bitmap_ref: triton.Ref,  # [S * H / 32]
+    values_ref: triton.Ref,  # [S * slots]
+    out_ref: triton.Ref,  # [G, H]
     *,
     reader: TileReader,
     rows: int,

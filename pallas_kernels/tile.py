@@ -170,6 +170,8 @@ def _skip_empty(words: list[jax.Array], places: list[jax.Array]) -> tuple[list[j
 def _next_word(words: list[jax.Array], places: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     """Where the first word is used up, move the others one place ahead."""
     done = words[0] == 0
-    words = [jnp.where(done, ahead, word) for word, ahead in zip(words, [*words[1:], jnp.zeros_like(done, jnp.int32)], strict=True)]
-    places = [jnp.where(done, ahead, place) for place, ahead in zip(places, [*places[1:], places[-1]], strict=True)]
-    return words, places
+
+    def shift(values: list[jax.Array], last: jax.Array) -> list[jax.Array]:
+        return [jnp.where(done, ahead, here) for here, ahead in zip(values, [*values[1:], last], strict=True)]
+
+    return shift(words, jnp.zeros_like(words[0])), shift(places, places[-1])

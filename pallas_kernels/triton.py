@@ -35,6 +35,10 @@ SHARED_BYTES = 48 * 1024
 """Static shared memory that a block of any CUDA GPU may have."""
 
 Memory = jax.Array
+"""A buffer in shared memory: see the module."""
+
+Ref = Any
+"""A kernel's view of an operand; Pallas has no public type for it. Comments give the shapes."""
 
 
 def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> None:
@@ -92,12 +96,12 @@ _cuda_only_p.def_abstract_eval(lambda x: x)
 _cuda_only_p.def_impl(lambda x: jax.jit(_cuda_only_p.bind)(x))
 
 
-def _lower_elsewhere(ctx: Any, x: Any) -> Any:
+def _lower_elsewhere(_context: Any, _x: Any) -> Any:
     raise NotImplementedError("the Triton kernels lower for CUDA alone; elsewhere pass interpret=True, or use XLA")
 
 
 mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
-mlir.register_lowering(_cuda_only_p, lambda ctx, x: [x], platform="cuda")
+mlir.register_lowering(_cuda_only_p, lambda _context, x: [x], platform="cuda")
 
 load, store = plgpu.load, plgpu.store
 
