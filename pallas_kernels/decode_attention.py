@@ -112,7 +112,9 @@ def decode_attention(
         ],
         out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
     )(*operands)
-    return tuple(x.reshape(batch, kv_heads, *x.shape[1:]) for x in merge_splits(out, m, l))
+    out, m, l = merge_splits(out, m, l)  # noqa: E741
+    leading = (batch, kv_heads, group)
+    return out.reshape(*leading, head_dim), m.reshape(leading), l.reshape(leading)
 
 
 def merge_splits(out: jax.Array, m: jax.Array, l: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:  # noqa: E741
@@ -164,15 +166,15 @@ def _kernel(
         seen_columns = (columns >= first) & (columns < last)
         # both at once: the values are in flight while the keys are unpacked
         loaded_key, loaded_value = (
-            load_tile(*refs, tokens, seen, head_dim=reader.head_dim, rows=plan.rows) if len(refs) == 2 else None
-            for refs in (key_refs, value_refs)
+            load_tile(refs[0], refs[1], tokens, seen, head_dim=reader.head_dim, rows=plan.rows) if is_packed else None
+            for refs, is_packed in zip((key_refs, value_refs), packed, strict=True)
         )
         if loaded_key:
             memory, scores = reader.times_keys(reader.scatter(memory, *loaded_key), query)
         else:
             scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
         if plan.centred:
-            scores += _mean_scores(*mean_refs, i)
+            scores += _mean_scores(mean_refs, i)
         scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
         m_new = jnp.maximum(m, scores.max(axis=1))
         decay = jnp.exp2(m - m_new)[:, None]
@@ -231,12 +233,13 @@ def _mean_tables(query: jax.Array, mean: Mean, rows: int, heads: int) -> list[tu
     return [(turn, False), (mixed, True), (table, False)]
 
 
-def _mean_scores(turn_ref: triton.Ref, mixed_ref: triton.Ref, table_ref: triton.Ref, i: jax.Array) -> jax.Array:
+def _mean_scores(refs: list[triton.Ref], i: jax.Array) -> jax.Array:
     """q . R_s m for a tile's tokens: [16, TOKENS]."""
+    turn_ref, mixed_ref, table_ref = refs
     cos, sin = turn_ref[0, i, :], turn_ref[1, i, :]
     a, b = mixed_ref[0], mixed_ref[1]
     turned = (a * cos + b * sin, b * cos - a * sin)
-    return sum(triton.dot(part, table_ref[which]) for which, part in enumerate(turned))
+    return triton.dot(turned[0], table_ref[0]) + triton.dot(turned[1], table_ref[1])
 
 
 def _tiles(rows: int) -> int:

@@ -88,8 +88,9 @@ class TileReader:
                     words.append(triton.shared_load(memory, start, offset, interpret=self.interpret))
                 read += words
                 for parity in range(2):
-                    pairs = (words[:2], words[2:])
-                    steps[parity].append([triton.pick_halves(*w, parity, interpret=self.interpret) for w in pairs])
+                    pairs = ((words[0], words[1]), (words[2], words[3]))
+                    picked = [triton.pick_halves(a, b, parity, interpret=self.interpret) for a, b in pairs]
+                    steps[parity].append(picked)
             scores = [triton.dot(query, _operand(of_parity, self.dtype, "tokens")) for of_parity in steps]
             halves.append(jnp.stack(scores, axis=-1).reshape(query.shape[0], HALF))
         return triton.synchronise(memory, read, interpret=self.interpret), join_halves(*halves)

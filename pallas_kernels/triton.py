@@ -22,12 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from jax.extend import core
 from jax.interpreters import mlir
-
-with warnings.catch_warnings():  # jax >= 0.11 announces that this backend will go; here is the place to replace it
-    warnings.simplefilter("ignore")
-    from jax.experimental.pallas import triton as plgpu
 
 WARP = 32
 MIN_COMPUTE_CAPABILITY = 8.0
@@ -75,17 +72,11 @@ def pallas_call(
     **options: Any,
 ) -> Callable[..., Any]:
     """`pl.pallas_call` through Triton; lowering it for another platform than CUDA raises NotImplementedError."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-        call = pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **options)
+    params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    call = pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **options)
 
     def run(first: jax.Array, *rest: jax.Array) -> Any:
-        if not interpret:
-            first = _cuda_only_p.bind(first)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return call(first, *rest)
+        return call(first if interpret else _cuda_only_p.bind(first), *rest)
 
     return run
 
@@ -100,8 +91,16 @@ def _lower_elsewhere(_context: Any, _x: Any) -> Any:
     raise NotImplementedError("the Triton kernels lower for CUDA alone; elsewhere pass interpret=True, or use XLA")
 
 
+def _lower_for_cuda(_context: Any, x: Any) -> list[Any]:
+    # jax >= 0.11 announces that this backend will go. It warns when it lowers a kernel, which is next, so the filter
+    # is set here: one that was set at import may be gone by now.
+    message = "The Pallas Triton backend is deprecated"
+    warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
+    return [x]
+
+
 mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
-mlir.register_lowering(_cuda_only_p, lambda _context, x: [x], platform="cuda")
+mlir.register_lowering(_cuda_only_p, _lower_for_cuda, platform="cuda")
 
 load, store = plgpu.load, plgpu.store
 

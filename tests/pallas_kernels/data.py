@@ -43,7 +43,10 @@ def poison(rows, outside):
 
 def implementations(pytest):
     """Parameters for `interpret`: plain JAX anywhere, and the compiled kernel where there is a GPU."""
-    return [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.mark.gpu, id="device")]
+    return [
+        pytest.param(True, id="interpret", marks=pytest.mark.slow),
+        pytest.param(False, marks=pytest.mark.gpu, id="device"),
+    ]
 
 
 def float32(*arrays):

@@ -20,7 +20,7 @@ from tests.pallas_kernels.lowering import lower_for_cuda
 BF16, F16 = jnp.bfloat16, jnp.float16
 
 
-def run(query, key, value, first, last, *, splits=2, interpret, mean=None):
+def run(query, key, value, first, last, *, splits=2, interpret, mean=None, times=1):
     first, last = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
     call = functools.partial(
         kernels.decode_attention,
@@ -29,7 +29,9 @@ def run(query, key, value, first, last, *, splits=2, interpret, mean=None):
         params=DecodeParams(splits),
         interpret=interpret,
     )
-    return jax.jit(call)(query, key, value, first, last)
+    compiled = jax.jit(call)
+    results = [compiled(query, key, value, first, last) for _ in range(times)]
+    return results[0] if times == 1 else results
 
 
 def check(actual, expected, dtype):
@@ -66,9 +68,8 @@ def test_agrees_with_dense_attention(case, interpret):
     key, dense_key = rows_of(rng, shape, dtype, k_sparsity, kind)
     value, dense_value = rows_of(rng, shape, dtype, v_sparsity, kind)
     first, last = jnp.zeros(batch, jnp.int32), jnp.full(batch, rows, jnp.int32)
-    actual = run(query, key, value, first, last, interpret=interpret)
+    actual, again = run(query, key, value, first, last, interpret=interpret, times=2)
     check(actual, attend(query, dense_key, dense_value, first, last, head_dim**-0.5), dtype)
-    again = run(query, key, value, first, last, interpret=interpret)
     for one, other in zip(actual, again, strict=True):
         np.testing.assert_array_equal(bits(one), bits(other))
 

@@ -28,19 +28,19 @@ def test_products_agree_with_dense_ones(case, interpret):
     query = jnp.asarray(rng.standard_normal((1, kv_heads, group, head_dim)), dtype)
     weights = jnp.asarray(rng.random((1, kv_heads, group, dense.shape[2])), dtype)
 
-    def products():
-        scores = jax.jit(lambda *args: spmv.key_spmv(*args, interpret=interpret))(query, packed)
+    @jax.jit
+    def products(query, weights, packed):
         params = DecodeParams(2 if rows > 128 else 1)
-        sums = jax.jit(lambda *args: spmv.value_spmv(*args, params=params, interpret=interpret))(weights, packed)
-        return scores, sums
+        sums = spmv.value_spmv(weights, packed, params=params, interpret=interpret)
+        return spmv.key_spmv(query, packed, interpret=interpret), sums
 
     with jax.default_matmul_precision("highest"):
         wanted_scores = jnp.einsum("bkgh,bksh->bkgs", *float32(query, dense))
         wanted_sums = jnp.einsum("bkgs,bksh->bkgh", *float32(weights, dense))
-    scores, sums = products()
+    scores, sums = products(query, weights, packed)
     assert rms_error_ratio(scores, wanted_scores) < 1e-5
     assert rms_error_ratio(sums, wanted_sums) < 1e-5
-    for one, other in zip((scores, sums), products(), strict=True):
+    for one, other in zip((scores, sums), products(query, weights, packed), strict=True):
         np.testing.assert_array_equal(bits(one), bits(other))
 
 
