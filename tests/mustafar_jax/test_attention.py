@@ -52,6 +52,13 @@ def filled(config, lengths, rng, dtype=jnp.float32, **sizes):
     return prefill_jit(cache, key, value, jnp.asarray(lengths, jnp.int32))
 
 
+@pytest.fixture
+def exact_products():
+    """Float32 products in float32: prefill has JAX's default precision, which is TF32 on NVIDIA GPUs."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def poisoned(cache):
     """The cache with NaN, or inverted bits, wherever no token has been written."""
 
@@ -152,7 +159,7 @@ def test_centred_keys_lose_nothing_where_every_entry_is_kept():
 
 @pytest.mark.parametrize("length", [1, 63, 700, 1024])
 @pytest.mark.parametrize("window", [None, 48])
-def test_prefill_attention(length, window):
+def test_prefill_attention(length, window, exact_products):
     rng = np.random.default_rng(8)
     query, key, value = (normal(rng, 2, length, heads, 32) for heads in (4, 2, 2))
     lengths = jnp.array([length, (length + 1) // 2])
@@ -169,7 +176,7 @@ def test_prefill_attention(length, window):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prefill_attention_in_every_dtype(dtype):
+def test_prefill_attention_in_every_dtype(dtype, exact_products):
     rng = np.random.default_rng(9)
     query, key, value = (normal(rng, 2, 40, heads, 32, dtype=dtype) for heads in (4, 2, 2))
     out = prefill_attention(query, key, value, jnp.array([40, 40]))
