@@ -268,7 +268,7 @@ KEY = jnp.ones((BATCH, 40, KV_HEADS, HEAD_DIM))
         (ValueError, r"lengths=\[40, 41\] must lie in 0 \.\. 40", lambda c: prefill(c, KEY, KEY, [40, 41])),
         (ValueError, r"lengths=\[-1, 2\] must lie in 0", lambda c: prefill(c, KEY, KEY, np.array([-1, 2]))),
         (ValueError, r"lengths is int\d+\[3\]; wanted integers \[2\]", lambda c: prefill(c, KEY, KEY, [1, 2, 3])),
-        (ValueError, r"lengths is float\d+\[2\]; wanted integers", lambda c: prefill(c, KEY, KEY, [1.0, 2.0])),
+        (ValueError, r"lengths is float\d+\[2\]; wanted integers", lambda c: prefill(c, KEY, KEY, np.ones(2))),
         (
             ValueError,
             r"rows=\[0, 0\] must be different sequences in 0 \.\. 1",
