@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 
 from mustafar_jax import CompressionConfig, LayerCache, append, attention, decode_attention, prefill, prefill_attention
 from mustafar_jax.cache import PackedCache, Store
-from tests.helpers import DTYPES, attention_on_dense, rms_error_ratio, rope_frequencies
+from tests.helpers import CONFIGS, DTYPES, attention_on_dense, rms_error_ratio, rope_frequencies
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 3, 2, 64, 448, 300
-CONFIGS = {
-    "dense": CompressionConfig(0, 0),
-    "published": CompressionConfig(0.7, 0.5),
-    "recommended": CompressionConfig.recommended(0.7, 0.7),
-    "dense keys": CompressionConfig.recommended(0, 0.7),
-    "dense values": CompressionConfig.recommended(0.5, 0, group=64, residual_length=40),
-    "no window": CompressionConfig.recommended(0.5, 0.5, residual_length=0, sink_tokens=1),
-}
 TOLERANCE = {jnp.bfloat16: 5e-3, jnp.float16: 1e-3, jnp.float32: 1e-5}
 
 prefill_jit = jax.jit(prefill)

@@ -14,18 +14,10 @@ from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention
 from mustafar_jax.cache import DenseCache, PackedCache
 from mustafar_jax.pruning import rescale_to_norm
 from mustafar_jax.rope import rotate
-from tests.helpers import DTYPES, rope_frequencies
+from tests.helpers import CONFIGS, DTYPES, rope_frequencies
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 2, 2, 64, 256, 150
 INV_FREQ = rope_frequencies(HEAD_DIM)
-CONFIGS = {
-    "dense": CompressionConfig(0, 0),
-    "published": CompressionConfig(0.7, 0.5),
-    "recommended": CompressionConfig.recommended(0.7, 0.7),
-    "dense keys": CompressionConfig.recommended(0, 0.7),
-    "dense values": CompressionConfig.recommended(0.5, 0, group=64, residual_length=40),
-    "no window": CompressionConfig.recommended(0.5, 0.5, residual_length=0, sink_tokens=1),
-}
 prefill_jit = jax.jit(prefill)
 append_jit = jax.jit(append, donate_argnums=0)
 
