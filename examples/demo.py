@@ -15,7 +15,7 @@ import mustafar_jax as mj
 from mustafar_jax import text
 from mustafar_jax.generation import DENSE
 
-QUESTION = "Summarize in a few sentences what the following text says.\n\n"
+QUESTION = "\n\nList three complaints about the King that this text makes."
 MAX_NEW_TOKENS = 96
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Load, prefill over a thousand tokens, and write with both caches."""
     model, tokenizer = mj.models.load(model_file())
     document = pathlib.Path(__file__).with_name("declaration.txt").read_text(encoding="utf-8")
-    tokens = text.encode(tokenizer, QUESTION + document, chat=True)
+    tokens = text.encode(tokenizer, document + QUESTION, chat=True)
     print(f"SmolLM2-135M-Instruct on {jax.devices()[0].device_kind}; prompt of {tokens.shape[1]} tokens\n")
     configs = {"dense cache": DENSE, "compressed cache": mj.CompressionConfig.recommended(0.7, 0.7)}
     for name, config in configs.items():

@@ -59,7 +59,7 @@ def load(
     Args:
         source: a folder in Hugging Face's layout (config.json and safetensors), a .gguf file, or a hub id.
         dtype: of the weights, the computation and the cache: bfloat16, float16 or float32. None takes the
-            checkpoint's; bfloat16 for a GGUF file.
+            checkpoint's; for a GGUF file bfloat16, or float32 where JAX runs on a CPU.
         mesh: devices to spread the weights over, as `MESH_AXES` says; None puts all on the default device.
         progress: called as `progress(done, total)` after each tensor, in bytes.
 
@@ -74,16 +74,33 @@ def load(
     path = Path(source)
     if path.is_file():
         return _load_gguf(path, dtype, mesh, progress)
-    folder = path if path.is_dir() else _download(source)
+    folder = path if path.is_dir() else _download(source, ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"])
     fields = _read_json(folder / "config.json")
-    model_class = _model_class(fields)
-    generation = folder / "generation_config.json"
-    config = model_class.read_config(fields, _read_json(generation) if generation.exists() else None)
+    model_class, config = _read_config(folder, fields)
     tensors, stored_dtype = open_safetensors(folder)
     if dtype is None:
         dtype = _stated_dtype(fields) or stored_dtype
     model = load_weights(model_class, config, tensors, dtype=dtype, mesh=mesh, progress=progress)
     return model, _load_tokenizer(folder)
+
+
+def load_config(source: str | os.PathLike[str]) -> ModelConfig:
+    """Read a model's description alone: of a folder its config.json, of a .gguf file its header, and no weights.
+
+    Args:
+        source: as `load` takes it; of a hub id only config.json and generation_config.json are fetched.
+
+    Raises:
+        FileNotFoundError: nothing is there, or no config.json.
+        ValueError: an unsupported or damaged description.
+    """
+    path = Path(source)
+    if path.is_file():
+        from mustafar_jax.models.gguf import open_gguf  # imported here since gguf imports this module
+
+        return open_gguf(path)[0]
+    folder = path if path.is_dir() else _download(source, ["config.json", "generation_config.json"])
+    return _read_config(folder, _read_json(folder / "config.json"))[1]
 
 
 def load_weights(
@@ -268,6 +285,13 @@ def _check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return dtype
 
 
+def _read_config(folder: Path, fields: Mapping[str, Any]) -> tuple[type[Llama], ModelConfig]:
+    """The model class and its description that config.json's fields, and generation_config.json, give."""
+    model_class = _model_class(fields)
+    generation = folder / "generation_config.json"
+    return model_class, model_class.read_config(fields, _read_json(generation) if generation.exists() else None)
+
+
 def _model_class(fields: Mapping[str, Any]) -> type[Llama]:
     kind = fields.get("model_type")
     model_class = MODELS.get(kind) if isinstance(kind, str) else None
@@ -313,17 +337,17 @@ def _load_gguf(file: Path, dtype: DTypeLike | None, mesh: Mesh | None, progress:
     from mustafar_jax.models.tokenizer import load_gguf_tokenizer
 
     config, tensors = open_gguf(file)
-    dtype = jnp.bfloat16 if dtype is None else dtype
+    if dtype is None:  # CPUs take twice as long for a bfloat16 token, which XLA emulates there
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = load_weights(Llama, config, tensors, dtype=dtype, mesh=mesh, progress=progress)
     return model, load_gguf_tokenizer(file)
 
 
-def _download(source: str | os.PathLike[str]) -> Path:
-    """Fetch a hub id's checkpoint into the hub's cache, or find it there."""
+def _download(source: str | os.PathLike[str], patterns: list[str]) -> Path:
+    """Fetch those of a hub id's files that fit the patterns into the hub's cache, or find them there."""
     import huggingface_hub  # only hub ids need it
 
     try:
-        patterns = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(

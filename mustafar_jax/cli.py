@@ -27,11 +27,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. An error of the user's is one line on stderr."""
+    """Run the command; returns the exit status. An error of the user's is a message on stderr, without a traceback."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, NotImplementedError, FileNotFoundError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
         print(f"mustafar {options.command}: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -99,13 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     shows = commands.add_parser("info", help="a model's shape and its cache's costs")
     shows.set_defaults(run=info)
     shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
-    for command in (writes, shows):
+    for command, default in ((writes, "the checkpoint's"), (shows, "bfloat16")):
+        command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {default} unless given")
         _add_compression(command)
     return parser
 
 
 def _add_compression(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help="of weights and cache; the checkpoint's unless given")
     command.add_argument("--k-sparsity", type=float, default=0.7, help="removed of each key; 0: dense (%(default)s)")
     command.add_argument("--v-sparsity", type=float, default=0.7, help="removed of each value; 0: dense (%(default)s)")
     command.add_argument("--residual-length", type=int, default=32, help="recent tokens kept dense (%(default)s)")
@@ -137,7 +137,9 @@ def _progress() -> Progress:
         TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    # Where it is no terminal that shows them, the bars would leave an empty line.
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _report(progress: Progress, task: TaskID, done: int, total: int) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -37,8 +38,13 @@ class Layer(Protocol):
 class Model(Protocol):
     """What generation needs of a language model; a pytree, such as a Flax NNX module."""
 
-    config: Any  # with vocab_size and max_position_embeddings
-    layers: Sequence[Layer]
+    @property
+    def config(self) -> Any:
+        """The model's shape: vocab_size and max_position_embeddings are read."""
+
+    @property
+    def layers(self) -> Iterable[Layer]:
+        """The decoder layers, all of one structure, so that a function jitted over one compiles once."""
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [...] -> hidden [..., D]."""
@@ -76,7 +82,14 @@ class Sampling(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where a generation stands: int32 token [B], not yet in the caches; whether each sequence has stopped; tokens so far."""
+    """Where a generation stands.
+
+    Attributes:
+        token: int32 [B], not yet in the caches.
+        finished: bool [B], whether each sequence has stopped.
+        step: int32, tokens so far.
+        caches: one per layer.
+    """
 
     token: jax.Array
     finished: jax.Array
@@ -89,7 +102,7 @@ def generate(
     tokens: ArrayLike,
     *,
     max_new_tokens: int,
-    lengths: ArrayLike | None = None,
+    lengths: ArrayLike | Sequence[int] | None = None,
     config: CompressionConfig | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -117,12 +130,11 @@ def generate(
         ValueError: an argument out of its range, an empty prompt, a prompt and max_new_tokens that together exceed the
             model's context; before any work is done.
     """
-    options = _Options.checked(
-        model, tokens, max_new_tokens, lengths, config, temperature, top_p, key, eos_id, implementation
-    )
-    state = _start(model, options, progress)
+    sampling = _check_sampling(temperature, top_p, key)
+    request = _check_request(model, tokens, lengths, max_new_tokens, config, sampling, eos_id, implementation)
+    state = _start(model, request, progress)
     written, count, _ = _decode_loop(
-        model, state, options.sampling, options.eos, options.implementation, max_new_tokens
+        model, state, sampling, request.eos, request.implementation, request.max_new_tokens
     )
     return Generation(written, count)
 
@@ -132,7 +144,7 @@ def stream(
     tokens: ArrayLike,
     *,
     max_new_tokens: int,
-    lengths: ArrayLike | None = None,
+    lengths: ArrayLike | Sequence[int] | None = None,
     config: CompressionConfig | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -145,10 +157,9 @@ def stream(
 
     Arguments, errors and tokens are those of `generate`; the stream ends when every sequence has stopped.
     """
-    options = _Options.checked(
-        model, tokens, max_new_tokens, lengths, config, temperature, top_p, key, eos_id, implementation
-    )
-    return _steps(model, options, progress)
+    sampling = _check_sampling(temperature, top_p, key)
+    request = _check_request(model, tokens, lengths, max_new_tokens, config, sampling, eos_id, implementation)
+    return _steps(model, request, progress)
 
 
 def log_likelihoods(
@@ -165,8 +176,8 @@ def log_likelihoods(
     Args:
         model: as in `generate`.
         tokens: int [B, S], texts of one length.
-        prompt_length: tokens that are prefilled, 1 .. S - 1; the others are appended one by one, whatever the model would
-            have written.
+        prompt_length: tokens that are prefilled, 1 .. S - 1; the others are appended one by one, whatever the model
+            would have written.
         config, implementation, progress: as in `generate`.
 
     Returns:
@@ -177,14 +188,23 @@ def log_likelihoods(
     """
     tokens = _check_tokens(model, tokens)
     batch, length = tokens.shape
+    if length < 2:
+        raise ValueError(f"tokens has shape {tokens.shape}; wanted at least two tokens per text")
     if not 1 <= prompt_length < length:
         raise ValueError(f"{prompt_length=} must lie in 1 .. {length - 1}, below the {length} tokens of each text")
-    _check_context(model, length, 0)
+    context = model.config.max_position_embeddings
+    if length > context:
+        raise ValueError(f"tokens has shape {tokens.shape}: {length} tokens exceed the model's context of {context}")
+    implementation = check_implementation(implementation)
     caches = model.init_cache(config or DENSE, batch=batch, capacity=length)
     lengths = jnp.full(batch, prompt_length, jnp.int32)
     logits, caches = prefill_prompt(model, tokens[:, :prompt_length], lengths, caches, progress=progress)
-    scores, _ = _score_loop(model, logits, caches, tokens[:, prompt_length:], check_implementation(implementation))
-    return scores
+    # Layer by layer, not token by token: what a layer makes of a token depends on its own cache and the layer below
+    # alone, so the numbers are the same, and one layer is compiled, and serves for all.
+    hidden = _embed(model, tokens[:, prompt_length:-1])
+    for layer, cache in zip(model.layers, caches, strict=True):
+        hidden, _ = _decode_layer(layer, hidden, cache, implementation)
+    return _log_probabilities(model, logits, hidden, tokens[:, prompt_length:])
 
 
 def prefill_prompt(
@@ -192,8 +212,8 @@ def prefill_prompt(
 ) -> tuple[jax.Array, Caches]:
     """Run prompts through the model, layer by layer, and fill the caches.
 
-    Each layer's keys and values are pruned and packed before the next layer begins, so at most one layer's are held dense;
-    one layer is compiled, and serves for all.
+    Each layer's keys and values are pruned and packed before the next layer begins, so at most one layer's are held
+    dense; one layer is compiled, and serves for all.
 
     Args:
         model: the model.
@@ -219,7 +239,7 @@ def prefill_prompt(
 def decode_step(
     model: Model, token: jax.Array, caches: Caches, *, implementation: Implementation = None
 ) -> tuple[jax.Array, Caches]:
-    """Run one token per sequence through the model: int32 [B], caches -> float32 logits [B, V], caches with the token."""
+    """Run one token per sequence through the model: int32 [B], caches -> float32 logits [B, V], the caches with it."""
     hidden = model.embed(token)
     grown = []
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -229,7 +249,7 @@ def decode_step(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class _Request:
     """The checked arguments of a generation."""
 
     tokens: jax.Array
@@ -240,53 +260,31 @@ class _Options:
     eos: jax.Array
     implementation: Implementation
 
-    @classmethod
-    def checked(
-        cls,
-        model: Model,
-        tokens: ArrayLike,
-        max_new_tokens: int,
-        lengths: ArrayLike | None,
-        config: CompressionConfig | None,
-        temperature: float,
-        top_p: float,
-        key: jax.Array | None,
-        eos_id: int | Sequence[int] | None,
-        implementation: Implementation,
-    ) -> "_Options":
-        tokens = _check_tokens(model, tokens)
-        batch, length = tokens.shape
-        if max_new_tokens < 1:
-            raise ValueError(f"{max_new_tokens=} must be at least 1")
-        _check_context(model, length, max_new_tokens)
-        valid = check_lengths(lengths, batch, length, shortest=1)
-        sampling = _check_sampling(temperature, top_p, key)
-        eos = jnp.asarray([] if eos_id is None else np.atleast_1d(eos_id), jnp.int32)
-        return cls(tokens, valid, max_new_tokens, config or DENSE, sampling, eos, check_implementation(implementation))
 
-
-def _start(model: Model, options: _Options, progress: Progress | None) -> DecodeState:
+def _start(model: Model, request: _Request, progress: Progress | None) -> DecodeState:
     """Prefill, and choose the first token."""
-    batch, length = options.tokens.shape
-    caches = model.init_cache(options.config, batch=batch, capacity=length + options.max_new_tokens)
-    logits, caches = prefill_prompt(model, options.tokens, options.lengths, caches, progress=progress)
+    batch, length = request.tokens.shape
+    caches = model.init_cache(request.config, batch=batch, capacity=length + request.max_new_tokens)
+    logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, progress=progress)
     step = jnp.int32(0)
-    token = _choose(logits, options.sampling, step)
-    return DecodeState(token, _is_stop(token, options.eos), step + 1, caches)
+    token = _choose(logits, request.sampling, step)
+    return DecodeState(token, _is_stop(token, request.eos), step + 1, caches)
 
 
-def _steps(model: Model, options: _Options, progress: Progress | None) -> Iterator[np.ndarray]:
-    state = _start(model, options, progress)
+def _steps(model: Model, request: _Request, progress: Progress | None) -> Iterator[np.ndarray]:
+    state = _start(model, request, progress)
     yield np.asarray(state.token)
-    for _ in range(options.max_new_tokens - 1):
+    for _ in range(request.max_new_tokens - 1):
         if state.finished.all():
             return
-        state = _step(model, state, options.sampling, options.eos, options.implementation)
+        state = _step(model, state, request.sampling, request.eos, request.implementation)
         yield np.asarray(state.token)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _prefill_layer(layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+def _prefill_layer(
+    layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array
+) -> tuple[jax.Array, LayerCache]:
     return layer.prefill(hidden, cache, lengths)
 
 
@@ -319,7 +317,7 @@ def _decode_loop(
     implementation: Implementation,
     max_new_tokens: int,
 ) -> tuple[jax.Array, jax.Array, DecodeState]:
-    """All steps on the device: tokens [B, max_new_tokens], their counts [B], and the state, whose buffers were donated."""
+    """All steps on the device: tokens [B, max_new_tokens], their counts [B], and the state, which was donated."""
     batch = state.token.shape[0]
     written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(state.token)
     Carry = tuple[DecodeState, jax.Array, jax.Array]  # noqa: N806
@@ -338,29 +336,43 @@ def _decode_loop(
     return written, count, state
 
 
-@functools.partial(jax.jit, static_argnames="implementation", donate_argnames="caches")
-def _score_loop(
-    model: Model, logits: jax.Array, caches: Caches, targets: jax.Array, implementation: Implementation
-) -> tuple[jax.Array, Caches]:
-    """Log-probabilities [B, n] of targets [B, n], the first under `logits`; and the caches, which were donated."""
+@functools.partial(jax.jit, static_argnames="implementation", donate_argnames="cache")
+def _decode_layer(
+    layer: Layer, hidden: jax.Array, cache: LayerCache, implementation: Implementation
+) -> tuple[jax.Array, LayerCache]:
+    """Run tokens [B, n, D] through one layer, one after the other; the cache, which was donated, holds them then."""
+
+    def advance(cache: LayerCache, token: jax.Array) -> tuple[LayerCache, jax.Array]:
+        out, cache = layer.decode(token, cache, implementation=implementation)
+        return cache, out
+
+    cache, outs = lax.scan(advance, cache, hidden.swapaxes(0, 1))
+    return outs.swapaxes(0, 1), cache
+
+
+@jax.jit
+def _log_probabilities(model: Model, logits: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities [B, n] of targets [B, n]: the first under logits [B, V], others after hidden [B, n - 1, D]."""
 
     def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
         return jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], axis=-1)[:, 0]
 
-    def advance(caches: Caches, pair: tuple[jax.Array, jax.Array]) -> tuple[Caches, jax.Array]:
-        token, target = pair
-        logits, caches = decode_step(model, token, caches, implementation=implementation)
-        return caches, log_probability(logits, target)
+    def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, target = pair
+        return log_probability(model.logits(hidden), target)
 
-    caches, scores = lax.scan(advance, caches, (targets.T[:-1], targets.T[1:]))
-    return jnp.concatenate([log_probability(logits, targets[:, 0])[:, None], scores.T], axis=1), caches
+    # A few tokens at a time: all their logits at once could take more memory than the model.
+    scores = lax.map(score, (hidden.swapaxes(0, 1), targets.T[1:]), batch_size=64)
+    return jnp.concatenate([log_probability(logits, targets[:, 0])[:, None], scores.T], axis=1)
 
 
 def _choose(logits: jax.Array, sampling: Sampling | None, step: jax.Array) -> jax.Array:
     """float32 [B, V] -> int32 [B]: the likeliest token, or one drawn with a key of this step and each row."""
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = _nucleus(logits / sampling.temperature, sampling.top_p)
+    # The likeliest token's logit is 0, so that no temperature, however low, makes infinity of it.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    logits = _nucleus(logits, sampling.top_p)
     key = jax.random.fold_in(sampling.key, step)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -380,6 +392,31 @@ def _is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
     return (token[:, None] == eos).any(axis=-1)
 
 
+def _check_request(
+    model: Model,
+    tokens: ArrayLike,
+    lengths: ArrayLike | Sequence[int] | None,
+    max_new_tokens: int,
+    config: CompressionConfig | None,
+    sampling: Sampling | None,
+    eos_id: int | Sequence[int] | None,
+    implementation: Implementation,
+) -> _Request:
+    tokens = _check_tokens(model, tokens)
+    batch, length = tokens.shape
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    context = model.config.max_position_embeddings
+    if length + max_new_tokens > context:
+        raise ValueError(f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}")
+    valid = check_lengths(lengths, batch, length, shortest=1)
+    config = config or DENSE
+    # Whether the model's caches can be of this config shows without allocating them.
+    jax.eval_shape(functools.partial(model.init_cache, config, batch=batch, capacity=length + max_new_tokens))
+    eos, names = _check_eos(eos_id), check_implementation(implementation)
+    return _Request(tokens, valid, max_new_tokens, config, sampling, eos, names)
+
+
 def _check_tokens(model: Model, tokens: ArrayLike) -> jax.Array:
     given = np.asarray(tokens)
     if given.ndim != 2 or not np.issubdtype(given.dtype, np.integer):
@@ -387,23 +424,32 @@ def _check_tokens(model: Model, tokens: ArrayLike) -> jax.Array:
     if given.size == 0:
         raise ValueError(f"tokens has shape {given.shape}: an empty prompt; wanted at least one token per sequence")
     if given.min() < 0 or given.max() >= model.config.vocab_size:
-        raise ValueError(f"tokens holds {given.min()} .. {given.max()}; the vocabulary is 0 .. {model.config.vocab_size - 1}")
+        raise ValueError(
+            f"tokens holds {given.min()} .. {given.max()}; the vocabulary is 0 .. {model.config.vocab_size - 1}"
+        )
     return jnp.asarray(given, jnp.int32)
 
 
-def _check_context(model: Model, length: int, max_new_tokens: int) -> None:
-    context = model.config.max_position_embeddings
-    if length + max_new_tokens > context:
-        raise ValueError(f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}")
-
-
-def _check_sampling(temperature: float, top_p: float, key: jax.Array | None) -> Sampling | None:
-    if temperature < 0:
-        raise ValueError(f"{temperature=} must be at least 0")
+def _check_sampling(temperature: float, top_p: float, key: Any) -> Sampling | None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"{temperature=} must be finite and at least 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"{top_p=} must lie in (0, 1]")
     if temperature == 0:
         return None
     if key is None:
         raise ValueError(f"key=None: {temperature=} draws tokens at random, which needs a jax.random.key")
+    if not isinstance(key, jax.Array) or key.shape != () or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        given = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
+        raise ValueError(f"key is {given}; wanted one jax.random.key")
+    # XLA takes subnormal numbers for 0.
+    temperature = max(temperature, float(jnp.finfo(jnp.float32).tiny))
     return Sampling(key, jnp.float32(temperature), jnp.float32(top_p))
+
+
+def _check_eos(eos_id: int | Sequence[int] | None) -> jax.Array:
+    """The stop tokens, int32 [n]."""
+    given = np.atleast_1d(() if eos_id is None else eos_id)
+    if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
+        raise ValueError(f"{eos_id=} must be an integer, a sequence of integers, or None")
+    return jnp.asarray(given, jnp.int32)

@@ -34,22 +34,36 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
 def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Iterator[str]:
     """Continue one prompt, yielding the text that each step adds; '' where a character is not yet whole.
 
+    Together the pieces are the text of all tokens: what is not whole when the last step has come is yielded after it.
+
     Args:
         model: the model.
         tokenizer: a Hugging Face tokenizer.
         tokens: int32 [1, S], as `encode` gives them.
         options: those of `generate`; `eos_id` is the model's own unless given.
+
+    Raises:
+        ValueError: as `generate` does, and more than one prompt; before any work is done.
     """
+    if np.ndim(tokens) == 2 and len(tokens) != 1:
+        raise ValueError(f"tokens has shape {np.shape(tokens)}; wanted one prompt, [1, S]")
     options = {"eos_id": model.config.eos_ids or None} | options
+    return _pieces(tokenizer, generation.stream(model, tokens, **options))
+
+
+def _pieces(tokenizer: Any, steps: Iterator[np.ndarray]) -> Iterator[str]:
+    """The text that each step adds, and what is left at the end."""
     written: list[int] = []
     # Each step decodes the last shown piece and what follows it: a token's text may depend on the one before.
-    context, shown = 0, 0
-    for step in generation.stream(model, tokens, **options):
+    context, shown, rest = 0, 0, ""
+    for step in steps:
         written.append(int(step[0]))
         before = tokenizer.decode(written[context:shown], skip_special_tokens=True)
-        text = tokenizer.decode(written[context:], skip_special_tokens=True)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        rest = tokenizer.decode(written[context:], skip_special_tokens=True)[len(before) :]
+        if rest.endswith("\N{REPLACEMENT CHARACTER}"):
             yield ""
             continue
-        context, shown = shown, len(written)
-        yield text[len(before) :]
+        yield rest
+        context, shown, rest = shown, len(written), ""
+    if rest:
+        yield rest

@@ -4,7 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mustafar_jax import CompressionConfig
+
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+CONFIGS = {
+    "dense": CompressionConfig(0, 0),
+    "published": CompressionConfig(0.7, 0.5),
+    "recommended": CompressionConfig.recommended(0.7, 0.7),
+    "dense keys": CompressionConfig.recommended(0, 0.7),
+    "dense values": CompressionConfig.recommended(0.5, 0, group=64, residual_length=40),
+    "no window": CompressionConfig.recommended(0.5, 0.5, residual_length=0, sink_tokens=1),
+}
 
 
 def bits(x):

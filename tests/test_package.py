@@ -1,0 +1,147 @@
+"""How the three packages hang together: which imports which, what importing costs, and what they export."""
+
+import ast
+import importlib
+import importlib.metadata
+import pathlib
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = {
+    "mustafar_jax": ROOT / "mustafar_jax",
+    "mustafar_jax.models": ROOT / "models",
+    "mustafar_jax.pallas_kernels": ROOT / "pallas_kernels",
+}
+
+
+def files(package: str) -> list[pathlib.Path]:
+    found = sorted(PACKAGES[package].glob("**/*.py"))
+    assert found
+    return found
+
+
+def imports(file: pathlib.Path, *, lazy: bool) -> set[str]:
+    """What a file imports, as `package.module.name`: when it is imported itself, or later in functions, too."""
+    return set(_imports(ast.parse(file.read_text(encoding="utf-8")), lazy))
+
+
+def _imports(node: ast.AST, lazy: bool) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not lazy:
+        return
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        children: list[ast.AST] = list(node.orelse)
+    else:
+        children = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names)
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0
+        yield from (f"{node.module}.{name.name}" for name in node.names)
+    for child in children:
+        yield from _imports(child, lazy)
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def is_third_party(module: str) -> bool:
+    top = module.split(".")[0]
+    return top not in sys.stdlib_module_names and top != "mustafar_jax"
+
+
+def test_imports_are_found():
+    source = """
+import a.b, c
+if TYPE_CHECKING:
+    from d import e
+else:
+    import f
+class G:
+    from h import i
+    def later(self):
+        import j
+"""
+    tree = ast.parse(source)
+    assert set(_imports(tree, lazy=False)) == {"a.b", "c", "f", "h.i"}
+    assert set(_imports(tree, lazy=True)) == {"a.b", "c", "f", "h.i", "j"}
+
+
+@pytest.mark.parametrize("file", files("mustafar_jax.pallas_kernels"), ids=lambda file: file.name)
+def test_the_kernels_depend_on_jax_alone(file):
+    for module in imports(file, lazy=True):
+        assert not is_third_party(module) or module.split(".")[0] in ("jax", "numpy")
+        assert not within(module, "mustafar_jax") or within(module, "mustafar_jax.pallas_kernels")
+
+
+@pytest.mark.parametrize("file", files("mustafar_jax"), ids=lambda file: file.name)
+def test_the_core_needs_no_model(file):
+    extras = {"rich"} if file.name == "cli.py" else set()
+    for module in imports(file, lazy=file.name != "cli.py"):
+        assert not within(module, "mustafar_jax.models")
+        assert not is_third_party(module) or module.split(".")[0] in {"jax", "numpy"} | extras
+
+
+@pytest.mark.parametrize("file", files("mustafar_jax.models"), ids=lambda file: file.name)
+def test_the_models_need_neither_kernels_nor_the_command_line(file):
+    for module in imports(file, lazy=True):
+        assert not within(module, "mustafar_jax.pallas_kernels")
+        assert not within(module, "mustafar_jax.cli")
+
+
+def test_importing_the_package_loads_neither_flax_nor_transformers_nor_torch():
+    program = """
+import sys
+import mustafar_jax
+heavy = {"flax", "gguf", "rich", "safetensors", "torch", "transformers"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert "mustafar_jax.models" not in sys.modules
+assert mustafar_jax.models is sys.modules["mustafar_jax.models"]
+assert "flax" in sys.modules
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_loading_models_and_tokenizers_loads_no_torch():
+    program = """
+import sys
+sys.modules["torch"] = None  # as where it is not installed: importing it raises
+import mustafar_jax.cli
+import mustafar_jax.models.gguf
+import mustafar_jax.models.tokenizer
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    package = importlib.import_module("mustafar_jax")
+    with pytest.raises(AttributeError, match="module 'mustafar_jax' has no attribute 'nonsense'"):
+        _ = package.nonsense
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_what_is_exported_exists_and_is_documented(name):
+    package = importlib.import_module(name)
+    exported = getattr(package, "__all__", [])
+    assert name == "mustafar_jax.pallas_kernels" or exported
+    assert sorted(set(exported)) == sorted(exported)
+    for each in exported:
+        assert getattr(package, each).__doc__
+
+
+def test_the_installed_version_is_that_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert importlib.metadata.version("mustafar_jax") == project["version"]
+
+
+def test_the_packages_are_installed_from_their_folders():
+    for name, folder in PACKAGES.items():
+        file = importlib.import_module(name).__file__
+        assert file is not None
+        assert (folder / "__init__.py").read_bytes() == pathlib.Path(file).read_bytes()
