@@ -49,7 +49,12 @@ def main() -> None:
         for name, config in track(CONFIGS.items(), "configs", console=Console(stderr=True))
     }
     rows = [row(model, name, config, scores, length) for name, config in CONFIGS.items()]
-    result = {"settings": vars(options), "where": origin, "windows": len(tokens), "rows": rows}
+    settings = vars(options) | {
+        "model": pathlib.Path(options.model).name,
+        "text": [pathlib.Path(text).name for text in options.text],
+        "output": options.output.name,
+    }
+    result = {"settings": settings, "where": origin, "windows": len(tokens), "rows": rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
     Console().print(table(rows))
@@ -97,9 +102,11 @@ def row(model: Any, name: str, config: mj.CompressionConfig, scores: dict[str, A
 
 def where() -> dict[str, str]:
     """The device, the versions and the commit of a measurement."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    describe = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
+        "matmul_precision": str(jax.config.read("jax_default_matmul_precision")),
         "python": sys.version.split()[0],
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "commit": commit or "unknown",

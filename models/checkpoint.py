@@ -60,7 +60,8 @@ def load(
         source: a folder in Hugging Face's layout (config.json and safetensors), a .gguf file, or a hub id.
         dtype: of the weights, the computation and the cache: bfloat16, float16 or float32. None takes the
             checkpoint's; for a GGUF file bfloat16, or float32 where JAX runs on a CPU.
-        mesh: devices to spread the weights over, as `MESH_AXES` says; None puts all on the default device.
+        mesh: devices to spread the weights over, as `MESH_AXES` says; None puts all on the default device. How
+            caches are laid out is left to the compiler.
         progress: called as `progress(done, total)` after each tensor, in bytes.
 
     Returns:

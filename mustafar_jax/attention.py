@@ -73,11 +73,12 @@ def decode_attention(
 
     Raises:
         ValueError: shapes that do not fit, sliding_window < 1, an unknown implementation.
+        TypeError: a query that is not floating-point.
         NotImplementedError: no implementation that was named can run this.
     """
     _check_decode(query, cache, sliding_window)
     batch, num_heads, head_dim = query.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
     names = check_implementation(implementation) or _present()
     out = _first_that_runs(names, grouped, cache, scale, sliding_window)
@@ -106,6 +107,7 @@ def prefill_attention(
     Returns:
         [B, S, N, H] in the query's dtype; rows of padding hold nothing of use.
     """
+    _check_window(sliding_window)
     length, chunk = query.shape[1], min(query.shape[1], PREFILL_CHUNK)
     dtype = query.dtype
     if dtype == jnp.float16:  # XLA for CPUs has no float16 product with float32 sums
@@ -117,7 +119,7 @@ def prefill_attention(
         # The last chunk is moved back to end with the prompt, so every chunk has the same shape.
         rows = jnp.minimum(start, length - chunk) + jnp.arange(chunk)
         distance = rows[:, None] - jnp.arange(length)
-        visible = (distance >= 0) & (distance < (sliding_window or length)) & valid[:, None]
+        visible = (distance >= 0) & (distance < (length if sliding_window is None else sliding_window)) & valid[:, None]
         part = jnp.take(query, rows, axis=1)
         out = jax.nn.dot_product_attention(part, key, value, mask=visible[:, None], scale=scale)
         return out.astype(dtype)
@@ -296,14 +298,17 @@ def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, windo
     if window is not None:
         raise NotImplementedError(f"cuDNN decoding has no sliding window; got sliding_window={window}")
     batch, kv_heads, group, head_dim = query.shape
-    out = jax.nn.dot_product_attention(
-        query.reshape(batch, 1, kv_heads * group, head_dim),
-        cache.key,
-        cache.value,
-        scale=scale,
-        key_value_seq_lengths=cache.lengths,
-        implementation="cudnn",
-    )
+    try:
+        out = jax.nn.dot_product_attention(
+            query.reshape(batch, 1, kv_heads * group, head_dim),
+            cache.key,
+            cache.value,
+            scale=scale,
+            key_value_seq_lengths=cache.lengths,
+            implementation="cudnn",
+        )
+    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
+        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
     some = (cache.lengths > 0)[:, None, None, None]
     return jnp.where(some, out.reshape(query.shape), 0)
 
@@ -323,8 +328,14 @@ def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | Non
         raise ValueError(f"query has shape {query.shape}; the cache wants [{cache.batch}, N, {cache.head_dim}]")
     if query.shape[1] % cache.num_kv_heads or query.shape[1] == 0:
         raise ValueError(f"query has {query.shape[1]} heads; wanted a multiple of the cache's {cache.num_kv_heads}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"{sliding_window=} must be at least 1, or None")
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise TypeError(f"query has dtype {query.dtype}; wanted a floating-point one")
+    _check_window(sliding_window)
+
+
+def _check_window(sliding_window: int | None) -> None:
+    if sliding_window is not None and (sliding_window != int(sliding_window) or sliding_window < 1):
+        raise ValueError(f"{sliding_window=} must be an integer of at least 1, or None")
 
 
 def _over_tiles(

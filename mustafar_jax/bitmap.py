@@ -82,7 +82,8 @@ def pack(x: jax.Array, mask: jax.Array | np.ndarray, *, slots: int | None = None
         slots: entries that each row has room for, rounded up to a multiple of 4; the longest row's count if None.
 
     Returns:
-        The packed array; `unpack` gives back where(mask, x, 0) bit for bit.
+        The packed array; `unpack` gives back where(mask, x, 0) bit for bit. Entries are moved as bits, through which no
+        gradient flows: it is zero.
 
     Raises:
         ValueError: shapes that differ, H not a multiple of 32, slots < 1, a concrete mask with a row of more than
@@ -185,7 +186,7 @@ def put(packed: BitmapArray, update: BitmapArray, start: jax.Array) -> BitmapArr
 def _check_pack(x: jax.Array, mask: jax.Array | np.ndarray) -> None:
     if x.ndim < 2 or mask.shape != x.shape:
         raise ValueError(f"mask has shape {mask.shape}, x has {x.shape}; wanted the same, [..., S, H]")
-    if x.shape[-1] % WORD:
+    if x.shape[-1] % WORD or x.shape[-1] == 0:
         raise ValueError(f"x has head_dim {x.shape[-1]}; wanted a multiple of {WORD}")
     if mask.dtype != bool:
         raise TypeError(f"mask has dtype {mask.dtype}; wanted bool")

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,14 @@ from mustafar_jax.pruning import METHODS, keep_count, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
 
-_register = functools.partial(functools.partial, jax.tree_util.register_dataclass)
+T = TypeVar("T")
+
+
+def _register(*, data_fields: list[str], meta_fields: list[str]) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass a pytree of its data fields; the others are static."""
+    return functools.partial(jax.tree_util.register_dataclass, data_fields=data_fields, meta_fields=meta_fields)
+
+
 _COUNTS = ["lengths", "overflow"]
 _STATIC = ["config", "capacity", "num_kv_heads", "head_dim", "dtype"]
 
@@ -72,8 +79,12 @@ class LayerCache:
             ValueError: an argument out of its range.
             TypeError: an unsupported dtype.
         """
+        if not isinstance(config, CompressionConfig):
+            raise TypeError(f"{config=} must be a CompressionConfig")
         sizes = {"batch": batch, "capacity": capacity, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, size in sizes.items():
+            if not isinstance(size, int | np.integer):
+                raise TypeError(f"{name}={size!r} must be an integer")
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
         dtype = jnp.dtype(dtype)
@@ -126,7 +137,7 @@ class LayerCache:
     def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array) -> Self:
         raise NotImplementedError
 
-    def _append(self, key: jax.Array, value: jax.Array) -> Self:
+    def _append(self, key: jax.Array, value: jax.Array) -> "LayerCache":
         raise NotImplementedError
 
 
@@ -144,20 +155,20 @@ def prefill(
         cache: the cache; what its sequences (those in `rows`) held is replaced.
         key, value: [B, S, K, H] in the cache's dtype, keys after RoPE at positions 0 .. S - 1; padded on the right.
         lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None.
-        rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None.
+        rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None. The named
+            sequences' part of the cache is copied once.
 
     Raises:
         ValueError: shapes, lengths or rows that do not fit the cache or each other, S above the capacity.
         TypeError: another dtype than the cache's.
     """
-    batch = cache.batch if rows is None else np.shape(rows)[0]
+    batch = cache.batch if rows is None else _check_rows(rows, cache.batch)
     _check_kv(cache, key, value, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
     if key.shape[1] > cache.capacity:
         raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
     lengths = check_lengths(lengths, batch, key.shape[1])
     if rows is None:
         return cache._prefill(key, value, lengths)
-    _check_rows(rows, cache.batch)
     part = jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)._prefill(key, value, lengths)
     return jax.tree.map(lambda whole, new: whole.at[jnp.asarray(rows)].set(new), cache, part)
 
@@ -260,7 +271,7 @@ class PackedCache(LayerCache):
 
     def dense_positions(self) -> jax.Array:
         """int32 [B, sinks + tail]: the position of the token in each dense slot, `lengths` or more where none is."""
-        sinks, tail = self.config.sink_tokens, _tail(self.config)
+        sinks, tail = _dense_slots(self.config, self.capacity)
         packed = self.packed_lengths[:, None]
         # The ring's oldest token has position sinks + packed, and stands in slot packed % tail.
         recent = sinks + packed + (jnp.arange(tail) - packed) % tail
@@ -294,8 +305,8 @@ class PackedCache(LayerCache):
 
     def _slot(self, position: jax.Array) -> jax.Array:
         """The dense slot that a token at this position has, or had."""
-        sinks = self.config.sink_tokens
-        return jnp.where(position < sinks, position, sinks + (position - sinks) % _tail(self.config))
+        sinks, tail = _dense_slots(self.config, self.capacity)
+        return jnp.where(position < sinks, position, sinks + (position - sinks) % tail)
 
     def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array) -> Self:
         cache = dataclasses.replace(self, lengths=lengths, overflow=jnp.zeros_like(self.overflow))
@@ -320,7 +331,7 @@ class PackedCache(LayerCache):
         tokens = jnp.take_along_axis(x, positions[:, None, :, None], axis=2, mode="clip")
         return jnp.where((positions < self.lengths[:, None])[:, None, :, None], tokens, 0)
 
-    def _append(self, key: jax.Array, value: jax.Array) -> Self:
+    def _append(self, key: jax.Array, value: jax.Array) -> "PackedCache":
         fits = self.lengths < self.capacity
         stores = (self.keys, key), (self.values, value)
         slot = jnp.where(fits, self._slot(self.lengths), self.keys.dense.shape[2])
@@ -335,8 +346,7 @@ class PackedCache(LayerCache):
         if self.config.packed_tokens(self.capacity) == 0:
             return written
         full = written.packed_lengths > self.packed_lengths
-        start = self.packed_lengths
-        return lax.cond(full.any(), lambda cache: cache._pack_oldest(start, full), lambda cache: cache, written)
+        return _pack_oldest_where(full, written, self.packed_lengths)
 
     def _pack_oldest(self, start: jax.Array, full: jax.Array) -> Self:
         """Pack the tail's oldest group into rows start .. start + group - 1 of the sequences that are full."""
@@ -373,6 +383,12 @@ def _prune(x: jax.Array, valid: jax.Array, method: str, sparsity: float, *, resc
     return bitmap.pack(x, mask & valid[:, None, :, None], slots=keep_count(x.shape[-1], sparsity))
 
 
+@jax.jit  # so that a call outside jit does not compile the two branches each time
+def _pack_oldest_where(full: jax.Array, cache: PackedCache, start: jax.Array) -> PackedCache:
+    """Pack the oldest recent group of the sequences whose group is full [B], if there are any."""
+    return lax.cond(full.any(), lambda: cache._pack_oldest(start, full), lambda: cache)
+
+
 def check_lengths(
     lengths: ArrayLike | Sequence[int] | None, batch: int, longest: int, *, shortest: int = 0
 ) -> jax.Array:
@@ -393,12 +409,16 @@ def check_lengths(
     return jnp.asarray(given, jnp.int32)
 
 
-def _check_rows(rows: ArrayLike | Sequence[int], batch: int) -> None:
-    if isinstance(rows, jax.core.Tracer):
-        return
-    given = np.asarray(rows)
-    if given.min() < 0 or given.max() >= batch or len(np.unique(given)) < len(given):
-        raise ValueError(f"rows={given.tolist()} must be different sequences in 0 .. {batch - 1}")
+def _check_rows(rows: ArrayLike | Sequence[int], batch: int) -> int:
+    """How many rows there are; ValueError unless they are different sequences of the batch."""
+    given = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if given.ndim != 1 or given.size == 0 or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"rows is {given.dtype}{list(given.shape)}; wanted integers [n], n at least 1")
+    if not isinstance(given, jax.core.Tracer):
+        given = np.asarray(given)
+        if given.min() < 0 or given.max() >= batch or len(np.unique(given)) < len(given):
+            raise ValueError(f"rows={given.tolist()} must be different sequences in 0 .. {batch - 1}")
+    return given.shape[0]
 
 
 def _check_kv(
@@ -426,9 +446,15 @@ def _frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim
     return tuple(np.asarray(inv_freq, np.float32).tolist())
 
 
-def _tail(config: CompressionConfig) -> int:
-    """Slots of the ring of recent tokens: whole groups that hold residual_length + group tokens."""
-    return -(-config.residual_length // config.group) * config.group + config.group
+def _dense_slots(config: CompressionConfig, capacity: int) -> tuple[int, int]:
+    """Slots of the sinks, and of the ring of recent tokens: whole groups that hold residual_length + group tokens.
+
+    Where no sequence can ever be long enough to be packed, there is a slot for each token of the capacity.
+    """
+    sinks = min(config.sink_tokens, capacity)
+    if config.packed_tokens(capacity) == 0:
+        return sinks, max(1, capacity - sinks)
+    return sinks, -(-config.residual_length // config.group) * config.group + config.group
 
 
 def _mean_key(cache: PackedCache, key: jax.Array) -> jax.Array:
@@ -450,7 +476,7 @@ def _empty_store(
     dtype: np.dtype[Any],
 ) -> Store:
     rows = config.packed_tokens(capacity)
-    dense = jnp.zeros((*leading, config.sink_tokens + _tail(config), head_dim), dtype)
+    dense = jnp.zeros((*leading, sum(_dense_slots(config, capacity)), head_dim), dtype)
     if sparsity == 0:
         return Store(dense, jnp.zeros((*leading, rows, head_dim), dtype))
     return Store(dense, bitmap.empty(leading, rows, head_dim, keep_count(head_dim, sparsity), dtype))

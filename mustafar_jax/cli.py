@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from mustafar_jax import text
 from mustafar_jax.cache import LayerCache
@@ -31,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+    except BrokenPipeError:  # whoever read the text has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, NotImplementedError, OverflowError, OSError) as error:
         print(f"mustafar {options.command}: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -126,8 +133,11 @@ def _prompt(options: argparse.Namespace) -> str:
         return options.prompt
     if options.prompt_file == "-":
         return sys.stdin.read()
-    with open(options.prompt_file, encoding="utf-8") as file:
-        return file.read()
+    try:
+        with open(options.prompt_file, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {options.prompt_file} is not UTF-8 text: {error}") from error
 
 
 def _progress() -> Progress:
@@ -172,7 +182,7 @@ def _summary(rate: float | None, caches: Sequence[LayerCache], config: Compressi
 
 
 def _shape_table(name: str, config: "ModelConfig") -> Table:
-    table = Table(title=name, show_header=False)
+    table = Table(title=Text(name), show_header=False)
     for field in (
         "num_layers",
         "hidden_size",

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, Self
 
+import numpy as np
+
 from mustafar_jax.bitmap import WORD
 from mustafar_jax.pruning import METHODS, check_sparsity, keep_count
 
@@ -22,12 +24,14 @@ class CompressionConfig:
         group: tokens that are pruned and packed at once, a multiple of 32.
         sink_tokens: the first tokens of a sequence that stay dense.
         center_keys: prune what is left of a key after its sequence's mean key, rotated to the token's position, is
-            taken off; attention adds that mean's score back. Needs the model's RoPE frequencies; without effect where
-            keys are dense.
+            taken off; attention adds that mean's score back. Needs the model's RoPE frequencies, in Hugging Face's
+            half-split convention. Without effect where keys are dense, and for a prompt of at most sink_tokens +
+            residual_length tokens, which has no mean.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm.
 
     Raises:
         ValueError: a field out of its range, naming it.
+        TypeError: a field of another type, naming it.
     """
 
     k_sparsity: float = 0.7
@@ -42,10 +46,15 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         for name in ("k_sparsity", "v_sparsity"):
+            if not isinstance(getattr(self, name), int | float):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a Python number")
             check_sparsity(name, getattr(self, name))
         for name in ("k_method", "v_method"):
             if getattr(self, name) not in METHODS:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {sorted(METHODS)}")
+        for name in ("residual_length", "group", "sink_tokens"):
+            if not isinstance(getattr(self, name), int | np.integer):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be an integer")
         for name in ("residual_length", "sink_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
@@ -73,5 +82,7 @@ class CompressionConfig:
 
     def true_sparsity(self, head_dim: int) -> tuple[float, float]:
         """The fractions of packed keys and values that are really removed, after `keep_count` has rounded."""
-        k_kept, v_kept = (keep_count(head_dim, sparsity) for sparsity in (self.k_sparsity, self.v_sparsity))
-        return 1 - k_kept / head_dim, 1 - v_kept / head_dim
+        keys, values = (
+            1 - keep_count(head_dim, sparsity) / head_dim for sparsity in (self.k_sparsity, self.v_sparsity)
+        )
+        return max(keys, 0.0), max(values, 0.0)  # a head_dim that is no multiple of 4 is rounded up to one

@@ -404,13 +404,13 @@ def _check_request(
 ) -> _Request:
     tokens = _check_tokens(model, tokens)
     batch, length = tokens.shape
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be an integer of at least 1")
     context = model.config.max_position_embeddings
     if length + max_new_tokens > context:
         raise ValueError(f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}")
     valid = check_lengths(lengths, batch, length, shortest=1)
-    config = config or DENSE
+    config = DENSE if config is None else config
     # Whether the model's caches can be of this config shows without allocating them.
     jax.eval_shape(functools.partial(model.init_cache, config, batch=batch, capacity=length + max_new_tokens))
     eos, names = _check_eos(eos_id), check_implementation(implementation)
@@ -452,4 +452,6 @@ def _check_eos(eos_id: int | Sequence[int] | None) -> jax.Array:
     given = np.atleast_1d(() if eos_id is None else eos_id)
     if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
         raise ValueError(f"{eos_id=} must be an integer, a sequence of integers, or None")
+    if given.size and not 0 <= given.min() <= given.max() < 2**31:
+        raise ValueError(f"{eos_id=} must hold tokens, 0 .. 2**31 - 1")
     return jnp.asarray(given, jnp.int32)

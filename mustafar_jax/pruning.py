@@ -20,11 +20,11 @@ def check_sparsity(name: str, sparsity: float) -> None:
 def keep_count(size: int, sparsity: float) -> int:
     """Entries that a vector of `size` keeps: the smallest multiple of 4 that is >= (1 - sparsity) * size.
 
-    128 at 0.7 gives 40 (a true sparsity of 0.6875). Raises ValueError for a sparsity outside [0, 1).
+    At least 4. 128 at 0.7 gives 40 (a true sparsity of 0.6875). Raises ValueError for a sparsity outside [0, 1).
     """
     check_sparsity("sparsity", sparsity)
     wanted = round((1 - sparsity) * size, 6)  # (1 - 0.7) * 40 is 12.000000000000002 in binary floating point
-    return 4 * math.ceil(wanted / 4)
+    return max(4, 4 * math.ceil(wanted / 4))
 
 
 def magnitude_mask(x: jax.Array, sparsity: float, *, axis: int = -1) -> jax.Array:

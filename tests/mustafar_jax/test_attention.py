@@ -185,6 +185,10 @@ def test_implementations_fall_through():
     np.testing.assert_array_equal(attend(query, cache, implementation=("cudnn", "xla")), expected)
     with pytest.raises(NotImplementedError, match="implementation='cudnn' does not attend packed caches"):
         attend(query, cache, implementation="cudnn")
+    dense = filled(CONFIGS["dense"], [300, 100, 40], rng, jnp.bfloat16)
+    half = query.astype(jnp.bfloat16)
+    either, xla = (attend(half, dense, implementation=names) for names in (("cudnn", "xla"), "xla"))
+    assert rms_error_ratio(either, xla) < TOLERANCE[jnp.bfloat16]
     with pytest.raises(NotImplementedError, match="cuDNN wants bfloat16 or float16; query is float32"):
         attend(query, filled(CONFIGS["dense"], [1, 1, 1], rng), implementation="cudnn")
 
@@ -197,7 +201,7 @@ def test_implementations_fall_through():
         (r"query has shape \(2, 6, 64\)", {"query": jnp.ones((2, 6, 64))}),
         (r"query has shape \(3, 1, 6, 64\)", {"query": jnp.ones((3, 1, 6, 64))}),
         ("query has 5 heads; wanted a multiple of the cache's 2", {"query": jnp.ones((3, 5, 64))}),
-        ("sliding_window=0 must be at least 1", {"sliding_window": 0}),
+        ("sliding_window=0 must be an integer of at least 1", {"sliding_window": 0}),
         ("implementation='pallas' must be one of", {"implementation": "pallas"}),
         ("implementation='pallas' must be one of", {"implementation": ("xla", "pallas")}),
         (r"implementation=\(\) names none", {"implementation": ()}),

@@ -145,6 +145,34 @@ def test_bytes(dtype):
     assert real.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
 
 
+@pytest.mark.parametrize("capacity", [1, 3, 16, 40, 67, 68])
+def test_a_cache_too_short_to_pack_takes_no_more_than_a_dense_one(capacity):
+    key, value = sequences(5, length=capacity + 1)
+    cache = prefill(
+        empty(CONFIGS["recommended"], capacity=capacity), key[:, : capacity // 2], value[:, : capacity // 2]
+    )
+    one_slot = 2 * BATCH * KV_HEADS * HEAD_DIM * 4  # the ring has at least one
+    mean_and_counts = BATCH * (KV_HEADS * HEAD_DIM * 4 + 5 + 2 * KV_HEADS)
+    packed = CONFIGS["recommended"].packed_tokens(capacity) * 2 * BATCH * KV_HEADS * (20 * 4 + 8)
+    assert cache.nbytes <= cache.dense_nbytes + one_slot + mean_and_counts + packed
+    for position in range(capacity // 2, capacity + 1):
+        cache = append_jit(cache, key[:, position], value[:, position])
+    assert cache.overflow.all()
+    if packed == 0:
+        np.testing.assert_array_equal(cache.to_dense()[0], key[:, :capacity])
+
+
+def test_outside_jit_only_the_first_token_compiles(caplog):
+    key, value = sequences(6)
+    cache = empty(CONFIGS["recommended"], capacity=200)
+    with jax.log_compiles():
+        cache = append(cache, key[:, 0], value[:, 0])
+        assert "XLA compilation" in caplog.text
+        caplog.clear()
+        append(cache, key[:, 1], value[:, 1])
+        assert "XLA compilation" not in caplog.text
+
+
 def test_kinds():
     assert isinstance(empty(CONFIGS["dense"]), DenseCache)
     assert empty(CONFIGS["dense"]).key.shape == (BATCH, CAPACITY, KV_HEADS, HEAD_DIM)
@@ -199,12 +227,14 @@ def test_config_sparsity(field, sparsity):
         ("group=0 must be", {"group": 0}),
         ("residual_length=-1 must be at least 0", {"residual_length": -1}),
         ("sink_tokens=-4 must be at least 0", {"sink_tokens": -4}),
+        ("k_sparsity='0.7' must be a Python number", {"k_sparsity": "0.7"}),
+        ("group=32.0 must be an integer", {"group": 32.0}),
         (r"k_method='random' must be one of \['magnitude'\]", {"k_method": "random"}),
         ("v_method='random' must be one of", {"v_method": "random"}),
     ],
 )
 def test_config_fields(message, fields):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         CompressionConfig(**fields)
 
 
@@ -222,6 +252,7 @@ def test_recommended():
         (ValueError, "batch=-1 must be at least 1", {"batch": -1}),
         (ValueError, "num_kv_heads=0 must be at least 1", {"num_kv_heads": 0}),
         (ValueError, "head_dim=80 must be a multiple of 32 where keys or values are pruned", {"head_dim": 80}),
+        (TypeError, "capacity=8.0 must be an integer", {"capacity": 8.0}),
         (TypeError, "dtype=int32 must be bfloat16, float16 or float32", {"dtype": jnp.int32}),
         (ValueError, "inv_freq=None: center_keys=True needs the model's RoPE frequencies", {"inv_freq": None}),
         (ValueError, r"inv_freq has shape \(64,\); wanted \[32\]", {"inv_freq": np.ones(64)}),
@@ -266,6 +297,8 @@ KEY = jnp.ones((BATCH, 40, KV_HEADS, HEAD_DIM))
             r"rows=\[0, 0\] must be different sequences in 0 \.\. 1",
             lambda c: prefill(c, KEY, KEY, rows=[0, 0]),
         ),
+        (ValueError, r"rows is int\d+\[\]; wanted integers \[n\]", lambda c: prefill(c, KEY, KEY, rows=1)),
+        (ValueError, r"rows is float\d+\[0\]; wanted", lambda c: prefill(c, KEY[:0], KEY[:0], rows=[])),
         (ValueError, r"rows=\[2\] must be", lambda c: prefill(c, KEY[:1], KEY[:1], rows=[2])),
         (ValueError, r"key has shape \(2, 40, 2, 64\); the cache wants \[B, K, H\]", lambda c: append(c, KEY, KEY)),
         (ValueError, r"key has shape \(1, 2, 64\)", lambda c: append(c, KEY[:1, 0], KEY[:1, 0])),

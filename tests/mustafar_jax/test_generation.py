@@ -496,7 +496,7 @@ BAD_TOKENS: dict[str, tuple[Any, str]] = {
     "negative": ([[-1, 9]], r"tokens holds -1 \.\. 9; the vocabulary is 0 \.\. 9"),
 }
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "no new token": ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
+    "no new token": ({"max_new_tokens": 0}, r"max_new_tokens=0 must be an integer of at least 1"),
     "past the context": ({"max_new_tokens": 62}, r"3 tokens of prompt and max_new_tokens=62 exceed .* context of 64"),
     "empty prompt": ({"lengths": [3, 0]}, r"lengths=\[3, 0\] must lie in 1 \.\. 3"),
     "length above the prompt": ({"lengths": [4, 3]}, r"lengths=\[4, 3\] must lie in 1 \.\. 3"),

@@ -105,15 +105,24 @@ def test_with_every_entry_kept_the_packed_cache_predicts_as_well_as_the_dense_on
     assert scores.shape == dense.shape == (SCORED,)
     assert abs(scores.mean() - dense.mean()) < 1e-3
     np.testing.assert_allclose(scores, dense, atol=1e-2, rtol=0)
-    # What these scores were read from: all but the latest tokens, packed with room for every entry.
-    make = setting.model.init_cache
-    cache = jax.eval_shape(lambda: make(config, batch=1, capacity=PROMPT + SCORED))[0]
-    assert isinstance(cache, PackedCache)
-    assert config.packed_tokens(PROMPT) == PROMPT - 32
+    # What these scores were read from: all of the prompt but its window is packed, with every entry of every vector.
+    cache = filled_cache(setting, config)
+    assert cache.packed_lengths.tolist() == [PROMPT - 32]
     for store in (cache.keys, cache.values):
         assert isinstance(store.packed, BitmapArray)
-        assert store.packed.shape[2] == PROMPT + SCORED - 32
-        assert store.packed.slots == setting.model.config.head_dim
+        held = np.bitwise_count(np.asarray(store.packed.bitmap)).sum(axis=-1)
+        np.testing.assert_array_equal(held[..., : PROMPT - 32], setting.model.config.head_dim)
+
+
+def filled_cache(setting, config):
+    """The first layer's cache after the prompt."""
+    cache = setting.model.init_cache(config, batch=1, capacity=PROMPT + SCORED)[0]
+    hidden = setting.model.embed(jnp.asarray(setting.tokens[:, :PROMPT]))
+    _, cache = jax.jit(lambda layer, *rest: layer.prefill(*rest))(
+        setting.model.layers[0], hidden, cache, jnp.array([PROMPT])
+    )
+    assert isinstance(cache, PackedCache)
+    return cache
 
 
 def test_recommended_compression_is_closer_to_dense_than_the_published_rule(setting):
