@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,10 @@ from jax import lax
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows
-from mustafar_jax.pallas_kernels import decode_attention as kernels
-from mustafar_jax.pallas_kernels import rows as kernel_rows
 from mustafar_jax.rope import rotate
 
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "cudnn", "xla")
-"""Every name that `implementation` takes, in the order that None tries them."""
+"""Every name that `implementation` takes."""
 
 TILE = 128
 """Tokens that the XLA implementation unpacks at a time; a multiple of 32."""
@@ -66,7 +64,8 @@ def decode_attention(
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
         implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
-            on to the next), or None for the best that works here. "cudnn" is for dense caches on NVIDIA GPUs.
+            on to the next), or None for the best that works here without long compilation. On NVIDIA GPUs, for
+            bfloat16 and float16: "cudnn" for dense caches, "triton" for packed ones.
 
     Returns:
         [B, N, H] in the query's dtype.
@@ -163,8 +162,11 @@ def check_implementation(implementation: Implementation) -> str | tuple[str, ...
 
 
 def _present() -> tuple[str, ...]:
-    """The implementations that the default backend could run, best first."""
-    return IMPLEMENTATIONS if jax.default_backend() == "gpu" else ("xla",)
+    """What None tries on the default backend, best first.
+
+    "triton" is to be named: a kernel takes up to a minute to compile, and whole generations are not measured yet.
+    """
+    return ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
 
 
 def _check_present(name: str) -> None:
@@ -257,6 +259,13 @@ def _attend_packed_triton(
     query: jax.Array, cache: PackedCache, scale: float, window: int | None, *, interpret: bool = False
 ) -> Partial:
     """Attention over a packed cache's packed part, by the Pallas kernel that lowers through Triton."""
+    # Imported here: Pallas takes a while to import, and most who import this package attend through XLA.
+    from mustafar_jax.pallas_kernels import decode_attention as kernels
+    from mustafar_jax.pallas_kernels.rows import Packed
+
+    def kernel_rows(packed: Rows) -> Any:
+        return Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
+
     rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
     if rows == 0:
         return _nothing(query)
@@ -265,14 +274,10 @@ def _attend_packed_triton(
     mean = None
     if cache.key_mean is not None:
         mean = kernels.Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
-    key, value = (_kernel_rows(store.packed) for store in (cache.keys, cache.values))
+    key, value = (kernel_rows(store.packed) for store in (cache.keys, cache.values))
     return Partial(
         *kernels.decode_attention(query, key, value, first, last, scale=scale, mean=mean, interpret=interpret)
     )
-
-
-def _kernel_rows(packed: Rows) -> kernel_rows.Rows:
-    return kernel_rows.Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
 
 
 def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
