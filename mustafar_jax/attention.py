@@ -11,8 +11,7 @@ from jax import lax
 
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
-from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows
-from mustafar_jax.rope import rotate
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows, to_array
 
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "cudnn", "xla")
 """Every name that `implementation` takes."""
@@ -201,7 +200,6 @@ def _attend(
     value: jax.Array,
     visible: jax.Array,
     scale: float,
-    extra: jax.Array | float = 0.0,
 ) -> Partial:
     """Attention over one tile.
 
@@ -210,10 +208,9 @@ def _attend(
         key, value: [B, K, T, H]; whatever stands at invisible tokens, NaN too, has no effect.
         visible: bool [B, T].
         scale: factor on the scores.
-        extra: float32 [B, K, G, T], added to the unscaled scores.
     """
     visible = visible[:, None, None]
-    scores = jnp.einsum("bkgh,bkth->bkgt", *_float32(query, key), precision=lax.Precision.HIGHEST) + extra
+    scores = jnp.einsum("bkgh,bkth->bkgt", *_float32(query, key), precision=lax.Precision.HIGHEST)
     scores = jnp.where(visible, scores * scale, jnp.finfo(jnp.float32).min)
     m = scores.max(axis=-1)
     weights = jnp.where(visible, jnp.exp(scores - m[..., None]), 0)
@@ -235,7 +232,6 @@ def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, windo
     tile = min(TILE, rows)
     if rows == 0:
         return _nothing(query)
-    mean_table = cache.mean_key(jnp.arange(tile)[None]) if cache.key_mean is not None else None
 
     def see(i: jax.Array) -> jax.Array:
         row = _tile_start(i, tile, rows) + jnp.arange(tile)
@@ -244,13 +240,9 @@ def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, windo
 
     def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
         start = _tile_start(i, tile, rows)
-        extra: jax.Array | float = 0.0
-        if mean_table is not None:
-            # q . R_{s+j} m = (R_-s q) . (R_j m): one table of rotated means serves every tile.
-            turned = rotate(query, -(sinks + start), jnp.asarray(cache.inv_freq))
-            extra = jnp.einsum("bkgh,bkth->bkgt", turned, mean_table, precision=lax.Precision.HIGHEST)
         key, value = (_tile(store.packed, start, tile) for store in (cache.keys, cache.values))
-        return _attend(query, key, value, visible, scale, extra)
+        key = cache.unpack_keys(key, (sinks + start + jnp.arange(tile))[None])
+        return _attend(query, key, to_array(value), visible, scale)
 
     return _over_tiles(attend_tile, see, -(-rows // tile), _nothing(query))
 
@@ -379,10 +371,10 @@ def _nothing(query: jax.Array) -> Partial:
     return Partial(zeros, jnp.full(query.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0])
 
 
-def _tile(packed: Rows, start: jax.Array, length: int) -> jax.Array:
-    """Dense rows start .. start + length - 1 of [B, K, S, H]."""
+def _tile(packed: Rows, start: jax.Array, length: int) -> Rows:
+    """Rows start .. start + length - 1 of [B, K, S, H]."""
     if isinstance(packed, BitmapArray):
-        return bitmap.unpack(bitmap.take(packed, start, length))
+        return bitmap.take(packed, start, length)
     return lax.dynamic_slice_in_dim(packed, start, length, axis=2)
 
 
