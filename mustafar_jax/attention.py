@@ -184,8 +184,7 @@ def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: i
     assert isinstance(cache, PackedCache)
     if name not in _PACKED:
         raise NotImplementedError(f"implementation={name!r} does not attend packed caches in this version")
-    dense = _attend_dense_part(query, cache, scale, window)
-    return _normalise(merge(_PACKED[name](query, cache, scale, window), dense))
+    return _PACKED[name](query, cache, scale, window)
 
 
 def _normalise(partial: Partial) -> jax.Array:
@@ -220,18 +219,14 @@ def _attend(
     return Partial(out, m, weights.sum(axis=-1))
 
 
-def _attend_dense_part(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> Partial:
-    """Attention over a packed cache's sinks and recent tokens."""
+def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> jax.Array:
+    """Attention over a packed cache: its dense slots, and its packed rows, a tile of tokens at a time."""
     visible = _visible(cache.dense_positions(), cache.lengths, window)
-    return _attend(query, cache.keys.dense, cache.values.dense, visible, scale)
-
-
-def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> Partial:
-    """Attention over a packed cache's packed part, unpacking a tile of tokens at a time."""
+    dense = _attend(query, cache.keys.dense, cache.values.dense, visible, scale)
     rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
-    tile = min(TILE, rows)
     if rows == 0:
-        return _nothing(query)
+        return _normalise(dense)
+    tile = min(TILE, rows)
 
     def see(i: jax.Array) -> jax.Array:
         row = _tile_start(i, tile, rows) + jnp.arange(tile)
@@ -244,31 +239,35 @@ def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, windo
         key = cache.unpack_keys(key, (sinks + start + jnp.arange(tile))[None])
         return _attend(query, key, to_array(value), visible, scale)
 
-    return _over_tiles(attend_tile, see, -(-rows // tile), _nothing(query))
+    return _normalise(_over_tiles(attend_tile, see, -(-rows // tile), dense))
 
 
 def _attend_packed_triton(
     query: jax.Array, cache: PackedCache, scale: float, window: int | None, *, interpret: bool = False
-) -> Partial:
-    """Attention over a packed cache's packed part, by the Pallas kernel that lowers through Triton."""
+) -> jax.Array:
+    """Attention over a packed cache, by the Pallas kernels that lower through Triton."""
     # Imported here: Pallas takes a while to import, and most who import this package attend through XLA.
     from mustafar_jax.pallas_kernels import decode_attention as kernels
-    from mustafar_jax.pallas_kernels.rows import Packed
+    from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
 
     def kernel_rows(packed: Rows) -> Any:
         return Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
 
-    rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
-    if rows == 0:
-        return _nothing(query)
-    last = cache.packed_lengths
-    first = jnp.zeros_like(last) if window is None else jnp.maximum(cache.lengths - window - sinks, 0)
+    sinks = min(cache.config.sink_tokens, cache.capacity)
     mean = None
     if cache.key_mean is not None:
-        mean = kernels.Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
-    key, value = (kernel_rows(store.packed) for store in (cache.keys, cache.values))
-    return Partial(
-        *kernels.decode_attention(query, key, value, first, last, scale=scale, mean=mean, interpret=interpret)
+        mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
+    return kernels.decode_attention(
+        query,
+        kernel_rows(cache.keys.packed),
+        kernel_rows(cache.values.packed),
+        Tail(cache.keys.dense, cache.values.dense, sinks),
+        cache.lengths,
+        cache.packed_lengths,
+        scale=scale,
+        window=window,
+        mean=mean,
+        interpret=interpret,
     )
 
 
@@ -310,10 +309,10 @@ def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, windo
     return jnp.where(some, out.reshape(query.shape), 0)
 
 
-_Attend = Callable[[jax.Array, PackedCache, float, int | None], Partial]
-_PACKED: dict[str, _Attend] = {"triton": _attend_packed_triton, "xla": _attend_packed_xla}
-"""The implementations of attention over the packed part."""
-
+_PACKED: dict[str, Callable[[jax.Array, PackedCache, float, int | None], jax.Array]] = {
+    "triton": _attend_packed_triton,
+    "xla": _attend_packed_xla,
+}
 _DENSE: dict[str, Callable[[jax.Array, DenseCache, float, int | None], jax.Array]] = {
     "cudnn": _attend_dense_cudnn,
     "xla": _attend_dense_xla,

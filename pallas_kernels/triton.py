@@ -147,6 +147,16 @@ def pick_halves(a: jax.Array, b: jax.Array, half: int, *, interpret: bool) -> ja
     return _asm(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", a, b)
 
 
+def pack_pair(low: jax.Array, high: jax.Array, dtype: Any, *, interpret: bool) -> jax.Array:
+    """int32: two float32 rounded to a 16-bit dtype, `low` in the low half."""
+    if interpret:
+        bits = (lax.bitcast_convert_type(x.astype(dtype), jnp.int16).astype(jnp.int32) for x in (low, high))
+        first, second = bits
+        return (first & 0xFFFF) | (second << 16)
+    name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    return _asm(f"cvt.rn.{name}.f32 $0, $2, $1;", low, high, constraints="=r,f,f")
+
+
 def shared_zeros(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
     """A zeroed buffer of 32-bit words in shared memory, a multiple of the block's threads.
 
@@ -179,8 +189,17 @@ def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax
     return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
 
 
-def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: bool) -> jax.Array:
-    """Read int32 words at `offset + constant`, multiples of 4, and clear them.
+def shared_store_word(memory: Memory, offset: jax.Array, constant: int, value: jax.Array, *, interpret: bool) -> Memory:
+    """Write int32 words at `offset + constant`, multiples of 4."""
+    if interpret:
+        place = (offset + constant) // 2
+        low, high = value.astype(jnp.int16), lax.shift_right_logical(value, np.int32(16)).astype(jnp.int16)
+        return memory.at[place].set(low).at[place + 1].set(high)
+    return _asm(f"st.shared.b32 [$2 + {constant}], $3; mov.b32 $0, $1;", memory, offset, value)
+
+
+def shared_load(memory: Memory, offset: jax.Array, constant: int, *, clear: bool = True, interpret: bool) -> jax.Array:
+    """Read int32 words at `offset + constant`, multiples of 4, and clear them if asked to.
 
     Interpreted, the clearing happens in `synchronise`: every word must be read before it, by exactly one lane.
     """
@@ -188,7 +207,7 @@ def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: 
         place = (offset + constant) // 2
         low, high = memory[place].astype(jnp.int32), memory[place + 1].astype(jnp.int32)
         return (low & 0xFFFF) | (high << 16)
-    code = f"ld.shared.b32 $0, [$2 + {constant}]; st.shared.b32 [$2 + {constant}], 0;"
+    code = f"ld.shared.b32 $0, [$2 + {constant}];" + (f" st.shared.b32 [$2 + {constant}], 0;" if clear else "")
     return _asm(code, memory, offset, constraints="=&r,r,r")
 
 
@@ -200,7 +219,7 @@ def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bo
 
 
 def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
-    """Inline assembly on int32 operands of one shape; Pallas lowers it with one int32 result."""
+    """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; Pallas gives it one result."""
     [result] = plgpu.elementwise_inline_asm(
         code,
         args=args,
