@@ -36,8 +36,8 @@ def decode_attention(
 ) -> jax.Array:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
-    For the packed rows, each block of 128 threads takes 128 tokens at a time (`tile`), decodes each KV head once for all
-    of its query heads and multiplies on the tensor cores. Tiles without a visible row are skipped. A second kernel
+    For the packed rows, each block of 128 threads takes 128 tokens at a time (`tile`), decodes each KV head once for
+    all of its query heads and multiplies on the tensor cores. Tiles without a visible row are skipped. A second kernel
     (`merge`) merges the blocks' results and attends the rest.
 
     Args:

@@ -2,14 +2,14 @@
 
 A tile is 128 tokens of one head, one per thread. Each thread walks its token's bitmap and stores every entry at the
 place of its channel, so the work is per entry held; the tile is then read as dense operands, so the product costs the
-same for 1 to 16 query heads. A word holds the channels c and c + H / 2 of one token, the pair that RoPE turns; 132 words
-hold a pair's tokens:
+same for 1 to 16 query heads. A word holds the channels c and c + H / 2 of one token, the pair that RoPE turns; 132
+words hold a pair's tokens:
 
     byte of (token t, channel c) = 4 * t + 4 * 132 * (c % (H / 2)) + 2 * (c // (H / 2))
 
-The stride of 132 = 4 mod 32 banks makes both readings free of bank conflicts: for keys the tokens 0 .. 3 and 16 .. 19 of
-4 neighbouring pairs, for values 4 neighbouring tokens of 8 neighbouring pairs. Stores meet in a bank about three at a
-time. A tile starts from zeros, or (`fill`) from a mean vector, rotated to each token's position.
+The stride of 132 = 4 mod 32 banks makes both readings free of bank conflicts: for keys the tokens 0 .. 3 and 16 .. 19
+of 4 neighbouring pairs, for values 4 neighbouring tokens of 8 neighbouring pairs. Stores meet in a bank about three at
+a time. A tile starts from zeros, or (`fill`) from a mean vector, rotated to each token's position.
 """
 
 import dataclasses

@@ -219,7 +219,7 @@ def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bo
 
 
 def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
-    """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; Pallas gives it one result."""
+    """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; its result is int32."""
     [result] = plgpu.elementwise_inline_asm(
         code,
         args=args,

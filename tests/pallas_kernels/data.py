@@ -67,7 +67,7 @@ def attend(query, key, value, first, last, scale):
 
 
 def merge_splits(out, m, l):  # noqa: E741
-    """Unnormalised splits, out [heads, splits, G, H], m and l [heads, splits, G], merged: the axis of splits is gone."""
+    """Unnormalised splits, out [heads, splits, G, H], m and l [heads, splits, G], merged into one."""
     largest = m.max(axis=1)
     weight = jnp.exp(m - largest[:, None])
     return (out * weight[..., None]).sum(axis=1), largest, (l * weight).sum(axis=1)

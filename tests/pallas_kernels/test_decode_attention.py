@@ -100,7 +100,7 @@ def test_a_mean_stands_for_what_keys_do_not_hold(head_dim, dtype, interpret):
     inv_freq = jnp.asarray(rope_frequencies(head_dim))
     rotated = rotate(mean[:, :, None], 4 + jnp.arange(288), inv_freq)
     held = mj.bitmap.held(mj.BitmapArray(*key, jnp.zeros(2, bool), 288))
-    whole = jnp.where(held, dense_key, rotated)
+    whole = jnp.where(held, dense_key, rotated.astype(dtype))  # as a tile holds it
     first, last = jnp.array([0]), jnp.array([270])
     actual = run(query, key, value, first, last, mean=Mean(mean, inv_freq, 4), interpret=interpret)
     check(actual, attend(query, whole, dense_value, first, last, head_dim**-0.5), dtype)
