@@ -156,7 +156,7 @@ def _kernel(
 ) -> None:
     """One split of one KV head.
 
-    The other refs: for keys and for values bitmap [S * H / 32] and values [S * slots], or dense rows [S * H]; where
+    The other refs: for keys and for values bitmap [S * H / 32] and values [S * slots / 2], or dense rows [S * H]; where
     keys are centred mean [H], turns [tiles * H] and steps [5 * H]; outputs out [G, H], m [G], l [G].
     """
     reader = plan.reader
@@ -170,29 +170,31 @@ def _kernel(
     query = _load_query(q_ref, plan, paired=packed[0])
     series = _mean_series(mean_refs, reader) if plan.centred else []
 
+    ones = jnp.ones((TOKENS, COLUMNS), reader.dtype)
+
     def attend(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
         m, total, out, memory = carry
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
         seen = (tokens >= first) & (tokens < last)
         columns = tile.token_of_column(tokens)
         seen_columns = (columns >= first) & (columns < last)
-        # both at once: the values are in flight while the keys are unpacked
-        keys, values = (
-            load_tile(refs[0], refs[1], tokens, seen, head_dim=reader.head_dim, rows=plan.rows) if is_packed else None
-            for refs, is_packed in zip((key_refs, value_refs), packed, strict=True)
-        )
-        if keys:
+        load = functools.partial(load_tile, tokens=tokens, seen=seen, head_dim=reader.head_dim, rows=plan.rows)
+        if packed[0]:
+            keys = load(*key_refs)
             if plan.centred:
                 memory = reader.fill(memory, series, _mean_turns(mean_refs[1], i, reader))
-            memory, scores = reader.times_keys(reader.scatter(memory, keys), query)
+            memory = reader.scatter(memory, keys)
+        values = load(*value_refs) if packed[1] else None  # in flight during the product with the keys
+        if packed[0]:
+            memory, scores = reader.times_keys(memory, query)
         else:
             scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
         scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
         m_new = jnp.maximum(m, scores.max(axis=1))
         decay = jnp.exp2(m - m_new)[:, None]
         weights = jnp.exp2(scores - m_new[:, None])
-        total = total * decay + weights
         weights, out = weights.astype(reader.dtype), [o * decay for o in out]
+        total = total * decay + triton.dot(weights, ones)
         if values:
             memory = reader.scatter(memory, values)
             # a tile of centred keys is filled anew, whatever it holds
@@ -204,7 +206,7 @@ def _kernel(
 
     lowest = float(np.finfo(np.float32).min)
     zeros = [jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
-    total = jnp.zeros((_QUERY_ROWS, TOKENS), jnp.float32)
+    total = jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32)
     start = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), total, zeros, reader.zeros())
     m, total, out, _ = lax.fori_loop(begin, end, attend, start)
     head = jnp.arange(_QUERY_ROWS)
@@ -212,7 +214,7 @@ def _kernel(
         channel = group * COLUMNS + jnp.arange(COLUMNS)
         triton.store(out_ref.at[head[:, None], channel[None, :]], part, mask=(head < plan.group)[:, None])
     triton.store(m_ref.at[head], jnp.maximum(m * math.log(2), lowest), mask=head < plan.group)
-    triton.store(l_ref.at[head], total.sum(axis=1), mask=head < plan.group)
+    triton.store(l_ref.at[head], total.max(axis=1), mask=head < plan.group)
 
 
 def _load_query(ref: triton.Ref, plan: _Plan, *, paired: bool) -> jax.Array:

@@ -73,18 +73,24 @@ def check_dtype(rows: Rows, dtype: Any) -> None:
 def flat(rows: Rows) -> list[jax.Array]:
     """Arrays with one flat row per KV head, which keeps a kernel's addresses cheap.
 
-    Packed: bitmap int32 [B * K, S * H / 32] and values int16 [B * K, S * slots], since their bits are what is moved.
+    Packed: bitmap int32 [B * K, S * H / 32] and values int32 [B * K, S * slots / 2], two neighbouring slots to a word,
+    the first in its low half: their bits are what is moved.
     """
     if not isinstance(rows, Packed):
         return [rows.reshape(rows.shape[0] * rows.shape[1], -1)]
     bitmap = lax.bitcast_convert_type(rows.bitmap, jnp.int32)
-    values = lax.bitcast_convert_type(rows.values, jnp.int16)
+    pairs = rows.values.reshape(*rows.values.shape[:-1], rows.values.shape[-1] // 2, 2)
+    values = lax.bitcast_convert_type(pairs, jnp.int32)
     return [x.reshape(x.shape[0] * x.shape[1], -1) for x in (bitmap, values)]
 
 
 def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
     """The block of one KV head, all of it; the grid's `axis` counts heads."""
     return pl.BlockSpec((None, *array.shape[1:]), lambda *ids: (ids[axis],) + (0,) * (array.ndim - 1))
+
+
+_AHEAD = 1
+"""Chunks of slots that are on their way while one is stored."""
 
 
 def load_tile(
@@ -94,14 +100,14 @@ def load_tile(
 
     Args:
         bitmap_ref: int32 [S * H / 32].
-        values_ref: int16 [S * slots].
+        values_ref: int32 [S * slots / 2].
         tokens: int32 [n], the rows.
         seen: bool [n]; the words of rows that are not seen come as 0, whatever they hold.
         head_dim: H.
         rows: S.
     """
-    row_words, slots = head_dim // WORD, values_ref.shape[0] // rows
-    chunk = 8 if slots % 8 == 0 else 4
+    row_words, slots = head_dim // WORD, values_ref.shape[0] // rows  # words of slots, two to a word
+    chunk = 4 if slots % 4 == 0 else 2
     word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
     words = triton.load(bitmap_ref.at[word], mask=jnp.broadcast_to(seen[:, None], word.shape), other=0)
     # rows past the end are not seen; the last block is read in their place
@@ -111,4 +117,5 @@ def load_tile(
     def load(i: Any) -> jax.Array:
         return triton.load(values_ref.at[place + i * (WORD * chunk)])
 
-    return Entries(triton.unstack(words), load(0), load, slots // chunk)
+    chunks = slots // chunk
+    return Entries(triton.unstack(words), [load(min(i, chunks - 1)) for i in range(_AHEAD)], load, chunks)

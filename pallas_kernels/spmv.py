@@ -58,7 +58,7 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
 def _key_kernel(
     q_ref: triton.Ref,  # [16, H]
     bitmap_ref: triton.Ref,  # [S * H / 32]
-    values_ref: triton.Ref,  # [S * slots]
+    values_ref: triton.Ref,  # [S * slots / 2]
     out_ref: triton.Ref,  # [G, S]
     *,
     reader: TileReader,
@@ -130,7 +130,7 @@ def value_spmv(
 def _value_kernel(
     p_ref: triton.Ref,  # [16, S padded to whole tiles]
     bitmap_ref: triton.Ref,  # [S * H / 32]
-    values_ref: triton.Ref,  # [S * slots]
+    values_ref: triton.Ref,  # [S * slots / 2]
     out_ref: triton.Ref,  # [G, H]
     *,
     reader: TileReader,

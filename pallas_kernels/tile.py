@@ -13,6 +13,7 @@ a time. A tile starts from zeros, or (`fill`) from a mean vector, rotated to eac
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -43,13 +44,13 @@ class Entries(NamedTuple):
 
     Attributes:
         words: the bitmap's words, int32 [TOKENS] each; 0 for tokens that are not to be seen.
-        first: the first chunk of slots, int16 [TOKENS, chunk].
+        ahead: the first chunks of slots, int32 [TOKENS, chunk / 2] each, two slots to a word.
         load: the chunk of an index.
         chunks: how many there are.
     """
 
     words: list[jax.Array]
-    first: jax.Array
+    ahead: list[jax.Array]
     load: Callable[[Any], jax.Array]
     chunks: int
 
@@ -138,17 +139,18 @@ class TileReader:
         words, places = _skip_empty(entries.words, [start + np.int32(offset) for offset in starts])
 
         def walk(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
-            memory, words, places, chunk = carry
-            ahead = entries.load(jnp.minimum(i + 1, entries.chunks - 1))  # in flight while this chunk is stored
-            for entry in triton.unstack(chunk):
+            memory, words, places, (chunk, *ahead) = carry
+            # in flight while the chunks before it are stored
+            ahead.append(entries.load(jnp.minimum(i + len(entries.ahead), entries.chunks - 1)))
+            for pair, half in itertools.product(triton.unstack(chunk), range(2)):
                 lowest = words[0] & -words[0]
                 channel = triton.highest_bit(lowest, interpret=self.interpret)
                 place = channel * np.int32(_STRIDE) + places[0]
-                memory = triton.shared_store(memory, place, entry, lowest, interpret=self.interpret)
+                memory = triton.shared_store_half(memory, place, pair, half, lowest, interpret=self.interpret)
                 words, places = _next_word([words[0] ^ lowest, *words[1:]], places)
             return memory, words, places, ahead
 
-        memory, *_ = lax.fori_loop(0, entries.chunks, walk, (memory, words, places, entries.first))
+        memory, *_ = lax.fori_loop(0, entries.chunks, walk, (memory, words, places, entries.ahead))
         return triton.synchronise(memory, interpret=self.interpret)
 
     def times_keys(self, memory: triton.Memory, query: jax.Array) -> tuple[triton.Memory, jax.Array]:

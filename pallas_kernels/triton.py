@@ -180,13 +180,15 @@ def shared_offset(memory: Memory, offset: jax.Array, *, interpret: bool) -> jax.
     return offset if interpret else memory + offset
 
 
-def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax.Array, *, interpret: bool) -> Memory:
-    """Write int16 values at offsets, multiples of 2, in the lanes where int32 `where` is not 0."""
+def shared_store_half(
+    memory: Memory, offset: jax.Array, word: jax.Array, half: int, where: jax.Array, *, interpret: bool
+) -> Memory:
+    """Write the low (0) or high (1) half of int32 words at offsets, multiples of 2, where int32 `where` is not 0."""
     if interpret:
         place = jnp.where(where != 0, offset // 2, memory.size)
-        return memory.at[place].set(value, mode="drop")
-    code = "{ .reg .pred p; setp.ne.u32 p, $4, 0; @p st.shared.b16 [$2], $3; mov.b32 $0, $1; }"
-    return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
+        return memory.at[place].set((word >> np.int32(16 * half)).astype(jnp.int16), mode="drop")
+    code = f"setp.ne.u32 p, $4, 0; mov.b32 {{h0, h1}}, $3; @p st.shared.b16 [$2], h{half}; mov.b32 $0, $1;"
+    return _asm(f"{{ .reg .pred p; .reg .b16 h0, h1; {code} }}", memory, offset, word, where)
 
 
 def shared_store_word(memory: Memory, offset: jax.Array, constant: int, value: jax.Array, *, interpret: bool) -> Memory:
