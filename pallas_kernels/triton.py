@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend import core
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 WARP = 32
 MIN_COMPUTE_CAPABILITY = 8.0
@@ -55,11 +55,22 @@ def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> 
 
 
 @functools.cache
-def _compute_capability() -> float | None:
-    """Of the first GPU; None where jax has none, or not a CUDA one."""
-    with contextlib.suppress(RuntimeError, ValueError):
-        return float(jax.devices("cuda")[0].compute_capability)
+def _first_gpu() -> Any:
+    """None where jax has no CUDA GPU."""
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("cuda")[0]
     return None
+
+
+def device_kind() -> str | None:
+    """The first GPU's name; None where jax has none."""
+    gpu = _first_gpu()
+    return None if gpu is None else gpu.device_kind
+
+
+def _compute_capability() -> float | None:
+    gpu = _first_gpu()
+    return None if gpu is None else float(gpu.compute_capability)
 
 
 def pallas_call(
@@ -99,6 +110,7 @@ def _lower_for_cuda(_context: Any, x: Any) -> list[Any]:
     return [x]
 
 
+batching.defvectorized(_cuda_only_p)
 mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
 mlir.register_lowering(_cuda_only_p, _lower_for_cuda, platform="cuda")
 
