@@ -1,0 +1,108 @@
+"""The device memory that a generation takes: weights, caches, and what prefill and decoding work in."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mustafar_jax import generation
+from mustafar_jax.cache import LayerCache
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.models import llama
+from mustafar_jax.models.config import ModelConfig, rope_frequencies
+
+USABLE = 0.95
+"""The share of a device's memory to give JAX, by XLA_PYTHON_CLIENT_MEM_FRACTION; the driver takes some of the rest."""
+
+RESERVE = 500_000_000
+"""Bytes set aside for what does not grow with the model: compiled programs, workspaces of libraries, fragments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a generation.
+
+    Attributes:
+        weights: of the model, exact.
+        caches: of all layers and sequences, exact.
+        working: an allowance for what prefill and decoding hold beside them; `working_nbytes` says what is in it.
+    """
+
+    weights: int
+    caches: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.caches + self.working
+
+
+def plan(
+    config: ModelConfig, compression: CompressionConfig, *, batch: int, capacity: int, dtype: DTypeLike
+) -> MemoryPlan:
+    """What `batch` sequences of up to `capacity` tokens, prompt and new ones together, take; nothing is allocated."""
+    sequence = sum(cache.nbytes for cache in abstract_caches(config, compression, capacity, dtype=dtype))
+    working = working_nbytes(config, batch=batch, length=capacity, dtype=dtype)
+    return MemoryPlan(weight_nbytes(config, dtype), sequence * batch, working)
+
+
+def largest_batch(
+    memory: float, config: ModelConfig, compression: CompressionConfig, *, capacity: int, dtype: DTypeLike
+) -> int:
+    """How many sequences of up to `capacity` tokens fit in `memory` bytes; 0 where not even one does."""
+    one = plan(config, compression, batch=1, capacity=capacity, dtype=dtype)
+    few, many = 0, max(0, int(memory - one.weights) // one.caches) + 1
+    while many - few > 1:  # few fit, many do not
+        middle = (few + many) // 2
+        working = working_nbytes(config, batch=middle, length=capacity, dtype=dtype)
+        few, many = (middle, many) if one.weights + one.caches * middle + working <= memory else (few, middle)
+    return few
+
+
+def weight_nbytes(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Bytes of a model's weights."""
+    return num_weights(config) * jnp.dtype(dtype).itemsize
+
+
+@functools.lru_cache
+def num_weights(config: ModelConfig) -> int:
+    """How many numbers a model's weights are."""
+    model = nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def working_nbytes(config: ModelConfig, *, batch: int, length: int, dtype: DTypeLike) -> int:
+    """An allowance for what prefill holds beside weights and caches; decoding holds less.
+
+    Of the tokens that are prefilled at a time (`generation.PREFILL_TOKENS`, or one prompt where that is longer): six
+    hidden states, the queries three times, the keys and values six times. Of those that the feed-forward network takes
+    at a time (`llama.FEED_FORWARD_TOKENS`): three inner activations. Two float32 logits per sequence. And `RESERVE`.
+    """
+    tokens = min(batch * length, max(generation.PREFILL_TOKENS, length))
+    kv = 2 * config.num_kv_heads * config.head_dim
+    per_token = 6 * config.hidden_size + 3 * config.num_heads * config.head_dim + 6 * kv
+    feed_forward = 3 * config.intermediate_size * min(batch * length, llama.FEED_FORWARD_TOKENS)
+    logits = 2 * 4 * batch * config.vocab_size
+    return jnp.dtype(dtype).itemsize * (tokens * per_token + feed_forward) + logits + RESERVE
+
+
+def abstract_caches(
+    config: ModelConfig, compression: CompressionConfig, capacity: int, *, batch: int = 1, dtype: DTypeLike
+) -> list[LayerCache]:
+    """The caches of all layers, as shapes: nothing is allocated."""
+    cache = jax.eval_shape(
+        lambda: LayerCache.init(
+            compression,
+            batch=batch,
+            capacity=capacity,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            inv_freq=rope_frequencies(config),
+        )
+    )
+    return [cache] * config.num_layers
