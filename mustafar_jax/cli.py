@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     shows = commands.add_parser("info", help="a model's shape and its cache's costs")
     shows.set_defaults(run=info)
     shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
-    shows.add_argument("--memory", type=_size, help="of a device, such as 80GB: how many sequences fit in it")
+    shows.add_argument("--memory", type=parse_size, help="of a device, such as 80GB: how many sequences fit in it")
     for command, default in ((writes, "the checkpoint's"), (shows, "bfloat16")):
         command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {default} unless given")
         _add_compression(command)
@@ -247,7 +247,7 @@ def _contexts(config: "ModelConfig") -> list[int]:
     return [length for length in CONTEXTS if length < longest] + [longest]
 
 
-def _size(text: str) -> float:
+def parse_size(text: str) -> float:
     """Bytes of a size such as 80GB, 79.6GiB or 24e9."""
     units = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
     number = text.rstrip("kMGTiB")

@@ -340,7 +340,7 @@ def test_info_says_how_many_sequences_fit(run, tmp_path):
     ("text", "size"), [("80GB", 80e9), ("79.6GiB", 79.6 * 2**30), ("24e9", 24e9), ("512MiB", 2**29), ("1B", 1)]
 )
 def test_sizes(text, size):
-    assert cli._size(text) == pytest.approx(size)
+    assert cli.parse_size(text) == pytest.approx(size)
 
 
 @pytest.mark.parametrize(
