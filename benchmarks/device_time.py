@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 import jax
 
+NO_GRAPHS: dict[str, str | bool] = {"xla_gpu_enable_command_buffer": ""}
+"""Compiler options under which each kernel is launched, and profiled, by itself."""
+
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
 
 
@@ -15,7 +18,8 @@ def split(trace: pathlib.Path, hlo: str, scopes: Iterable[str]) -> dict[str, flo
 
     Args:
         trace: the folder that `jax.profiler.trace` wrote, of nothing but runs of one compiled function.
-        hlo: that function's text, `compiled.as_text()`, which says what scope an instruction comes from.
+        hlo: that function's text, `compiled.as_text()`, which says what scope an instruction comes from. It must have
+            been compiled with `NO_GRAPHS`: the profiler sees a CUDA graph as one piece.
         scopes: names given by `jax.named_scope`; where scopes are nested, the first of these names counts.
     """
     origin = {name: set(path.split("/")) for name, path in _INSTRUCTION.findall(hlo)}

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the cases, print and write."""
     options = _parser().parse_args(arguments)
     if options.one:
-        print(json.dumps(run_here(Case(**json.loads(options.one)))))
+        print(json.dumps(run_here(Case(**json.loads(options.one)), split=options.split)))
         return
     if options.describe:
         print(json.dumps({"where": where(), "limit_bytes": _memory("bytes_limit")}))
@@ -128,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device = describe(fraction)
         folder = options.output or RESULTS / device["where"]["device"].replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        run_all(list(cases_of(options, device["limit_bytes"])), folder, device, fraction, options.timeout)
+        cases = list(cases_of(options, device["limit_bytes"]))
+        how = [] if options.split else ["--no-split"]
+        run_all(cases, folder, device, lambda case: launch([*case, *how], fraction, options.timeout))
 
 
 def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
@@ -154,14 +156,14 @@ def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
 
 
 def run_all(
-    cases: Sequence[Case], folder: pathlib.Path, device: dict[str, Any], fraction: float, timeout: float
+    cases: Sequence[Case], folder: pathlib.Path, device: dict[str, Any], ask: Callable[[list[str]], dict[str, Any]]
 ) -> None:
-    """Run each case, and write what is known after it."""
+    """Run each case, and write what is known after it; `ask` has this program, given arguments, answer."""
     path = folder / "generation.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case}", flush=True)
-        row = run_one(case, device["limit_bytes"], fraction, timeout) | device
+        row = run_one(case, device["limit_bytes"], ask) | device
         rows = merged(rows, row)
         print("    " + describe_row(row, rows), flush=True)
         path.write_text(json.dumps({"device": device["where"]["device"], "rows": rows}, indent=1) + "\n")
@@ -169,14 +171,14 @@ def run_all(
     plot_memory(rows, folder / "generation_memory.png")
 
 
-def run_one(case: Case, limit: int | None, fraction: float, timeout: float) -> dict[str, Any]:
+def run_one(case: Case, limit: int | None, ask: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
     """A case's row: from a process of its own, unless it is known not to fit."""
     planned = case.plan.total
     if limit is not None and planned > limit:
         reason = f"the memory plan: {planned / 1e9:.1f} GB of {limit / 1e9:.1f} GB"
         return dataclasses.asdict(case) | {"status": "does not fit", "reason": reason}
     while True:
-        row = launch(["--one", json.dumps(dataclasses.asdict(case))], fraction, timeout)
+        row = ask(["--one", json.dumps(dataclasses.asdict(case))])
         row = dataclasses.asdict(case) | {"planned_bytes": planned} | row
         if not case.largest or case.batch == 1 or row["status"] != "out of memory":
             return row
@@ -208,33 +210,38 @@ def launch(arguments: Sequence[str], fraction: float, timeout: float) -> dict[st
     return answer
 
 
-def run_here(case: Case) -> dict[str, Any]:
+def run_here(case: Case, *, split: bool) -> dict[str, Any]:
     """Measure in this process; an error is an answer."""
     try:
-        return {"status": "ok"} | measure(case)
+        return {"status": "ok"} | measure(case, split=split)
     except Exception as error:
         full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"))
         status = "out of memory" if full else "failed"
         return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, *, split: bool) -> dict[str, Any]:
     """Prefill and decode, and say what that took."""
     model = random_model(SHAPES[case.shape])
     tokens = jax.random.randint(jax.random.key(1), (case.batch, case.context), 0, model.config.vocab_size)
     token, caches, row = time_prefill(model, tokens, case)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-    decode = compile_decode(model, token, caches, case.implementation)
-    temporary = getattr(decode.memory_analysis(), "temp_size_in_bytes", 0)
-    row |= {"weights_bytes": weights, "cache_bytes": held, "decode_temp_bytes": temporary}
-    in_use = _memory("bytes_in_use")
-    row |= time_decode(decode, model, token, caches, case.batch)
-    peak = {"peak_bytes": _memory("peak_bytes_in_use")}
-    if in_use is not None:
-        peak["decode_bytes"] = in_use + temporary
-        peak["decode_bytes_of_weights_and_caches"] = peak["decode_bytes"] / (weights + held)
-    return row | peak
+    decode = lower_decode(model, token, caches, case.implementation)
+    compiled = decode.compile()
+    row |= {"weights_bytes": weights, "cache_bytes": held}
+    if (in_use := _memory("bytes_in_use")) is not None:
+        row["decode_bytes"] = in_use + getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+    token, caches, steps = time_decode(compiled, model, token, caches)
+    row["peak_bytes"] = _memory("peak_bytes_in_use")
+    row |= {"tokens_per_s": case.batch / steps["step_ms"] * 1e3} | steps
+    if split:
+        token, caches, parts = split_decode(decode, model, token, caches)
+        row |= parts
+    held_tokens = case.context + NEW_TOKENS - BLOCK * (not split)
+    if any((cache.overflow | (cache.lengths != held_tokens)).any() for cache in caches):
+        raise RuntimeError(f"the caches do not hold the {held_tokens} tokens of prompt and continuation")
+    return row
 
 
 def random_model(config: ModelConfig) -> Llama:
@@ -284,7 +291,7 @@ def _prefill(model: Llama, tokens: jax.Array, case: Case, *, show: bool) -> tupl
     return token, caches, seconds
 
 
-def compile_decode(model: Llama, token: jax.Array, caches: Caches, implementation: str | None) -> jax.stages.Compiled:
+def lower_decode(model: Llama, token: jax.Array, caches: Caches, implementation: str | None) -> jax.stages.Lowered:
     """`BLOCK` greedy steps on the device, caches updated in place: (model, token, caches) -> (token, caches)."""
 
     def decode(model: Llama, token: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
@@ -294,13 +301,13 @@ def compile_decode(model: Llama, token: jax.Array, caches: Caches, implementatio
 
         return lax.fori_loop(0, BLOCK, step, (token, caches))
 
-    return jax.jit(decode, donate_argnums=(1, 2)).lower(model, token, caches).compile()
+    return jax.jit(decode, donate_argnums=(1, 2)).lower(model, token, caches)
 
 
 def time_decode(
-    decode: jax.stages.Compiled, model: Llama, token: jax.Array, caches: Caches, batch: int
-) -> dict[str, Any]:
-    """Milliseconds of a step, by the clock and, of what in it, by the profiler."""
+    decode: jax.stages.Compiled, model: Llama, token: jax.Array, caches: Caches
+) -> tuple[jax.Array, Caches, dict[str, Any]]:
+    """Go on from a token and caches; milliseconds of a step, by the clock: all, and their median."""
     token, caches = jax.block_until_ready(decode(model, token, caches))
     times = []
     for _ in range(REPEATS):
@@ -309,20 +316,21 @@ def time_decode(
             token, caches = decode(model, token, caches)
         jax.block_until_ready(token)
         times.append((time.perf_counter() - start) / (BLOCKS * BLOCK) * 1e3)
+    return token, caches, {"step_ms": statistics.median(times), "steps_ms": times}
+
+
+def split_decode(
+    lowered: jax.stages.Lowered, model: Llama, token: jax.Array, caches: Caches
+) -> tuple[jax.Array, Caches, dict[str, float]]:
+    """Go on from a token and caches under the profiler; milliseconds of each part of a step."""
+    decode = lowered.compile(compiler_options=device_time.NO_GRAPHS)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             token, caches = jax.block_until_ready(decode(model, token, caches))
         seconds = device_time.split(pathlib.Path(folder), decode.as_text() or "", list(SCOPES)[:-1])
-    step = statistics.median(times)
-    parts = {
-        f"{part}_ms": seconds[scope] / BLOCK * 1e3 if any(seconds.values()) else None for scope, part in SCOPES.items()
-    }
-    complete = not any(cache.overflow.any() for cache in caches) and bool(
-        (caches[0].lengths == caches[0].capacity).all()
-    )
-    if not complete:
-        raise RuntimeError("the caches do not hold the prompt and all new tokens")
-    return {"step_ms": step, "steps_ms": times, "tokens_per_s": batch / step * 1e3} | parts
+    if not any(seconds.values()):  # no GPU
+        return token, caches, {}
+    return token, caches, {f"{part}_ms": seconds[scope] / BLOCK * 1e3 for scope, part in SCOPES.items()}
 
 
 def _memory(name: str) -> int | None:
@@ -352,9 +360,9 @@ def describe_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
     text = f"{row['tokens_per_s']:.1f} tokens/s, first token {row['ttft_s']:.2f} s, step {row['step_ms']:.2f} ms"
-    if row["rest_ms"] is not None:
+    if "rest_ms" in row:
         text += " (" + ", ".join(f"{part} {row[f'{part}_ms']:.2f}" for part in SCOPES.values()) + ")"
-    if row["peak_bytes"] is not None:
+    if "decode_bytes" in row:
         text += f", peak {row['peak_bytes'] / 1e9:.1f} GB, decoding {row['decode_bytes'] / 1e9:.1f} GB"
     if dense := dense_beside(row, rows):
         text += f"; {row['tokens_per_s'] / dense['tokens_per_s']:.2f} of dense tokens/s"
@@ -452,6 +460,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=parse_size, help="measure as on a device of this size, such as 80GB")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a case may take (%(default)s)")
     parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
+    parser.add_argument(
+        "--no-split",
+        dest="split",
+        action="store_false",
+        help="leave out what each part of a step takes, for which it is compiled again",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -76,18 +76,24 @@ def num_weights(config: ModelConfig) -> int:
 
 
 def working_nbytes(config: ModelConfig, *, batch: int, length: int, dtype: DTypeLike) -> int:
-    """An allowance for what prefill holds beside weights and caches; decoding holds less.
+    """An allowance for what prefill through cuDNN holds beside weights and caches; decoding holds less.
 
-    Of the tokens that are prefilled at a time (`generation.PREFILL_TOKENS`, or one prompt where that is longer): six
-    hidden states, the queries three times, the keys and values six times. Of those that the feed-forward network takes
-    at a time (`llama.FEED_FORWARD_TOKENS`): three inner activations. Two float32 logits per sequence. And `RESERVE`.
+    Of the tokens that are prefilled at a time (`generation.PREFILL_TOKENS`, or one prompt where that is longer), the
+    hidden states, and the largest of what follows one another: attention (hidden states, queries, outputs, and keys and
+    values once), compression (hidden states, and keys and values four times), and the feed-forward network on the
+    tokens that it takes at a time (three inner activations of `llama.FEED_FORWARD_TOKENS`). Two float32 logits per
+    sequence, and `RESERVE`. Compiled layers of the Llama 2 7B and 3 8B shapes stay below it by up to a fifth.
     """
-    tokens = min(batch * length, max(generation.PREFILL_TOKENS, length))
-    kv = 2 * config.num_kv_heads * config.head_dim
-    per_token = 6 * config.hidden_size + 3 * config.num_heads * config.head_dim + 6 * kv
-    feed_forward = 3 * config.intermediate_size * min(batch * length, llama.FEED_FORWARD_TOKENS)
+    total = batch * length
+    tokens, chunk = min(total, max(generation.PREFILL_TOKENS, length)), min(total, llama.FEED_FORWARD_TOKENS)
+    queries, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    largest = max(
+        tokens * (config.hidden_size + 2 * queries + kv),
+        tokens * (config.hidden_size + 4 * kv),
+        chunk * 3 * config.intermediate_size,
+    )
     logits = 2 * 4 * batch * config.vocab_size
-    return jnp.dtype(dtype).itemsize * (tokens * per_token + feed_forward) + logits + RESERVE
+    return jnp.dtype(dtype).itemsize * (tokens * config.hidden_size + largest) + logits + RESERVE
 
 
 def abstract_caches(

@@ -16,9 +16,7 @@ GB = 10**9
 
 def row_of(case, **fields):
     parts = {"attention_ms": 5.0, "compression_ms": 0.5, "rest_ms": 4.0}
-    return (
-        dataclasses.asdict(case) | {"status": "ok", "peak_bytes": None, "ttft_s": 2.0, "step_ms": 10.0} | parts | fields
-    )
+    return dataclasses.asdict(case) | {"status": "ok", "ttft_s": 2.0, "step_ms": 10.0} | parts | fields
 
 
 def options(*arguments):
@@ -26,7 +24,7 @@ def options(*arguments):
 
 
 def test_a_case_is_measured_as_planned():
-    row = generation.run_here(TINY)
+    row = generation.run_here(TINY, split=True)
     assert row["status"] == "ok", row["reason"]
     plan = TINY.plan
     assert (row["weights_bytes"], row["cache_bytes"]) == (plan.weights, plan.caches)
@@ -37,7 +35,7 @@ def test_a_case_is_measured_as_planned():
 
 
 def test_what_cannot_run_is_noted_with_its_reason():
-    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, implementation="triton"))
+    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, implementation="triton"), split=True)
     assert row["status"] == "failed"
     assert row["reason"].startswith("NotImplementedError: implementation='triton' attends packed caches")
 
@@ -84,25 +82,24 @@ def test_cases_are_those_asked_for_dense_ones_first():
 
 def test_what_is_known_not_to_fit_is_not_run():
     case = dataclasses.replace(LLAMA, batch=500)
-    row = generation.run_one(case, 80 * GB, 0.95, timeout=0)
+    row = generation.run_one(case, 80 * GB, lambda arguments: pytest.fail(f"{arguments} was run"))
     assert row["status"] == "does not fit"
     assert row["reason"] == f"the memory plan: {case.plan.total / GB:.1f} GB of 80.0 GB"
 
 
-def test_the_largest_batch_shrinks_until_it_fits(monkeypatch):
+def test_the_largest_batch_shrinks_until_it_fits():
     tried = []
 
-    def launch(arguments, *_, **__):
+    def ask(arguments):
         tried.append(json.loads(arguments[1])["batch"])
         return {"status": "ok"} if tried[-1] < 97 else {"status": "out of memory", "reason": "full"}
 
-    monkeypatch.setattr(generation, "launch", launch)
-    row = generation.run_one(dataclasses.replace(LLAMA, batch=100, largest=True), None, 0.95, timeout=0)
+    row = generation.run_one(dataclasses.replace(LLAMA, batch=100, largest=True), None, ask)
     assert tried == [100, 97, 94]
     assert (row["status"], row["batch"], row["largest"]) == ("ok", 94, True)
     assert row["planned_bytes"] == dataclasses.replace(LLAMA, batch=100).plan.total
     tried.clear()
-    assert generation.run_one(dataclasses.replace(LLAMA, batch=100), None, 0.95, timeout=0)["status"] == "out of memory"
+    assert generation.run_one(dataclasses.replace(LLAMA, batch=100), None, ask)["status"] == "out of memory"
     assert tried == [100]
 
 
