@@ -236,7 +236,7 @@ def _memory_table(config: "ModelConfig", compression: CompressionConfig, dtype: 
         dense, held = (
             memory.largest_batch(usable, config, how, capacity=length, dtype=dtype) for how in (DENSE, compression)
         )
-        working = memory.working_nbytes(config, batch=max(held, 1), length=length, dtype=dtype)
+        working = memory.working_nbytes(config, compression, batch=max(held, 1), length=length, dtype=dtype)
         table.add_row(f"{length:,}", f"{dense:,}", f"{held:,}", f"{held / dense:.2f}" if dense else "", _bytes(working))
     return table
 

@@ -45,7 +45,7 @@ def test_nothing_fits_where_the_weights_do_not():
 def test_the_allowance_stops_growing_where_prompts_are_prefilled_some_at_a_time():
     def working(batch, length):
         config = dataclasses.replace(TINY, vocab_size=1)
-        return memory.working_nbytes(config, batch=batch, length=length, dtype="bfloat16")
+        return memory.working_nbytes(config, RECOMMENDED, batch=batch, length=length, dtype="bfloat16")
 
     assert working(1, 4096) < working(16, 4096) < working(32, 4096) + 8 * 16
     assert working(32, 4096) - working(16, 4096) == 8 * 16  # the logits alone
