@@ -22,6 +22,9 @@ Progress = Callable[[int, int], object]
 DENSE = CompressionConfig(k_sparsity=0, v_sparsity=0)
 """The config of an ordinary dense cache, the baseline of every comparison."""
 
+STEPS_PER_CHECK = 16
+"""Steps that `generate` takes between looks at whether all sequences have stopped: on a GPU the host waits to look."""
+
 PREFILL_TOKENS = 65536
 """Tokens of a batch of prompts that are prefilled at a time, in whole prompts: what a layer makes of them is held."""
 
@@ -349,18 +352,21 @@ def _decode_loop(
     batch = state.token.shape[0]
     written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(state.token)
     Carry = tuple[DecodeState, jax.Array, jax.Array]  # noqa: N806
+    checks = -(-(max_new_tokens - 1) // STEPS_PER_CHECK)
+    steps = -(-(max_new_tokens - 1) // max(checks, 1))  # a few more in all, perhaps, of which nothing is written
 
     def unfinished(carry: Carry) -> jax.Array:
         state, _, _ = carry
         return (state.step < max_new_tokens) & ~state.finished.all()
 
-    def advance(carry: Carry) -> Carry:
+    def advance(_: jax.Array, carry: Carry) -> Carry:
         state, written, count = carry
-        count = count + ~state.finished
+        count = count + (~state.finished & (state.step < max_new_tokens))
         new = _step(model, state, sampling, eos, implementation)
-        return new, written.at[:, state.step].set(new.token), count
+        return new, written.at[:, state.step].set(new.token, mode="drop"), count
 
-    state, written, count = lax.while_loop(unfinished, advance, (state, written, jnp.ones(batch, jnp.int32)))
+    start = (state, written, jnp.ones(batch, jnp.int32))
+    state, written, count = lax.while_loop(unfinished, lambda carry: lax.fori_loop(0, steps, advance, carry), start)
     return written, count, state
 
 

@@ -219,6 +219,17 @@ def test_as_many_prompts_at_a_time_as_fit_in_even_parts(batch, length, rows, mon
     assert generation._rows_at_a_time(batch, length) == rows
 
 
+@pytest.mark.parametrize("new", [1, 2, 16, 17, 18, 33, 40])
+def test_tokens_are_the_same_wherever_the_loop_looks_for_stops(new):
+    prompts = np.array([[3, 10], [4, 30]])
+    wanted = np.array([[11], [31]]) + np.arange(new)
+    for eos_id in (None, 27, 33):
+        tokens, lengths = stopped(wanted, [eos_id])
+        result = mj.generate(counting(), prompts, max_new_tokens=new, eos_id=eos_id)
+        np.testing.assert_array_equal(result.tokens, tokens)
+        assert result.lengths.tolist() == lengths
+
+
 @pytest.mark.parametrize("name", ["dense", *CONFIGS])
 def test_prompts_prefilled_some_at_a_time_equal_all_at_once(llama, name, monkeypatch):
     prompts, lengths = (jnp.asarray(np.concatenate([x, x[:1]]), jnp.int32) for x in (PROMPTS, LENGTHS))
