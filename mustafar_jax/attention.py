@@ -167,6 +167,17 @@ def _prefill_xla(query: jax.Array, key: jax.Array, value: jax.Array, scale: floa
     return jnp.concatenate([body, whole[:, -1, body.shape[1] + chunk - length :]], axis=1)
 
 
+@contextlib.contextmanager
+def _cudnn(query: Any, key: Any) -> Iterator[None]:
+    """Make NotImplementedError of what cuDNN cannot run: these dtypes, or anything on this machine."""
+    if query not in (jnp.bfloat16, jnp.float16) or query != key:
+        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query}, keys are {key}")
+    try:
+        yield
+    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
+        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
+
+
 def _prefill_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
     """Attention over a prompt through cuDNN's fused kernel."""
     reach = None if window is None else (window - 1, 0)
@@ -365,17 +376,6 @@ def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, windo
         )
     some = (cache.lengths > 0)[:, None, None, None]
     return jnp.where(some, out.reshape(query.shape), 0)
-
-
-@contextlib.contextmanager
-def _cudnn(query: Any, key: Any) -> Iterator[None]:
-    """Make NotImplementedError of what cuDNN cannot run: these dtypes, or anything on this machine."""
-    if query not in (jnp.bfloat16, jnp.float16) or query != key:
-        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query}, keys are {key}")
-    try:
-        yield
-    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
-        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
 
 
 _Attend = Callable[[jax.Array, PackedCache, float, int | None], Partial]
