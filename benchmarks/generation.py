@@ -55,6 +55,10 @@ SHAPES = {
         vocab_size=128256, intermediate_size=14336, num_kv_heads=8, max_position_embeddings=1 << 20,
         rope_theta=500000.0, **_COMMON,
     ),
+    "smollm2-135m": ModelConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
+        head_dim=64, max_position_embeddings=1 << 20, rope_theta=100000.0, tie_word_embeddings=True,
+    ),
     "tiny": ModelConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32,
         max_position_embeddings=1 << 20,
@@ -435,7 +439,7 @@ def _panels(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = [name for name in SHAPES if name != "tiny"]
+    shapes = ["llama-2-7b", "llama-3-8b"]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes, help="of the models (%(default)s)")
     parser.add_argument(
         "--contexts", nargs="+", type=int, default=[4096, 16384, 65536], help="tokens of each prompt (%(default)s)"
