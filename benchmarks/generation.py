@@ -178,16 +178,17 @@ def run_all(
 def run_one(case: Case, limit: int | None, ask: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
     """A case's row: from a process of its own, unless it is known not to fit."""
     planned = case.plan.total
+    plan = {"planned_batch": case.batch, "planned_bytes": planned}
     if limit is not None and planned > limit:
         reason = f"the memory plan: {planned / 1e9:.1f} GB of {limit / 1e9:.1f} GB"
-        return dataclasses.asdict(case) | {"status": "does not fit", "reason": reason}
+        return dataclasses.asdict(case) | plan | {"status": "does not fit", "reason": reason}
     while True:
         row = ask(["--one", json.dumps(dataclasses.asdict(case))])
-        row = dataclasses.asdict(case) | {"planned_bytes": planned} | row
+        row = dataclasses.asdict(case) | plan | row
         if not case.largest or case.batch == 1 or row["status"] != "out of memory":
             return row
         print(f"    batch {case.batch} does not fit: {row['reason']}", flush=True)
-        case = dataclasses.replace(case, batch=min(case.batch - 1, int(case.batch * 0.97)))
+        case = dataclasses.replace(case, batch=case.batch - max(1, case.batch // 64))
 
 
 def describe(fraction: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ USABLE = 0.95
 """The share of a device's memory to give JAX, by XLA_PYTHON_CLIENT_MEM_FRACTION; the driver takes some of the rest."""
 
 RESERVE = 500_000_000
-"""Bytes set aside for what does not grow with the model: compiled programs, workspaces of libraries, fragments."""
+"""Bytes set aside for what does not grow with the model: compiled programs, workspaces of libraries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +30,40 @@ class MemoryPlan:
         weights: of the model, exact.
         caches: of all layers and sequences, exact.
         working: an allowance for what prefill and decoding hold beside them; `working_nbytes` says what is in it.
+        fragments: an allowance for gaps between arrays, too small for what is to be allocated: one layer's caches.
     """
 
     weights: int
     caches: int
     working: int
+    fragments: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.caches + self.working
+        return self.weights + self.caches + self.working + self.fragments
 
 
 def plan(
     config: ModelConfig, compression: CompressionConfig, *, batch: int, capacity: int, dtype: DTypeLike
 ) -> MemoryPlan:
     """What `batch` sequences of up to `capacity` tokens, prompt and new ones together, take; nothing is allocated."""
-    sequence = sum(cache.nbytes for cache in abstract_caches(config, compression, capacity, dtype=dtype))
+    [layer] = {cache.nbytes * batch for cache in abstract_caches(config, compression, capacity, dtype=dtype)}
     working = working_nbytes(config, compression, batch=batch, length=capacity, dtype=dtype)
-    return MemoryPlan(weight_nbytes(config, dtype), sequence * batch, working)
+    return MemoryPlan(weight_nbytes(config, dtype), layer * config.num_layers, working, fragments=layer)
 
 
 def largest_batch(
     memory: float, config: ModelConfig, compression: CompressionConfig, *, capacity: int, dtype: DTypeLike
 ) -> int:
     """How many sequences of up to `capacity` tokens fit in `memory` bytes; 0 where not even one does."""
-    one = plan(config, compression, batch=1, capacity=capacity, dtype=dtype)
+    options: dict[str, Any] = {"capacity": capacity, "dtype": dtype}
+    one = plan(config, compression, batch=1, **options)
     few, many = 0, max(0, int(memory - one.weights) // one.caches) + 1
     while many - few > 1:  # few fit, many do not
         middle = (few + many) // 2
-        working = working_nbytes(config, compression, batch=middle, length=capacity, dtype=dtype)
-        few, many = (middle, many) if one.weights + one.caches * middle + working <= memory else (few, middle)
+        fits = plan(config, compression, batch=middle, **options).total <= memory
+        few, many = (middle, many) if fits else (few, middle)
     return few
 
 

@@ -236,8 +236,9 @@ def _memory_table(config: "ModelConfig", compression: CompressionConfig, dtype: 
         dense, held = (
             memory.largest_batch(usable, config, how, capacity=length, dtype=dtype) for how in (DENSE, compression)
         )
-        working = memory.working_nbytes(config, compression, batch=max(held, 1), length=length, dtype=dtype)
-        table.add_row(f"{length:,}", f"{dense:,}", f"{held:,}", f"{held / dense:.2f}" if dense else "", _bytes(working))
+        full = memory.plan(config, compression, batch=max(held, 1), capacity=length, dtype=dtype)
+        working = _bytes(full.working + full.fragments)
+        table.add_row(f"{length:,}", f"{dense:,}", f"{held:,}", f"{held / dense:.2f}" if dense else "", working)
     return table
 
 

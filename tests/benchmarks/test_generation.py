@@ -92,15 +92,16 @@ def test_the_largest_batch_shrinks_until_it_fits():
 
     def ask(arguments):
         tried.append(json.loads(arguments[1])["batch"])
-        return {"status": "ok"} if tried[-1] < 97 else {"status": "out of memory", "reason": "full"}
+        return {"status": "ok"} if tried[-1] < 127 else {"status": "out of memory", "reason": "full"}
 
-    row = generation.run_one(dataclasses.replace(LLAMA, batch=100, largest=True), None, ask)
-    assert tried == [100, 97, 94]
-    assert (row["status"], row["batch"], row["largest"]) == ("ok", 94, True)
-    assert row["planned_bytes"] == dataclasses.replace(LLAMA, batch=100).plan.total
+    case = dataclasses.replace(LLAMA, batch=129)
+    row = generation.run_one(dataclasses.replace(case, largest=True), None, ask)
+    assert tried == [129, 127, 126]
+    assert (row["status"], row["batch"], row["planned_batch"]) == ("ok", 126, 129)
+    assert row["planned_bytes"] == case.plan.total
     tried.clear()
-    assert generation.run_one(dataclasses.replace(LLAMA, batch=100), None, ask)["status"] == "out of memory"
-    assert tried == [100]
+    assert generation.run_one(case, None, ask)["status"] == "out of memory"
+    assert tried == [129]
 
 
 def test_a_row_is_described_beside_its_dense_one():

@@ -25,7 +25,8 @@ def test_weights_and_caches_are_exact(compression, tied):
     plan = memory.plan(config, compression, batch=3, capacity=200, dtype="bfloat16")
     assert plan.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     assert plan.caches == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-    assert plan.total == plan.weights + plan.caches + plan.working
+    assert plan.fragments == plan.caches / config.num_layers
+    assert plan.total == plan.weights + plan.caches + plan.working + plan.fragments
 
 
 @CONFIGS
