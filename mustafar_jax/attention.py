@@ -1,8 +1,9 @@
 """Attention on a `LayerCache`: one query token per sequence, packed and dense parts merged as in flash decoding."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ PREFILL_CHUNK = 512
 """Queries that prefill attends at a time where scores are held in memory."""
 
 Implementation = str | Sequence[str] | None
+_Names = str | tuple[str, ...]
 
 
 class Partial(NamedTuple):
@@ -79,11 +81,11 @@ def decode_attention(
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
     names = check_implementation(implementation) or _present()
-    out = _first_that_runs(names, grouped, cache, scale, sliding_window)
+    with jax.named_scope("decode_attention"):  # a profile shows it by this name
+        out = _decode(names, grouped, cache, scale, sliding_window)
     return out.reshape(query.shape).astype(query.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sliding_window"))
 def prefill_attention(
     query: jax.Array,
     key: jax.Array,
@@ -92,34 +94,67 @@ def prefill_attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """Causal attention over a prompt, padded on the right; dense.
 
     Args:
         query: [B, S, N, H].
         key, value: [B, S, K, H].
-        lengths: int32 [B], valid tokens.
+        lengths: int32 [B], valid tokens; the keys and values of what follows them, NaN too, have no effect.
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: as in `decode_attention`.
+        implementation: "cudnn" (NVIDIA GPUs, bfloat16 and float16), "xla", a sequence of names tried in order, or None
+            for the best that works here.
 
     Returns:
         [B, S, N, H] in the query's dtype; rows of padding hold nothing of use.
+
+    Raises:
+        ValueError: sliding_window < 1, an unknown implementation.
+        NotImplementedError: no implementation that was named can run this.
     """
     _check_window(sliding_window)
+    names = check_implementation(implementation) or _present()
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    return _prefill(names, query, key, value, lengths, scale, sliding_window)
+
+
+@functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
+def _prefill(
+    names: _Names,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    valid = jnp.arange(query.shape[1]) < lengths[:, None]
+    value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
+
+    def run(name: str) -> jax.Array:
+        if name not in _PREFILL:
+            raise NotImplementedError(f"implementation={name!r} attends caches; a prompt wants one of {[*_PREFILL]}")
+        return _PREFILL[name](query, key, value, scale, window)
+
+    return _first_that_runs(names, run)
+
+
+def _prefill_xla(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
+    """Attention over a prompt, some queries at a time, so that the scores of all are never held."""
     length, chunk = query.shape[1], min(query.shape[1], PREFILL_CHUNK)
     dtype = query.dtype
     if dtype == jnp.float16:  # XLA for CPUs has no float16 product with float32 sums
         query, key, value = _float32(query, key, value)
-    valid = jnp.arange(length) < lengths[:, None]
-    value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
 
     def attend(start: jax.Array) -> jax.Array:
         # The last chunk is moved back to end with the prompt, so every chunk has the same shape.
         rows = jnp.minimum(start, length - chunk) + jnp.arange(chunk)
         distance = rows[:, None] - jnp.arange(length)
-        visible = (distance >= 0) & (distance < (length if sliding_window is None else sliding_window)) & valid[:, None]
+        visible = (distance >= 0) & (distance < (length if window is None else window))
         part = jnp.take(query, rows, axis=1)
-        out = jax.nn.dot_product_attention(part, key, value, mask=visible[:, None], scale=scale)
+        out = jax.nn.dot_product_attention(part, key, value, mask=visible[None, None], scale=scale)
         return out.astype(dtype)
 
     if chunk == length:
@@ -131,22 +166,51 @@ def prefill_attention(
     return jnp.concatenate([body, whole[:, -1, body.shape[1] + chunk - length :]], axis=1)
 
 
+@contextlib.contextmanager
+def _cudnn(query: Any, key: Any) -> Iterator[None]:
+    """Make NotImplementedError of what cuDNN cannot run: these dtypes, or anything on this machine."""
+    if query not in (jnp.bfloat16, jnp.float16) or query != key:
+        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query}, keys are {key}")
+    try:
+        yield
+    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
+        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
+
+
+def _prefill_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
+    """Attention over a prompt through cuDNN's fused kernel."""
+    reach = None if window is None else (window - 1, 0)
+    with _cudnn(query.dtype, key.dtype):
+        return jax.nn.dot_product_attention(
+            query, key, value, scale=scale, is_causal=True, local_window_size=reach, implementation="cudnn"
+        )
+
+
+_PREFILL: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float, int | None], jax.Array]] = {
+    "cudnn": _prefill_cudnn,
+    "xla": _prefill_xla,
+}
+"""The implementations of attention over a prompt. Padding on the right needs no mask: no valid query sees it."""
+
+
 @functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
-def _first_that_runs(
-    names: str | tuple[str, ...], query: jax.Array, cache: LayerCache, scale: float, window: int | None
-) -> jax.Array:
+def _decode(names: _Names, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
+    return _first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
+
+
+def _first_that_runs(names: _Names, run: Callable[[str], jax.Array]) -> jax.Array:
     """Try implementations in order; the last one's NotImplementedError is the caller's."""
     names = (names,) if isinstance(names, str) else names
     for name in names[:-1]:
         try:
             _check_present(name)
-            return _run(name, query, cache, scale, window)
+            return run(name)
         except NotImplementedError:
             continue
-    return _run(names[-1], query, cache, scale, window)
+    return run(names[-1])
 
 
-def check_implementation(implementation: Implementation) -> str | tuple[str, ...] | None:
+def check_implementation(implementation: Implementation) -> _Names | None:
     """The argument in a hashable form; ValueError for a name that is not in `IMPLEMENTATIONS`, or for none."""
     if implementation is None or isinstance(implementation, str):
         names: tuple[str, ...] = () if implementation is None else (implementation,)
@@ -289,12 +353,10 @@ def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window:
 
 def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
     """Attention on a dense cache through cuDNN's fused kernel."""
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or query.dtype != cache.dtype:
-        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query.dtype}, the cache {cache.dtype}")
     if window is not None:
         raise NotImplementedError(f"cuDNN decoding has no sliding window; got sliding_window={window}")
     batch, kv_heads, group, head_dim = query.shape
-    try:
+    with _cudnn(query.dtype, cache.dtype):
         out = jax.nn.dot_product_attention(
             query.reshape(batch, 1, kv_heads * group, head_dim),
             cache.key,
@@ -303,8 +365,6 @@ def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, windo
             key_value_seq_lengths=cache.lengths,
             implementation="cudnn",
         )
-    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
-        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
     some = (cache.lengths > 0)[:, None, None, None]
     return jnp.where(some, out.reshape(query.shape), 0)
 
