@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import mustafar_jax as mj
+from benchmarks.origin import where
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEAD_DIM = 128
@@ -71,11 +71,10 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
     options = parser.parse_args()
     shapes = SHAPES + ([] if options.no_sweeps else [shape for sweep in SWEEPS.values() for shape in sweep])
-    device = jax.devices()[0].device_kind
     bandwidth = copy_bandwidth()
     torch_times = time_torch(shapes)
-    record = {"device": device, "jax": jax.__version__, "commit": commit(), "copy_bytes_per_s": bandwidth}
-    folder = options.output or RESULTS / device.replace(" ", "_")
+    record = where() | {"copy_bytes_per_s": bandwidth}
+    folder = options.output or RESULTS / str(record["device"]).replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for shape in shapes:
@@ -193,14 +192,6 @@ def time_torch(shapes: list[Shape]) -> dict[str, dict[str, float]]:
         return {}
     times: dict[str, dict[str, float]] = json.loads(result.stdout.splitlines()[-1])
     return times
-
-
-def commit() -> str:
-    """What MUSTAFAR_COMMIT names, else the checkout's commit; empty outside of one."""
-    if named := os.environ.get("MUSTAFAR_COMMIT"):
-        return named
-    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip()
 
 
 def describe(shape: Shape) -> dict[str, Any]:
