@@ -171,15 +171,10 @@ def time_call(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written together, of plain copies of 1 GiB."""
+    """Bytes per second, read and written together, of plain copies of 1 GiB that queue one behind the other."""
     x = jnp.ones(2**28, jnp.float32)
-    copies = 10
-
-    @jax.jit
-    def copy(x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, copies, lambda _, x: x + 1, x)
-
-    return 2 * x.nbytes * copies / time_call(copy, x) * 1e6
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes * CALLS / time_call(lambda x: [copy(x) for _ in range(CALLS)], x) * 1e6
 
 
 def time_torch(shapes: list[Shape]) -> dict[str, dict[str, float]]:
@@ -214,20 +209,30 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         return
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5))
-    for axis, (sweep, shapes), x in zip(axes, SWEEPS.items(), ("tokens", "batch"), strict=False):
+    sweeps = {
+        ("tokens", "batch 1, 8 KV heads, 32 query heads"): SWEEPS["context"],
+        ("batch", "8192 tokens, 8 KV heads, 32 query heads"): SWEEPS["batch"],
+    }
+    measured = {row["shape"] for row in rows}
+    drawn = {label: shapes for label, shapes in sweeps.items() if measured >= {shape.name for shape in shapes}}
+    figure, axes = pyplot.subplots(1, 1 + len(drawn), figsize=(7 + 5 * len(drawn), 4.5), squeeze=False)
+    _draw_bars(axes[0, 0], [row for row in rows if row["shape"] in ("A", "B") and row["us"]])
+    for axis, ((x, sizes), shapes) in zip(axes[0, 1:], drawn.items(), strict=True):
         names = {shape.name for shape in shapes}
         _draw_lines(axis, [row for row in rows if row["shape"] in names], x)
-        axis.set_xlabel(f"{x} ({'batch 1' if sweep == 'context' else '8192 tokens'}, 8 KV heads, 32 query heads)")
-    bars = [row for row in rows if row["shape"] in ("A", "B") and row["us"]]
-    axes[2].barh([f"{row['shape']}: {row['name']}" for row in bars], [row["us"] for row in bars], color="tab:blue")
-    axes[2].scatter([row["limit_us"] for row in bars], range(len(bars)), color="black", marker="|", label="byte limit")
-    axes[2].invert_yaxis()
-    for axis in axes:
+        axis.set_xlabel(f"{x} ({sizes})")
+    for axis in axes[0]:
         axis.legend(fontsize="x-small")
-    axes[2].set_xlabel("microseconds")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def _draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
+    axis.barh([f"{row['shape']}: {row['name']}" for row in rows], [row["us"] for row in rows])
+    limits = [row["limit_us"] for row in rows]
+    axis.scatter(limits, range(len(rows)), color="black", marker="|", zorder=3, label="byte limit")
+    axis.invert_yaxis()
+    axis.set_xlabel("microseconds")
 
 
 def _draw_lines(axis: Any, rows: list[dict[str, Any]], x: str) -> None:

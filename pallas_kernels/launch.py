@@ -12,7 +12,7 @@ TILE = 128
 """Tokens that a block takes at a time."""
 
 WAVE = 132 * 4
-"""Blocks that an H100 or H200 holds at once."""
+"""Blocks that an H100 or H200 holds at once, or nearly: centred keys cost registers."""
 
 _NEAR = math.log(1.5)
 """How far tuned sizes may lie from the ones asked for, in logarithms of heads and of tiles together."""
@@ -52,8 +52,12 @@ def decode_params(*, heads: int, rows: int) -> DecodeParams:
 
 
 def _cost(heads: int, tiles: int, splits: int) -> float:
-    """Tiles that the busiest place for a block works through, where starting a block costs about one."""
-    return -(-heads * splits // WAVE) * (-(-tiles // splits) + 1)
+    """Tiles that a place for a block works through: its share, and at the end half a block in which others are idle.
+
+    Starting a block costs about as much as a tile.
+    """
+    block = -(-tiles // splits) + 1
+    return max(heads * splits / WAVE, 1) * block + block / 2
 
 
 @functools.cache
