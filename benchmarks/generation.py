@@ -400,10 +400,12 @@ def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     def draw(axes: Any, panel: list[dict[str, Any]]) -> None:
         for name, line in _lines(panel):
             points = [(row["batch"], row["tokens_per_s"]) for row in line]
-            [drawn] = axes.loglog(*zip(*points, strict=True), "o-", base=2, label=name)
+            [drawn] = axes.plot(*zip(*points, strict=True), "o-", label=name)
             stars = [(row["batch"], row["tokens_per_s"]) for row in line if row["largest"]]
             if stars:
-                axes.loglog(*zip(*stars, strict=True), "*", markersize=14, color=drawn.get_color())
+                axes.plot(*zip(*stars, strict=True), "*", markersize=14, color=drawn.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
         axes.set(xlabel="batch", ylabel="tokens/s")
 
     _panels(rows, ("shape", "context"), draw, path)
@@ -438,7 +440,7 @@ def _panels(
     path: pathlib.Path,
 ) -> None:
     """One panel for each combination of the fields that was measured."""
-    done = [row for row in rows if row["status"] == "ok"]
+    done = [row for row in rows if row["status"] == "ok" and row["new_tokens"] == Case.new_tokens]
     combinations = sorted({tuple(row[field] for field in fields) for row in done})
     try:
         from matplotlib import pyplot
