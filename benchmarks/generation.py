@@ -39,9 +39,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 DTYPE = jnp.bfloat16
 BLOCK = 32
 """Steps of one call: each sequence packs one group in it."""
-BLOCKS, REPEATS = 2, 3
-NEW_TOKENS = BLOCK * (1 + BLOCKS * REPEATS + 1)
-"""A block to warm up, the timed ones, and one under the profiler."""
+BLOCKS = 2
+"""Calls that are timed together; what remains of a case's steps is a call to warm up and one under the profiler."""
 LONG = 30.0
 """Seconds of prefill above which it runs once: its time is then that of all layers but the first, which compiles."""
 SCOPES = {"decode_attention": "attention", "append": "compression", "rest": "rest"}
@@ -78,6 +77,7 @@ class Case:
         batch: prompts.
         implementation: of attention during decoding.
         largest: whether `batch` is the largest that the memory plan lets fit, or less where that did not.
+        new_tokens: how long the prompts are continued; a multiple of 64, at least 128.
     """
 
     shape: str
@@ -86,6 +86,7 @@ class Case:
     batch: int
     implementation: str | None
     largest: bool = False
+    new_tokens: int = 256
 
     @property
     def compression(self) -> CompressionConfig:
@@ -95,18 +96,13 @@ class Case:
     @property
     def capacity(self) -> int:
         """Tokens that a sequence's cache has room for."""
-        return self.context + NEW_TOKENS
+        return self.context + self.new_tokens
 
     @property
     def plan(self) -> memory.MemoryPlan:
         """What the case takes, as planned."""
         sizes = {"batch": self.batch, "capacity": self.capacity}
         return memory.plan(SHAPES[self.shape], self.compression, **sizes, dtype=DTYPE)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What another run of the same case has in common with this one."""
-        return (self.shape, self.context, self.sparsity, self.implementation, self.largest or self.batch)
 
     def __str__(self) -> str:
         cache = f"packed {self.sparsity} ({self.implementation})" if self.sparsity else "dense"
@@ -124,17 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     jax.config.update("jax_platforms", "cpu")  # the device is left to the processes that run the cases
     with tempfile.TemporaryDirectory() as cache:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-        fraction = memory.USABLE
-        device = describe(fraction)
+        share = memory.USABLE
+        device = describe(Launcher(share, 300, cache))
         if options.memory and device["limit_bytes"]:
-            fraction *= min(1.0, options.memory / (device["limit_bytes"] / memory.USABLE))
-            device = describe(fraction)
+            share *= min(1.0, options.memory * memory.USABLE / device["limit_bytes"])
+            device = describe(Launcher(share, 300, cache))
         folder = options.output or RESULTS / device["where"]["device"].replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        cases = list(cases_of(options, device["limit_bytes"]))
-        how = [] if options.split else ["--no-split"]
-        run_all(cases, folder, device, lambda case: launch([*case, *how], fraction, options.timeout))
+        launch = Launcher(share, options.timeout, cache, () if options.split else ("--no-split",))
+        run_all(list(cases_of(options, device["limit_bytes"])), folder, device, launch)
 
 
 def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
@@ -149,7 +143,7 @@ def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
             for batch in options.batches:
                 for sparsity in options.sparsities:
                     name = options.implementation if sparsity else options.dense_implementation
-                    case = Case(shape, context, sparsity, batch or 1, name, largest=not batch)
+                    case = Case(shape, context, sparsity, batch or 1, name, not batch, options.new_tokens)
                     if case.largest:
                         if limit is None:
                             raise ValueError("--batches largest: this device does not say how much memory it has")
@@ -162,7 +156,7 @@ def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
 def run_all(
     cases: Sequence[Case], folder: pathlib.Path, device: dict[str, Any], ask: Callable[[list[str]], dict[str, Any]]
 ) -> None:
-    """Run each case, and write what is known after it; `ask` has this program, given arguments, answer."""
+    """Run each case, and write what is known after it; `ask` is a `Launcher`."""
     path = folder / "generation.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for number, case in enumerate(cases, 1):
@@ -191,27 +185,44 @@ def run_one(case: Case, limit: int | None, ask: Callable[[list[str]], dict[str, 
         case = dataclasses.replace(case, batch=case.batch - max(1, case.batch // 64))
 
 
-def describe(fraction: float) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """Has this program answer in a process of its own, whatever becomes of that.
+
+    Attributes:
+        share: of the device's memory that the process may take.
+        timeout: seconds that it may take.
+        cache: a folder for what is compiled, which later processes find there.
+        options: of the command line, for all processes.
+    """
+
+    share: float
+    timeout: float
+    cache: str
+    options: Sequence[str] = ()
+
+    def __call__(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The last line of the process's output, or why there is none."""
+        command = [sys.executable, "-m", "benchmarks.generation", *arguments, *self.options]
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.cache} | os.environ
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{self.share:.4f}"
+        try:
+            result = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, timeout=self.timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"status": "failed", "reason": f"not finished after {self.timeout:.0f} s"}
+        if result.returncode:
+            return {"status": "failed", "reason": f"the process ended with status {result.returncode}"}
+        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        return answer
+
+
+def describe(launch: Launcher) -> dict[str, Any]:
     """Where the cases run, and how many bytes a process can have there."""
-    answer = launch(["--describe"], fraction, timeout=300)
+    answer = launch(["--describe"])
     if "where" not in answer:
         raise RuntimeError(f"the device cannot be used: {answer['reason']}")
-    return answer
-
-
-def launch(arguments: Sequence[str], fraction: float, timeout: float) -> dict[str, Any]:
-    """What this program answers in a process of its own, whatever becomes of that."""
-    command = [sys.executable, "-m", "benchmarks.generation", *arguments]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.4f}"}
-    try:
-        result = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"status": "failed", "reason": f"not finished after {timeout:.0f} s"}
-    if result.returncode:
-        return {"status": "failed", "reason": f"the process ended with status {result.returncode}"}
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return answer
 
 
@@ -237,13 +248,13 @@ def measure(case: Case, *, split: bool) -> dict[str, Any]:
     row |= {"weights_bytes": weights, "cache_bytes": held}
     if (in_use := _memory("bytes_in_use")) is not None:
         row["decode_bytes"] = in_use + getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
-    token, caches, steps = time_decode(compiled, model, token, caches)
+    token, caches, steps = time_decode(compiled, model, token, caches, case.new_tokens // (BLOCKS * BLOCK) - 1)
     row["peak_bytes"] = _memory("peak_bytes_in_use")
     row |= {"tokens_per_s": case.batch / steps["step_ms"] * 1e3} | steps
     if split:
         token, caches, parts = split_decode(decode, model, token, caches)
         row |= parts
-    held_tokens = case.context + NEW_TOKENS - BLOCK * (not split)
+    held_tokens = case.capacity - BLOCK * (not split)
     if any((cache.overflow | (cache.lengths != held_tokens)).any() for cache in caches):
         raise RuntimeError(f"the caches do not hold the {held_tokens} tokens of prompt and continuation")
     return row
@@ -310,12 +321,12 @@ def lower_decode(model: Llama, token: jax.Array, caches: Caches, implementation:
 
 
 def time_decode(
-    decode: jax.stages.Compiled, model: Llama, token: jax.Array, caches: Caches
+    decode: jax.stages.Compiled, model: Llama, token: jax.Array, caches: Caches, repeats: int
 ) -> tuple[jax.Array, Caches, dict[str, Any]]:
-    """Go on from a token and caches; milliseconds of a step, by the clock: all, and their median."""
+    """Go on from a token and caches; milliseconds of a step by the clock: of each repeat, and their median."""
     token, caches = jax.block_until_ready(decode(model, token, caches))
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(BLOCKS):
             token, caches = decode(model, token, caches)
@@ -345,7 +356,14 @@ def _memory(name: str) -> int | None:
 
 def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows with one more, in place of an earlier run of the same case."""
-    return [other for other in rows if case_of(other).key != case_of(row).key] + [row]
+    return [other for other in rows if _identity(other) != _identity(row)] + [row]
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs of the same case have in common; the largest batch is one with the same memory."""
+    case = case_of(row)
+    batch = ("largest", row["limit_bytes"]) if case.largest else case.batch
+    return (case.shape, case.context, case.sparsity, case.implementation, case.new_tokens, batch)
 
 
 def case_of(row: dict[str, Any]) -> Case:
@@ -355,7 +373,7 @@ def case_of(row: dict[str, Any]) -> Case:
 
 def dense_beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of the same case with a dense cache, if it ran; for the largest batch, dense's own largest."""
-    fields = ("shape", "context", "largest") + (() if row["largest"] else ("batch",))
+    fields = ("shape", "context", "new_tokens", "largest", "limit_bytes" if row["largest"] else "batch")
     same = [r for r in rows if r["sparsity"] == 0 and r["status"] == "ok" and all(r[f] == row[f] for f in fields)]
     return same[-1] if same and row["sparsity"] else None
 
@@ -382,10 +400,12 @@ def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     def draw(axes: Any, panel: list[dict[str, Any]]) -> None:
         for name, line in _lines(panel):
             points = [(row["batch"], row["tokens_per_s"]) for row in line]
-            [drawn] = axes.loglog(*zip(*points, strict=True), "o-", base=2, label=name)
+            [drawn] = axes.plot(*zip(*points, strict=True), "o-", label=name)
             stars = [(row["batch"], row["tokens_per_s"]) for row in line if row["largest"]]
             if stars:
-                axes.loglog(*zip(*stars, strict=True), "*", markersize=14, color=drawn.get_color())
+                axes.plot(*zip(*stars, strict=True), "*", markersize=14, color=drawn.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
         axes.set(xlabel="batch", ylabel="tokens/s")
 
     _panels(rows, ("shape", "context"), draw, path)
@@ -420,7 +440,7 @@ def _panels(
     path: pathlib.Path,
 ) -> None:
     """One panel for each combination of the fields that was measured."""
-    done = [row for row in rows if row["status"] == "ok"]
+    done = [row for row in rows if row["status"] == "ok" and row["new_tokens"] == Case.new_tokens]
     combinations = sorted({tuple(row[field] for field in fields) for row in done})
     try:
         from matplotlib import pyplot
@@ -462,6 +482,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--implementation", default="triton", help="of attention on packed caches (%(default)s)")
     parser.add_argument("--dense-implementation", default="cudnn", help="of attention on dense caches (%(default)s)")
+    parser.add_argument(
+        "--new-tokens", type=_new_tokens, default=256, help="how long prompts are continued (%(default)s)"
+    )
     parser.add_argument("--memory", type=parse_size, help="measure as on a device of this size, such as 80GB")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a case may take (%(default)s)")
     parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
@@ -482,6 +505,14 @@ def _batch(text: str) -> int:
     if number < 1 and text != "largest":
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 1, or largest")
     return number
+
+
+def _new_tokens(text: str) -> int:
+    if int(text) < 2 * BLOCKS * BLOCK or int(text) % (BLOCKS * BLOCK):
+        raise argparse.ArgumentTypeError(
+            f"{text} must be a multiple of {BLOCKS * BLOCK}, at least {2 * BLOCKS * BLOCK}"
+        )
+    return int(text)
 
 
 if __name__ == "__main__":

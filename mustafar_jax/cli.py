@@ -230,7 +230,7 @@ def _memory_table(config: "ModelConfig", compression: CompressionConfig, dtype: 
     usable, weights = memory.USABLE * size, memory.weight_nbytes(config, dtype)
     title = f"Sequences that fit in {_bytes(size)}, {memory.USABLE:.0%} of it used; weights {_bytes(weights)}, {dtype}"
     table = Table(title=title)
-    for column in ("context", "dense", "compressed", "times dense", "working memory"):
+    for column in ("context", "dense", "compressed", "times dense", "set aside"):
         table.add_column(column, justify="right")
     for length in _contexts(config):
         dense, held = (

@@ -297,12 +297,20 @@ def _start(model: Model, request: _Request, progress: Progress | None) -> Decode
 
 def _steps(model: Model, request: _Request, progress: Progress | None) -> Iterator[np.ndarray]:
     state = _start(model, request, progress)
-    yield np.asarray(state.token)
-    for _ in range(request.max_new_tokens - 1):
-        if state.finished.all():
+    yield np.asarray(state.token)  # before the step is compiled
+    if request.max_new_tokens == 1 or state.finished.all():
+        return
+    step = functools.partial(_stream_step, model, implementation=request.implementation)
+    state, shown = step(state, request.sampling, request.eos)
+    for _ in range(request.max_new_tokens - 2):
+        # The next step is on its way to the device before the host waits for this one's tokens.
+        state, coming = step(state, request.sampling, request.eos)
+        token, finished = jax.device_get(shown)
+        yield token
+        if finished:
             return
-        state = _step(model, state, request.sampling, request.eos, request.implementation)
-        yield np.asarray(state.token)
+        shown = coming
+    yield np.asarray(shown[0])
 
 
 @functools.partial(jax.jit, donate_argnames=("hidden", "cache"))
@@ -330,6 +338,14 @@ def _last_logits(model: Model, hidden: jax.Array, lengths: jax.Array) -> jax.Arr
 
 
 @functools.partial(jax.jit, static_argnames="implementation", donate_argnames="state")
+def _stream_step(
+    model: Model, state: DecodeState, sampling: Sampling | None, eos: jax.Array, implementation: Implementation
+) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
+    """The next state, and what the host looks at, which is not donated with it: the tokens, and whether all stopped."""
+    state = _step(model, state, sampling, eos, implementation)
+    return state, (state.token, state.finished.all())
+
+
 def _step(
     model: Model, state: DecodeState, sampling: Sampling | None, eos: jax.Array, implementation: Implementation
 ) -> DecodeState:

@@ -15,7 +15,7 @@ GB = 10**9
 
 
 def row_of(case, **fields):
-    parts = {"attention_ms": 5.0, "compression_ms": 0.5, "rest_ms": 4.0}
+    parts = {"limit_bytes": 80 * GB, "attention_ms": 5.0, "compression_ms": 0.5, "rest_ms": 4.0}
     return dataclasses.asdict(case) | {"status": "ok", "ttft_s": 2.0, "step_ms": 10.0} | parts | fields
 
 
@@ -30,6 +30,7 @@ def test_a_case_is_measured_as_planned():
     assert (row["weights_bytes"], row["cache_bytes"]) == (plan.weights, plan.caches)
     assert row["ttft_s"] > 0
     assert row["tokens_per_s"] == pytest.approx(3 / row["step_ms"] * 1e3)
+    assert len(row["steps_ms"]) == 3
     assert min(row["steps_ms"]) <= row["step_ms"] <= max(row["steps_ms"])
     json.dumps(row)
 
@@ -40,7 +41,8 @@ def test_what_cannot_run_is_noted_with_its_reason():
     assert row["reason"].startswith("NotImplementedError: implementation='triton' attends packed caches")
 
 
-def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsys):
+def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # a GPU's memory is this process's
     dense = dataclasses.replace(TINY, sparsity=0.0)
     earlier = [row_of(case, tokens_per_s=1.0) for case in (dense, TINY, dataclasses.replace(TINY, batch=2))]
     (tmp_path / "generation.json").write_text(json.dumps({"rows": earlier}))
@@ -54,12 +56,22 @@ def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsy
     assert "[1/1] tiny, 40 tokens, batch 3, dense\n" in capsys.readouterr().out
 
 
-def test_a_process_that_ends_badly_or_late_is_noted():
-    assert generation.launch(["--one", "{}"], 0.5, timeout=100) == {
+def test_a_process_that_ends_badly_or_late_is_noted(tmp_path):
+    assert generation.Launcher(0.5, 100, str(tmp_path))(["--one", "{}"]) == {
         "status": "failed",
         "reason": "the process ended with status 1",
     }
-    assert generation.launch(["--describe"], 0.5, timeout=0.01)["reason"] == "not finished after 0 s"
+    assert generation.Launcher(0.5, 0.01, str(tmp_path))(["--describe"])["reason"] == "not finished after 0 s"
+
+
+def test_the_largest_batches_of_two_devices_are_two_cases():
+    largest = dataclasses.replace(LLAMA, largest=True)
+    rows = [
+        row_of(dataclasses.replace(largest, batch=b), limit_bytes=limit) for b, limit in ((20, 80 * GB), (50, 140 * GB))
+    ]
+    assert generation.merged(rows[:1], rows[1]) == rows
+    again = row_of(dataclasses.replace(largest, batch=49), limit_bytes=140 * GB)
+    assert generation.merged(rows, again) == [rows[0], again]
 
 
 def test_cases_are_those_asked_for_dense_ones_first():
@@ -76,8 +88,9 @@ def test_cases_are_those_asked_for_dense_ones_first():
         assert case.plan.total <= 80 * GB < dataclasses.replace(case, batch=case.batch + 1).plan.total
     with pytest.raises(ValueError, match="does not say how much memory"):
         list(generation.cases_of(given, None))
-    with pytest.raises(SystemExit):
-        options("--batches", "0")
+    for wrong in (["--batches", "0"], ["--new-tokens", "100"], ["--new-tokens", "64"]):
+        with pytest.raises(SystemExit):
+            options(*wrong)
 
 
 def test_what_is_known_not_to_fit_is_not_run():

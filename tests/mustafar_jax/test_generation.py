@@ -230,6 +230,18 @@ def test_tokens_are_the_same_wherever_the_loop_looks_for_stops(new):
         assert result.lengths.tolist() == lengths
 
 
+def test_the_loop_takes_a_known_number_of_steps_between_looks():
+    state = generation.DecodeState(jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.int32(1), ())
+    loop = generation._decode_loop.lower(counting(), state, None, jnp.zeros(1, jnp.int32), None, 40).compile()
+    assert re.findall(r'"known_trip_count":{"n":"(\d+)"}', loop.as_text()) == ["13"]  # 39 steps in three parts
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 30])
+def test_a_stream_has_as_many_steps_as_asked_for(new):
+    steps = [step.tolist() for step in mj.stream(counting(), [[3, 10], [4, 30]], max_new_tokens=new)]
+    assert steps == [[11 + i, 31 + i] for i in range(new)]
+
+
 @pytest.mark.parametrize("name", ["dense", *CONFIGS])
 def test_prompts_prefilled_some_at_a_time_equal_all_at_once(llama, name, monkeypatch):
     prompts, lengths = (jnp.asarray(np.concatenate([x, x[:1]]), jnp.int32) for x in (PROMPTS, LENGTHS))
@@ -307,7 +319,7 @@ def test_a_sampled_stream_yields_the_tokens_of_generate_and_compiles_one_step(sa
     tokens = [next(steps)]
     with Compilations() as compiled:
         tokens.append(next(steps))
-    assert compiled.count("_step") == 1
+    assert compiled.count("_stream_step") == 1
     with Compilations() as compiled:
         tokens.extend(steps)  # passes two or three groups' boundaries in each row
     assert compiled == []
