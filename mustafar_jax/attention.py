@@ -65,8 +65,8 @@ def decode_attention(
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
         implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
-            on to the next), or None for the best that works here without long compilation. On NVIDIA GPUs, for
-            bfloat16 and float16: "cudnn" for dense caches, "triton" for packed ones.
+            on to the next), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn"
+            for dense caches, "triton" for packed ones.
 
     Returns:
         [B, N, H] in the query's dtype.
@@ -225,18 +225,19 @@ def check_implementation(implementation: Implementation) -> _Names | None:
 
 
 def _present() -> tuple[str, ...]:
-    """What None tries on the default backend, best first.
+    """What None tries on the default backend, best first."""
+    return ("cudnn", "triton", "xla") if _on_cuda() else ("xla",)
 
-    "triton" is to be named: a kernel takes up to a minute to compile, and whole generations are not measured yet.
-    """
-    return ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
+
+def _on_cuda() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
 
 
 def _check_present(name: str) -> None:
     """Raise NotImplementedError for what only lowering would find out: a backend named alone may be for elsewhere."""
-    if name != "xla" and jax.default_backend() != "gpu":
+    if name != "xla" and not _on_cuda():
         raise NotImplementedError(
-            f"implementation={name!r} needs a GPU; the default backend is {jax.default_backend()}"
+            f"implementation={name!r} needs an NVIDIA GPU; the default backend is {jax.default_backend()}"
         )
 
 
