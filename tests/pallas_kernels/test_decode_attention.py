@@ -110,6 +110,7 @@ CACHES = {  # config, capacity, lengths, window
     "centred": (mj.CompressionConfig.recommended(0.7, 0.5), 256, [250, 90], None),
     "window": (mj.CompressionConfig.recommended(0.7, 0.5), 256, [250, 90], 50),
     "long tail": (mj.CompressionConfig(0.5, 0.7, residual_length=100, group=64, sink_tokens=3), 384, [301, 167], 250),
+    "1000 tokens": (mj.CompressionConfig(0.7, 0.7, group=128), 1000, [1000, 63], None),
     "dense keys": (mj.CompressionConfig.recommended(0, 0.7), 160, [160, 1], None),
     "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
 }
