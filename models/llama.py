@@ -38,18 +38,18 @@ class Attention(nnx.Module):
         self.v_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, **options)
         self.o_proj = _linear("...nh,dnh->...d", embed | heads | head_dim, **options)
 
-    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], key and value [B, S, K, H]."""
+    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], query, key and value [B, S, K, H]."""
         query, key, value = self._project(hidden, jnp.arange(hidden.shape[1])[:, None])
         attended = prefill_attention(query, key, value, lengths, sliding_window=self.config.sliding_window)
-        return self.o_proj(attended), key, value
+        return self.o_proj(attended), query, key, value
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, implementation: Implementation
     ) -> tuple[jax.Array, LayerCache]:
         """Append one token to each sequence, and attend from it: hidden [B, D] -> [B, D]."""
         query, key, value = self._project(hidden, cache.lengths[:, None])
-        cache = append(cache, key, value)
+        cache = append(cache, key, value, query=query)
         window = self.config.sliding_window
         attended = decode_attention(query, cache, sliding_window=window, implementation=implementation)
         return self.o_proj(attended), cache
@@ -88,7 +88,7 @@ class Layer(nnx.Module):
 
     def __call__(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
         """Whole sequences from position 0 on, without a cache: hidden [B, S, D], lengths int32 [B] -> [B, S, D]."""
-        attended, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
+        attended, _, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
         return self._feed_forward(hidden + attended)
 
     def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
@@ -102,8 +102,8 @@ class Layer(nnx.Module):
         Returns:
             The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
         """
-        attended, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward(hidden + attended), prefill(cache, key, value, lengths)
+        attended, query, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
+        return self._feed_forward(hidden + attended), prefill(cache, key, value, lengths, query=query)
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None
@@ -190,6 +190,7 @@ class Llama(nnx.Module):
         options: dict[str, Any] = {
             "batch": batch,
             "capacity": capacity,
+            "num_heads": self.config.num_heads,
             "num_kv_heads": self.config.num_kv_heads,
             "head_dim": self.config.head_dim,
             "dtype": self.dtype,

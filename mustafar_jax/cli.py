@@ -18,6 +18,7 @@ from mustafar_jax import text
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 if TYPE_CHECKING:
     from mustafar_jax.models import ModelConfig
@@ -115,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_compression(command: argparse.ArgumentParser) -> None:
     command.add_argument("--k-sparsity", type=float, default=0.7, help="removed of each key; 0: dense (%(default)s)")
     command.add_argument("--v-sparsity", type=float, default=0.7, help="removed of each value; 0: dense (%(default)s)")
+    for letter, what, methods in (("k", "keys", KEY_METHODS), ("v", "values", VALUE_METHODS)):
+        command.add_argument(
+            f"--{letter}-method", choices=methods, default="magnitude", help=f"rule that prunes {what} (%(default)s)"
+        )
+    command.add_argument("--v-slots", type=int, help="room in a packed value, where its rule keeps unequal rows")
     command.add_argument("--residual-length", type=int, default=32, help="recent tokens kept dense (%(default)s)")
     command.add_argument(
         "--published-rule",
@@ -125,7 +131,14 @@ def _add_compression(command: argparse.ArgumentParser) -> None:
 
 def _compression(options: argparse.Namespace) -> CompressionConfig:
     make = CompressionConfig if options.published_rule else CompressionConfig.recommended
-    return make(options.k_sparsity, options.v_sparsity, residual_length=options.residual_length)
+    return make(
+        options.k_sparsity,
+        options.v_sparsity,
+        k_method=options.k_method,
+        v_method=options.v_method,
+        v_slots=options.v_slots,
+        residual_length=options.residual_length,
+    )
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -226,6 +239,7 @@ def _abstract_caches(
             compression,
             batch=1,
             capacity=capacity,
+            num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=dtype,
