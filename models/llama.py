@@ -19,6 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import Implementation, decode_attention, prefill_attention
+from mustafar_jax.blocks import extend
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
@@ -52,6 +53,13 @@ class Attention(nnx.Module):
         cache = append(cache, key, value, query=query)
         window = self.config.sliding_window
         attended = decode_attention(query, cache, sliding_window=window, implementation=implementation)
+        return self.o_proj(attended), cache
+
+    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """Append a few tokens to each sequence, and attend from each: hidden [B, n, D] -> [B, n, D]."""
+        positions = cache.lengths[:, None] + jnp.arange(hidden.shape[1])
+        query, key, value = self._project(hidden, positions[..., None])
+        attended, cache = extend(cache, query, key, value, sliding_window=self.config.sliding_window)
         return self.o_proj(attended), cache
 
     def _project(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -119,6 +127,20 @@ class Layer(nnx.Module):
             The layer's output [B, D] and the cache with one more token.
         """
         attended, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, implementation)
+        return self._feed_forward(hidden + attended), cache
+
+    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """Run a few given tokens of each sequence at once, as `decode` would one after the other.
+
+        Args:
+            hidden: [B, n, D], the tokens at the positions after those that the cache holds; n at most the group of the
+                cache's config.
+            cache: this layer's cache, with room for them.
+
+        Returns:
+            The layer's output [B, n, D] and the cache with n more tokens.
+        """
+        attended, cache = self.self_attn.extend(self.input_layernorm(hidden), cache)
         return self._feed_forward(hidden + attended), cache
 
     def _feed_forward(self, hidden: jax.Array) -> jax.Array:
