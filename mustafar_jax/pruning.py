@@ -51,7 +51,7 @@ def magnitude_mask(x: jax.Array, sparsity: float, *, axis: int = -1) -> jax.Arra
     """
     size = x.shape[axis]
     kept = min(size, keep_count(size, sparsity))
-    return jnp.moveaxis(_largest(magnitude_bits(jnp.moveaxis(x, axis, -1)), kept), -1, axis)
+    return jnp.moveaxis(largest(magnitude_bits(jnp.moveaxis(x, axis, -1)), kept), -1, axis)
 
 
 class Context(NamedTuple):
@@ -85,7 +85,7 @@ def output_aware(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
 def channel_magnitude(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
     """The largest magnitudes of each channel, within groups of 32 tokens (section 3.2)."""
     groups = x.reshape(*x.shape[:2], x.shape[2] // RECENT, RECENT, x.shape[-1]).swapaxes(-2, -1)
-    mask = _largest(magnitude_bits(groups), _channel_count(sparsity))
+    mask = largest(magnitude_bits(groups), _channel_count(sparsity))
     return mask.swapaxes(-2, -1).reshape(x.shape)
 
 
@@ -109,7 +109,7 @@ def think_values(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
 def two_of_four(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
     """The two largest magnitudes of every four neighbouring channels (2:4 semi-structured sparsity, 2104.08378)."""
     fours = x.reshape(*x.shape[:-1], x.shape[-1] // 4, 4)
-    return _largest(magnitude_bits(fours), 2).reshape(x.shape)
+    return largest(magnitude_bits(fours), 2).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +192,8 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     return jnp.minimum(bits, infinity + jnp.array(1, unsigned))
 
 
-def _largest(bits: jax.Array, count: int) -> jax.Array:
-    """Mask of the `count` largest along the last axis, the lowest index first among equals."""
+def largest(bits: jax.Array, count: int) -> jax.Array:
+    """Mask of the `count` largest of `magnitude_bits` along the last axis, the lowest index first among equals."""
     threshold = kth_largest(bits, count)
     above = bits > threshold
     tied = bits == threshold

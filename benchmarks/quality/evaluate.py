@@ -60,8 +60,9 @@ class Evaluator:
             after = example.max_new_tokens if example.gold is None else -len(example.gold)
             shapes.setdefault((self._padded(example), after), []).append(example)
         for _, alike in sorted(shapes.items(), reverse=True):
-            for start in range(0, len(alike), self.batch):
-                yield alike[start : start + self.batch]
+            parts = -(-len(alike) // self.batch)  # as even as can be, so that few sizes are compiled
+            for part in range(parts):
+                yield alike[part * len(alike) // parts : (part + 1) * len(alike) // parts]
 
     def _padded(self, example: Example) -> int:
         after = example.max_new_tokens if example.gold is None else len(example.gold)
@@ -109,7 +110,7 @@ class Evaluator:
         return {"id": example.id, "group": example.group, **example.info, "prediction": text, "scores": scores}
 
     def _prompts(self, batch: list[Example]) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [B, S], padded on the right, and lengths; filled up to a whole batch by repeating the last."""
+        """int32 [B, S], padded on the right, and lengths."""
         prompts = np.zeros((len(batch), self._padded(batch[0])), np.int32)
         for row, example in zip(prompts, batch, strict=True):
             row[: len(example.prompt)] = example.prompt

@@ -108,7 +108,7 @@ def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
     evaluator.run(PUBLISHED, examples, run, lambda *report: reports.append(report))
     assert [record["id"] for record in run.records] == ["e0", "e1", "e2"]
     assert run.records[0]["scores"]["loss"] == -1.0
-    assert reports == [(3, 3)]  # two in one batch
+    assert reports == [(3, 3)]  # both in one batch
     assert [record["depth"] for record in run.records] == [0, 1, 2]
     again = Run(tmp_path, {"task": "x"})
     assert again.records[0] == first
