@@ -3,9 +3,9 @@
     python -m benchmarks.quality_sweep --model MODEL --data FILE [FILE ...] --output FOLDER
 
 For each cache of `caches()`, the perplexity and the needle test of `mustafar eval`: 16 windows of 1,536 + 512 tokens of
-each text, and needles in the first text at 1,024, 2,048 and 4,096 tokens. A folder per cache and test holds the records: a
-sweep that was interrupted goes on where it stopped, and several may share the work (--part 0/4 .. 3/4). With --collect,
-what is there is put into one JSON file, from which `python -m benchmarks.quality_report` makes tables and plots.
+each text, and needles in the first text at 1,024, 2,048 and 4,096 tokens. A folder per cache and test holds the
+records: a sweep that was interrupted goes on where it stopped, and several may share the work (--part 0/4 .. 3/4). With
+--collect, what is there is put into a JSON file, from which `python -m benchmarks.quality_report` makes the tables.
 """
 
 import argparse
