@@ -114,7 +114,7 @@ def evaluate(options: argparse.Namespace) -> None:
         model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
         if tokenizer is None:
             raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
-        examples, problems = task.examples(tokenizer, options)
+        examples, problems = task.examples(tokenizer, options, model.config.max_position_embeddings)
         examples = examples[: options.limit]
         evaluated = functools.partial(_report, progress, progress.add_task("evaluating", total=None))
         Evaluator(model, tokenizer, batch=options.batch).run(config, examples, run, evaluated)
@@ -122,7 +122,9 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"mustafar eval: {problem}; left out", file=sys.stderr)
     longest = max(len(example.prompt) for example in examples)
     memory = cache_bytes(model, config, longest)
-    metrics = summarise(run.records)
+    wanted = {example.id for example in examples}
+    records = [record for record in run.records if record["id"] in wanted]
+    metrics = summarise(records) if task.gather is None else summarise(task.gather(records))
     run.finish({"metrics": metrics, "bytes": memory, "problems": [str(problem) for problem in problems]})
     Console().print(_metrics_table(options.task, metrics))
     share = memory["held"] / memory["dense"]

@@ -96,11 +96,7 @@ def _hide(
     room = length - len(before) - len(needle) - len(after)
     if room < 1:
         raise ValueError(f"{length=} leaves no room for text beside {length - room} tokens of needle and question")
-    hay = stretch(room)
-    ends = [0, *(i + 1 for i, token in enumerate(hay) if tokenizer.decode([token]).rstrip().endswith(".")), room]
-    right = bisect.bisect_left(ends, depth * room)
-    place = min(ends[max(0, right - 1) : right + 1], key=lambda end: abs(end - depth * room))
-    prompt = [*before, *hay[:place], *needle, *hay[place:], *after]
+    prompt = [*before, *insert(tokenizer, stretch(room), [(depth, needle)]), *after]
     gold = tokens_of(tokenizer, f" {number}")
     kind = name.partition(":")[0]
     return Example(
@@ -110,3 +106,16 @@ def _hide(
         gold=np.asarray(gold, np.int32),
         info={"length": length, "depth": depth, "answer": number},
     )
+
+
+def insert(tokenizer: Any, text: Sequence[int], pieces: Sequence[tuple[float, Sequence[int]]]) -> list[int]:
+    """Put pieces, each at a depth of 0 .. 1, into a text's tokens: behind the end of the nearest sentence."""
+    ends = [0, *(i + 1 for i, token in enumerate(text) if tokenizer.decode([token]).rstrip().endswith(".")), len(text)]
+    whole, done = [], 0
+    for depth, piece in sorted(pieces, key=lambda piece: piece[0]):
+        wanted = depth * len(text)
+        right = bisect.bisect_left(ends, wanted)
+        place = min(ends[max(0, right - 1) : right + 1], key=lambda end: abs(end - wanted))
+        whole += [*text[done:place], *piece]
+        done = place
+    return [*whole, *text[done:]]
