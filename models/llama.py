@@ -20,6 +20,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import Implementation, decode_attention, prefill_attention
+from mustafar_jax.blocks import extend
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
@@ -42,20 +43,27 @@ class Attention(nnx.Module):
         self.v_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, **options)
         self.o_proj = _linear("...nh,dnh->...d", embed | heads | head_dim, **options)
 
-    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], key and value [B, S, K, H]."""
+    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], query, key and value [B, S, K, H]."""
         query, key, value = self._project(hidden, jnp.arange(hidden.shape[1])[:, None])
         attended = prefill_attention(query, key, value, lengths, sliding_window=self.config.sliding_window)
-        return self.o_proj(attended), key, value
+        return self.o_proj(attended), query, key, value
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, implementation: Implementation
     ) -> tuple[jax.Array, LayerCache]:
         """Append one token to each sequence, and attend from it: hidden [B, D] -> [B, D]."""
         query, key, value = self._project(hidden, cache.lengths[:, None])
-        cache = append(cache, key, value)
+        cache = append(cache, key, value, query=query)
         window = self.config.sliding_window
         attended = decode_attention(query, cache, sliding_window=window, implementation=implementation)
+        return self.o_proj(attended), cache
+
+    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """Append a few tokens to each sequence, and attend from each: hidden [B, n, D] -> [B, n, D]."""
+        positions = cache.lengths[:, None] + jnp.arange(hidden.shape[1])
+        query, key, value = self._project(hidden, positions[..., None])
+        attended, cache = extend(cache, query, key, value, sliding_window=self.config.sliding_window)
         return self.o_proj(attended), cache
 
     def _project(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -92,7 +100,7 @@ class Layer(nnx.Module):
 
     def __call__(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
         """Whole sequences from position 0 on, without a cache: hidden [B, S, D], lengths int32 [B] -> [B, S, D]."""
-        attended, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
+        attended, _, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
         return self._feed_forward_in_chunks(hidden + attended)
 
     def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
@@ -106,8 +114,8 @@ class Layer(nnx.Module):
         Returns:
             The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
         """
-        attended, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward_in_chunks(hidden + attended), prefill(cache, key, value, lengths)
+        attended, query, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
+        return self._feed_forward_in_chunks(hidden + attended), prefill(cache, key, value, lengths, query=query)
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None
@@ -123,6 +131,20 @@ class Layer(nnx.Module):
             The layer's output [B, D] and the cache with one more token.
         """
         attended, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, implementation)
+        return self._feed_forward(hidden + attended), cache
+
+    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """Run a few given tokens of each sequence at once, as `decode` would one after the other.
+
+        Args:
+            hidden: [B, n, D], the tokens at the positions after those that the cache holds; n at most the group of the
+                cache's config.
+            cache: this layer's cache, with room for them.
+
+        Returns:
+            The layer's output [B, n, D] and the cache with n more tokens.
+        """
+        attended, cache = self.self_attn.extend(self.input_layernorm(hidden), cache)
         return self._feed_forward(hidden + attended), cache
 
     def _feed_forward_in_chunks(self, hidden: jax.Array) -> jax.Array:
@@ -209,6 +231,7 @@ class Llama(nnx.Module):
         options: dict[str, Any] = {
             "batch": batch,
             "capacity": capacity,
+            "num_heads": self.config.num_heads,
             "num_kv_heads": self.config.num_kv_heads,
             "head_dim": self.config.head_dim,
             "dtype": self.dtype,

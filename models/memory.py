@@ -112,6 +112,7 @@ def abstract_caches(
             compression,
             batch=batch,
             capacity=capacity,
+            num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             dtype=dtype,

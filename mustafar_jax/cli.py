@@ -1,9 +1,11 @@
-"""The command `mustafar`: generate text through a compressed cache, and say what a model's cache costs."""
+"""The command `mustafar`: text through a compressed cache, what a model's cache costs, and what it does to quality."""
 
 import argparse
+import dataclasses
 import functools
 import math
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -19,9 +21,11 @@ from mustafar_jax import text
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 if TYPE_CHECKING:
     from mustafar_jax.models import ModelConfig
+    from mustafar_jax.quality.tasks import Task
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 """Context lengths of `mustafar info`, as far as the model's own reaches."""
@@ -91,6 +95,48 @@ def info(options: argparse.Namespace) -> None:
         console.print(_memory_table(config, compression, dtype, options.memory))
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Evaluate a model through a compressed cache, or continue to; print the metrics, and write them to a folder."""
+    from mustafar_jax import models
+    from mustafar_jax.quality.evaluate import Evaluator, cache_bytes, summarise
+    from mustafar_jax.quality.runs import Run, fingerprint
+    from mustafar_jax.quality.tasks import TASKS
+
+    task, config = TASKS[options.task], _compression(options)
+    if task.data and not options.data:
+        raise ValueError(f"--data is missing: {options.task} needs {task.data}")
+    settings = {
+        "task": options.task,
+        "model": pathlib.Path(options.model).name,
+        "dtype": options.dtype,
+        "limit": options.limit,
+        "data": {file.name: fingerprint(file) for file in options.data},
+        "options": task.settings(options),
+        "config": dataclasses.asdict(config),
+    }
+    run = Run(options.output, settings)
+    with _progress() as progress:
+        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
+        model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
+        if tokenizer is None:
+            raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+        examples, problems = task.examples(tokenizer, options, model.config.max_position_embeddings)
+        examples = examples[: options.limit]
+        evaluated = functools.partial(_report, progress, progress.add_task("evaluating", total=None))
+        Evaluator(model, tokenizer, batch=options.batch).run(config, examples, run, evaluated)
+    for problem in problems:
+        print(f"mustafar eval: {problem}; left out", file=sys.stderr)
+    longest = max(len(example.prompt) for example in examples)
+    memory = cache_bytes(model, config, longest)
+    wanted = {example.id for example in examples}
+    records = [record for record in run.records if record["id"] in wanted]
+    metrics = summarise(records) if task.gather is None else summarise(task.gather(records))
+    run.finish({"metrics": metrics, "bytes": memory, "problems": [str(problem) for problem in problems]})
+    Console().print(_metrics_table(options.task, metrics))
+    share = memory["held"] / memory["dense"]
+    print(f"cache of {longest} tokens: {_bytes(memory['held'])}, {share:.1%} of dense; written to {options.output}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mustafar", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -113,15 +159,44 @@ def _parser() -> argparse.ArgumentParser:
     shows.set_defaults(run=info)
     shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
     shows.add_argument("--memory", type=parse_size, help="of a device, such as 80GB: how many sequences fit in it")
+    judges = commands.add_parser("eval", help="what a compressed cache does to a model's quality")
+    judges.set_defaults(run=evaluate)
+    tasks = judges.add_subparsers(dest="task", required=True)
+    from mustafar_jax.quality.tasks import TASKS
+
+    asks = [_add_task(tasks, name, task) for name, task in TASKS.items()]
+    for command in asks:
+        command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache (%(default)s)")
+        _add_compression(command)
     for command, default in ((writes, "the checkpoint's"), (shows, "bfloat16")):
         command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {default} unless given")
         _add_compression(command)
     return parser
 
 
+def _add_task(tasks: Any, name: str, task: "Task") -> argparse.ArgumentParser:
+    """The command `mustafar eval NAME`."""
+    command: argparse.ArgumentParser = tasks.add_parser(name, help=task.help)
+    command.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
+    data = task.data or "not needed"
+    command.add_argument("--data", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help=data)
+    folder = pathlib.Path("results") / name
+    command.add_argument("--output", type=pathlib.Path, default=folder, help="results folder, continued (%(default)s)")
+    command.add_argument("--limit", type=int, help="take the first so many examples")
+    command.add_argument("--batch", type=int, default=8, help="examples at once (%(default)s)")
+    for flag, settings in task.options.items():
+        command.add_argument(flag, **settings)
+    return command
+
+
 def _add_compression(command: argparse.ArgumentParser) -> None:
     command.add_argument("--k-sparsity", type=float, default=0.7, help="removed of each key; 0: dense (%(default)s)")
     command.add_argument("--v-sparsity", type=float, default=0.7, help="removed of each value; 0: dense (%(default)s)")
+    for letter, what, methods in (("k", "keys", KEY_METHODS), ("v", "values", VALUE_METHODS)):
+        command.add_argument(
+            f"--{letter}-method", choices=methods, default="magnitude", help=f"rule that prunes {what} (%(default)s)"
+        )
+    command.add_argument("--v-slots", type=int, help="room in a packed value, where its rule keeps unequal rows")
     command.add_argument("--residual-length", type=int, default=32, help="recent tokens kept dense (%(default)s)")
     command.add_argument(
         "--published-rule",
@@ -132,7 +207,14 @@ def _add_compression(command: argparse.ArgumentParser) -> None:
 
 def _compression(options: argparse.Namespace) -> CompressionConfig:
     make = CompressionConfig if options.published_rule else CompressionConfig.recommended
-    return make(options.k_sparsity, options.v_sparsity, residual_length=options.residual_length)
+    return make(
+        options.k_sparsity,
+        options.v_sparsity,
+        k_method=options.k_method,
+        v_method=options.v_method,
+        v_slots=options.v_slots,
+        residual_length=options.residual_length,
+    )
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -259,6 +341,17 @@ def parse_size(text: str) -> float:
     if not 0 < size < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted one such as 80GB, 79.6GiB or 24e9")
     return size
+
+
+def _metrics_table(task: str, metrics: dict[str, Any]) -> Table:
+    table = Table(title=f"{task}: means with 95 % intervals")
+    for column in ("examples", "metric", "mean", "from", "to", "n"):
+        table.add_column(column, justify="left" if column in ("examples", "metric") else "right")
+    for group, scores in metrics.items():
+        for name, score in scores.items():
+            numbers = (f"{score[part]:.4f}" for part in ("mean", "low", "high"))
+            table.add_row(Text(group), name, *numbers, str(score["n"]))
+    return table
 
 
 def _bytes(size: float) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import io
 import json
@@ -403,3 +404,52 @@ def test_load_config_fetches_nothing_but_the_description_of_a_hub_id(tmp_path, m
 def test_load_config_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         models.load_config(tmp_path)
+
+
+# mustafar eval
+
+
+EVALUATE = ["eval", "perplexity", "--model", "tiny", "--windows", "2", "--prompt", "90", "--continuation", "8"]
+
+
+def test_eval_writes_records_and_metrics_and_goes_on(run, folder):
+    (folder / "text.txt").write_text(" ".join(f"w{index * index % 61}" for index in range(400)))
+    arguments = [
+        *EVALUATE,
+        "--data",
+        "text.txt",
+        "--output",
+        "out",
+        "--k-method",
+        "output_aware",
+        "--k-sparsity",
+        "0.5",
+    ]
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert "perplexity: means with 95 % intervals" in out
+    records = (folder / "out" / "records.jsonl").read_text()
+    assert [json.loads(line)["group"] for line in records.splitlines()] == ["text", "text"]
+    metrics = json.loads((folder / "out" / "metrics.json").read_text())
+    assert metrics["metrics"]["all"]["kl"]["mean"] > 0
+    assert metrics["bytes"]["held"] == metrics["bytes"]["own_count"]
+    settings = json.loads((folder / "out" / "settings.json").read_text())
+    assert settings["config"] == dataclasses.asdict(CompressionConfig.recommended(0.5, 0.7, k_method="output_aware"))
+    assert run(*arguments)[0] == 0
+    assert (folder / "out" / "records.jsonl").read_text() == records
+    status, _, err = run(*arguments, "--v-sparsity", "0.5")
+    assert status == 1
+    assert "settings.json is of a run with other settings (config:" in err
+
+
+def test_eval_without_data(run):
+    status, _, err = run(*EVALUATE, "--output", "nowhere")
+    assert (status, err) == (1, "mustafar eval: error: --data is missing: perplexity needs text files\n")
+
+
+def test_methods_reach_the_cache(run, tiny):
+    options = ["--k-method", "think", "--v-method", "channel_magnitude", "--v-slots", "28", "--v-sparsity", "0.5"]
+    status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)
+    config = CompressionConfig.recommended(0.7, 0.5, k_method="think", v_method="channel_magnitude", v_slots=28)
+    assert (status, out) == (0, written(tiny, config=config) + "\n")
+    assert re.match(statistics(config, tiny), err)
