@@ -141,7 +141,9 @@ def main() -> None:
         "where": where(),
     }
     evaluators = {
-        name: Evaluator(model, tokenizer, batch=options.batch, padding=max(map(len, _prompts(test))))
+        name: Evaluator(
+            model, tokenizer, batch=options.batch, padding=max(len(each.prompt) for each in test), keep_dense=True
+        )
         for name, test in tests.items()
     }
     part, parts = map(int, options.part.split("/"))
@@ -176,10 +178,6 @@ def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Exampl
         ),
         "needle": needle.needles(tokenizer, options.data[0], **where_to) + needle.passkeys(tokenizer, **where_to),
     }
-
-
-def _prompts(examples: list[Example]) -> list[Any]:
-    return [example.prompt for example in examples]
 
 
 def collect(folder: pathlib.Path) -> dict[str, Any]:
