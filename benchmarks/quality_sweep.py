@@ -157,7 +157,7 @@ def _measure(cache: Cache, evaluator: Evaluator, examples: list[Example], folder
     described = {"rule": cache.rule, "pruned": cache.pruned, "kind": repr(cache.kind)}
     run = Run(folder, settings | described | {"examples": [example.id for example in examples]})
     evaluator.run(cache.kind, examples, run)
-    longest = max(len(example.prompt) for example in examples)
+    longest = max(len(example.prompt) + len(example.gold) for example in examples if example.gold is not None)
     config = cache.kind if isinstance(cache.kind, Config) else None
     run.finish(
         described
