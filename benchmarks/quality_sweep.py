@@ -14,7 +14,6 @@ import functools
 import json
 import pathlib
 import re
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -142,7 +141,9 @@ def main() -> None:
         "where": where(),
     }
     evaluators = {
-        name: Evaluator(model, tokenizer, batch=options.batch, padding=max(map(len, _prompts(test))))
+        name: Evaluator(
+            model, tokenizer, batch=options.batch, padding=max(len(each.prompt) for each in test), keep_dense=True
+        )
         for name, test in tests.items()
     }
     part, parts = map(int, options.part.split("/"))
@@ -155,9 +156,8 @@ def main() -> None:
 def _measure(cache: Cache, evaluator: Evaluator, examples: list[Example], folder: pathlib.Path, settings: Any) -> None:
     described = {"rule": cache.rule, "pruned": cache.pruned, "kind": repr(cache.kind)}
     run = Run(folder, settings | described | {"examples": [example.id for example in examples]})
-    start = time.perf_counter()
     evaluator.run(cache.kind, examples, run)
-    longest = max(len(example.prompt) for example in examples)
+    longest = max(len(example.prompt) + len(example.gold) for example in examples if example.gold is not None)
     config = cache.kind if isinstance(cache.kind, Config) else None
     run.finish(
         described
@@ -165,7 +165,6 @@ def _measure(cache: Cache, evaluator: Evaluator, examples: list[Example], folder
             "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
             "true_sparsity": None if config is None else config.true_sparsity(evaluator.model.config.head_dim),
             "bytes": cache_bytes(evaluator.model, cache.kind, longest),
-            "seconds": time.perf_counter() - start,
         }
     )
 
@@ -181,31 +180,37 @@ def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Exampl
     }
 
 
-def _prompts(examples: list[Example]) -> list[Any]:
-    return [example.prompt for example in examples]
-
-
 def collect(folder: pathlib.Path) -> dict[str, Any]:
-    """Everything that finished: settings once, and for each cache and test its bytes and each example's scores."""
+    """What was measured: settings once, and for each cache and test its bytes and each example's scores.
+
+    Of each test, the examples that all of its caches have records of. Raises ValueError for a folder without any.
+    """
+    finished = [(file.parent, *_read(file.parent)) for file in sorted(folder.glob("*/*/metrics.json"))]
+    if not finished:
+        raise ValueError(f"{folder} holds no finished test of any cache")
+    _, settings, _, _ = finished[0]
+    order = {cache.name: index for index, cache in enumerate(caches())}
+    tests: dict[str, list[str]] = {}
+    for run, settings, _, records in finished:
+        ids = tests.setdefault(run.name, settings["examples"])
+        tests[run.name] = [id_ for id_ in ids if id_ in records]
     rows: dict[str, dict[str, Any]] = {}
-    common: dict[str, Any] = {}
-    examples: dict[str, list[str]] = {}
-    for file in sorted(folder.glob("*/*/metrics.json")):
-        settings, found = (json.loads(file.with_name(name).read_text()) for name in ("settings.json", "metrics.json"))
-        test, records = file.parent.name, Run(file.parent, settings).records
-        by_id = {record["id"]: record for record in records}
-        order = examples.setdefault(test, settings["examples"])
-        if order != settings["examples"]:
-            raise ValueError(f"{file.parent} has other examples than the caches before it")
-        common = {name: settings[name] for name in ("model", "dtype", "data", "where")}
-        about = {name: found[name] for name in ("rule", "pruned", "sparsity", "true_sparsity")}
-        row = rows.setdefault(file.parent.parent.name, about | {"kind": found["kind"], "tests": {}})
-        scores = {name: [float(f"{by_id[id_]['scores'][name]:.5g}") for id_ in order] for name in records[0]["scores"]}
-        row["tests"][test] = {"bytes": found["bytes"], "seconds": found["seconds"], "scores": scores}
-    groups = {test: [record["group"] for record in _in_order(folder, test, order)] for test, order in examples.items()}
-    order_of = {cache.name: index for index, cache in enumerate(caches())}
-    ordered = sorted(rows.items(), key=lambda item: order_of.get(item[0], len(order_of)))
-    return common | {"examples": examples, "groups": groups, "rows": [{"name": name} | row for name, row in ordered]}
+    groups: dict[str, list[str]] = {}
+    for run, _, found, records in sorted(finished, key=lambda each: order.get(each[0].parent.name, len(order))):
+        about = {name: found[name] for name in ("rule", "pruned", "kind", "sparsity", "true_sparsity")}
+        row = rows.setdefault(run.parent.name, {"name": run.parent.name} | about | {"tests": {}})
+        chosen = [records[id_] for id_ in tests[run.name]]
+        groups[run.name] = [record["group"] for record in chosen]
+        scores = {name: [float(f"{r['scores'][name]:.5g}") for r in chosen] for name in chosen[0]["scores"]}
+        row["tests"][run.name] = {"bytes": found["bytes"], "scores": scores}
+    common = {name: settings[name] for name in ("model", "dtype", "data", "where")}
+    return common | {"examples": tests, "groups": groups, "rows": list(rows.values())}
+
+
+def _read(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
+    """A run's settings, metrics, and records by id."""
+    settings, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("settings", "metrics"))
+    return settings, metrics, {record["id"]: record for record in Run(folder, settings).records}
 
 
 def write(file: pathlib.Path, collected: dict[str, Any]) -> None:
@@ -214,13 +219,6 @@ def write(file: pathlib.Path, collected: dict[str, Any]) -> None:
     rows = ",\n".join(json.dumps(row) for row in collected["rows"])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{head}[\n{rows}\n]\n}}\n", encoding="utf-8")
-
-
-def _in_order(folder: pathlib.Path, test: str, order: list[str]) -> list[dict[str, Any]]:
-    """One cache's records of a test."""
-    run = next(folder.glob(f"*/{test}"))
-    records = {record["id"]: record for record in Run(run, json.loads((run / "settings.json").read_text())).records}
-    return [records[id_] for id_ in order]
 
 
 def _parser() -> argparse.ArgumentParser:

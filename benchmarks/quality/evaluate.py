@@ -29,11 +29,14 @@ class Evaluator:
         model, tokenizer: as `models.load` gives them.
         batch: examples at once.
         padding: prompts are padded to a multiple of this.
+        keep_dense: keep what dense caches lead to, for further kinds of caches on the same examples.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch: int = 8, padding: int = PADDING) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch: int = 8, padding: int = PADDING, keep_dense: bool = False
+    ) -> None:
         self.model, self.tokenizer, self.batch, self.padding = model, tokenizer, batch, padding
-        self._dense: dict[tuple[str, ...], jax.Array] = {}
+        self._dense: dict[tuple[str, ...], jax.Array] | None = {} if keep_dense else None
 
     def run(self, kind: Kind, examples: Sequence[Example], run: Run, progress: Progress | None = None) -> None:
         """Evaluate the examples of which the run has no record.
@@ -74,17 +77,22 @@ class Evaluator:
     def _force(self, kind: Kind, batch: list[Example]) -> list[Record]:
         prompts, lengths = self._prompts(batch)
         gold = np.stack([example.gold for example in batch if example.gold is not None])
-        ids = tuple(example.id for example in batch)
-        if ids not in self._dense:
-            self._dense[ids] = hidden_states(self.model, generation.DENSE, prompts, lengths, gold)
-        hidden = self._dense[ids]
+        dense = hidden = self._dense_states([example.id for example in batch], prompts, lengths, gold)
         if kind != generation.DENSE:
             hidden = hidden_states(self.model, kind, prompts, lengths, gold)
-        scores = jax.tree.map(np.asarray, compare(self.model, self._dense[ids], hidden, gold))
+        scores = jax.tree.map(np.asarray, compare(self.model, dense, hidden, gold))
         return [
             {"id": example.id, "group": example.group, **example.info, "scores": _forced_scores(*tokens)}
             for example, *tokens in zip(batch, *scores, strict=True)
         ]
+
+    def _dense_states(self, ids: list[str], *args: np.ndarray) -> jax.Array:
+        """`hidden_states` through a dense cache."""
+        if self._dense is None:
+            return hidden_states(self.model, generation.DENSE, *args)
+        if tuple(ids) not in self._dense:
+            self._dense[tuple(ids)] = hidden_states(self.model, generation.DENSE, *args)
+        return self._dense[tuple(ids)]
 
     def _write(self, kind: Kind, batch: list[Example]) -> list[Record]:
         if not isinstance(kind, CompressionConfig):

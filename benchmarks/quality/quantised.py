@@ -7,6 +7,7 @@ counts what the bits, scales and offsets would take.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ class QuantisedCache(PackedCache):
     @property
     def nbytes(self) -> int:
         """Bytes that the cache would hold with `bits` per number, and 32 for each group's scale and offset."""
-        rounded = sum(store.packed.size for store in (self.keys, self.values) if isinstance(store.packed, jax.Array))
+        rounded = sum(math.prod(store.packed.shape) for store in (self.keys, self.values))
         as_they_are = rounded * self.dtype.itemsize
         return super().nbytes - as_they_are + rounded * self.bits // 8 + rounded // GROUP * 4
 

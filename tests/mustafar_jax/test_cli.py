@@ -453,3 +453,32 @@ def test_methods_reach_the_cache(run, tiny):
     config = CompressionConfig.recommended(0.7, 0.5, k_method="think", v_method="channel_magnitude", v_slots=28)
     assert (status, out) == (0, written(tiny, config=config) + "\n")
     assert re.match(statistics(config, tiny), err)
+
+
+def write_rows(file, *rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_eval_choice_names_bad_lines_and_keeps_the_rest(run, folder):
+    row = {"context": PROMPT, "question": "w1", "choices": ["w2", "w3 w4"], "answer": 0}
+    write_rows(folder / "exam.jsonl", row, row | {"choices": []}, row | {"answer": 1})
+    arguments = ["eval", "choice", "--model", "tiny", "--data", "exam.jsonl", "--output", "choice", "--batch", "2"]
+    status, _, err = run(*arguments)
+    assert (status, err) == (0, "mustafar eval: exam.jsonl:2: field 'choices' is an empty list; left out\n")
+    metrics = json.loads((folder / "choice" / "metrics.json").read_text())
+    assert metrics["metrics"]["all"] == {"accuracy": {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2}}  # one of each
+    assert metrics["problems"] == ["exam.jsonl:2: field 'choices' is an empty list"]
+
+
+def test_eval_longbench_scores_what_is_written(run, folder, tiny):
+    row = {"context": PROMPT, "input": "w1 w2", "answers": ["w0"], "all_classes": None}
+    write_rows(folder / "hotpotqa.jsonl", row)
+    (folder / "prompts.json").write_text(json.dumps({"hotpotqa": "w3 {context} w4 {input}"}))
+    arguments = ["eval", "longbench", "--model", "tiny", "--data", "hotpotqa.jsonl", "--prompts", "prompts.json"]
+    status, _, err = run(*arguments, "--output", "long")
+    assert (status, err) == (0, "")
+    (record,) = map(json.loads, (folder / "long" / "records.jsonl").read_text().splitlines())
+    assert record["id"] == "hotpotqa:1"
+    assert len(record["prediction"].split()) == 32
+    share = record["prediction"].split().count("w0")
+    assert record["scores"]["score"] == pytest.approx(2 / 33 if share else 0)

@@ -198,6 +198,7 @@ def test_a_quantised_cache_rounds_what_leaves_the_window(model):
     np.testing.assert_array_equal(keys[0, :32, 0], quantise(key[0, :32, 0].T, 4).T)
     # 96 of 140 tokens can be packed: 5 bits a number, beside 64 slots of the ring, lengths and flags.
     assert cache.nbytes == 2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 4) + 5
+    assert cache_bytes(model, kind, 140)["held"] == cache_bytes(model, kind, 140)["own_count"] == LAYERS * cache.nbytes
     args = text[:, :100], np.array([100]), text[:, 100:]
     dense = hidden_states(model, DENSE, *args)
     kl = [compare(model, dense, hidden_states(model, Quantised(bits), *args), args[2]).kl.mean() for bits in (2, 8)]

@@ -34,15 +34,20 @@ def test_an_explicit_count(by_query):
 
 
 def test_collecting(tmp_path):
-    for name, losses in (("magnitude-K-0.5", {"a": 1.25, "b": 2.0}), ("dense-0", {"b": 1.0, "a": 0.5})):
-        common = {"model": "m", "dtype": "float32", "data": {}, "where": {}, "examples": ["a", "b"]}
+    given = {"magnitude-K-0.5": {"a": 1.25, "c": 9.0, "b": 2.0}, "dense-0": {"b": 1.0, "a": 0.5}}
+    for name, losses in given.items():
+        common = {"model": "m", "dtype": "float32", "data": {}, "where": {}, "examples": ["a", "b", "c"]}
         run = Run(tmp_path / "runs" / name / "perplexity", common)
-        run.add({"id": each, "group": "g", "scores": {"loss": loss}} for each, loss in losses.items())
+        run.add({"id": each, "group": f"of {each}", "scores": {"loss": loss}} for each, loss in losses.items())
         about = {"rule": name, "pruned": "", "kind": "", "sparsity": None, "true_sparsity": None}
-        run.finish(about | {"bytes": {"held": 1}, "seconds": 2.0})
+        run.finish(about | {"bytes": {"held": 1}})
+    Run(tmp_path / "runs" / "begun" / "perplexity", {"examples": []})
     file = tmp_path / "sweep.json"
     quality_sweep.write(file, quality_sweep.collect(tmp_path / "runs"))
     found = json.loads(file.read_text())
     assert [row["name"] for row in found["rows"]] == ["dense-0", "magnitude-K-0.5"]
     assert [row["tests"]["perplexity"]["scores"]["loss"] for row in found["rows"]] == [[0.5, 1.0], [1.25, 2.0]]
-    assert found["groups"] == {"perplexity": ["g", "g"]}
+    assert found["examples"] == {"perplexity": ["a", "b"]}
+    assert found["groups"] == {"perplexity": ["of a", "of b"]}
+    with pytest.raises(ValueError, match="begun holds no finished test of any cache"):
+        quality_sweep.collect(tmp_path / "runs" / "begun")

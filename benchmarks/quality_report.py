@@ -1,0 +1,197 @@
+"""Tables and plots of what `python -m benchmarks.quality_sweep` measured.
+
+    python -m benchmarks.quality_report benchmarks/results/DEVICE/quality/sweep.json --docs docs/quality.md
+
+Writes the plots beside the results, and the tables into the document, between the lines `<!-- NAME: FILE -->` and
+`<!-- end -->`, where NAME is one of `TABLES` and FILE the results' path from the document's folder. Every mean has its
+95 % interval, by bootstrap over windows or needles.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mustafar_jax.quality.metrics import bootstrap
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+COMPARISONS = [
+    ("ThinK-K-0.5", "magnitude-K-0.5"),
+    ("ThinK-K-0.7", "magnitude-K-0.7"),
+    ("ThinK-V-0.5", "magnitude-V-0.5"),
+    ("ThinK-V-0.7", "magnitude-V-0.7"),
+    ("2-4-K-0.5", "magnitude-K-0.5"),
+    ("2-4-V-0.5", "magnitude-V-0.5"),
+    ("output-aware-K-0.5", "magnitude-K-0.5"),
+    ("output-aware-K-0.7", "magnitude-K-0.7"),
+    ("channel-magnitude-V-0.5", "magnitude-V-0.5"),
+    ("channel-output-aware-V-0.5", "magnitude-V-0.5"),
+    ("channel-magnitude-V-0.7", "magnitude-V-0.7"),
+    ("channel-output-aware-V-0.7", "magnitude-V-0.7"),
+    ("recommended-K-V-0.5", "magnitude-K-V-0.5"),
+    ("recommended-K-V-0.7", "magnitude-K-V-0.7"),
+    ("recommended-output-aware-K-V-0.7", "magnitude-K-V-0.7"),
+    ("recommended-output-aware-K-V-0.7", "recommended-K-V-0.7"),
+    ("recommended-K-V-0.75", "magnitude-K-V-0.7"),
+    ("recommended-output-aware-K-V-0.75", "magnitude-K-V-0.7"),
+    ("recommended-13-of-64-K-V-0.75", "magnitude-19-of-64-K-V-0.7"),
+    ("recommended-output-aware-13-of-64-K-V-0.75", "magnitude-19-of-64-K-V-0.7"),
+    ("int2-K-V-0", "magnitude-K-V-0.7"),
+]
+"""Pairs of caches whose divergences from dense are compared window by window, where both were measured."""
+
+
+def caches_table(results: Results) -> list[str]:
+    """A line for each cache: bytes, loss and divergence from dense on texts, and needles."""
+    lines = [
+        "| rule | of | true sparsity | bytes of dense | at the masks' own count (not held) | loss over dense, nats "
+        "| KL to dense, nats | needle: probability of a digit | needle: all digits likeliest |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        cells = [row["rule"], row["pruned"], _sparsity(row), *_bytes(row)]
+        cells += [_cell(row, "perplexity", name, 4) for name in ("increase", "kl")]
+        cells += [_cell(row, "needle", name, 3) for name in ("probability", "exact")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def comparisons_table(results: Results) -> list[str]:
+    """The ratio of two caches' mean divergences from dense, on the same windows."""
+    rows = {row["name"]: row for row in results["rows"] if "perplexity" in row["tests"]}
+    lines = ["| cache | against | ratio of mean KL |", "|---|---|---|"]
+    for name, other in COMPARISONS:
+        if name in rows and other in rows:
+            low, middle, high = _ratio(*(rows[each]["tests"]["perplexity"]["scores"]["kl"] for each in (name, other)))
+            lines.append(f"| {_label(rows[name])} | {_label(rows[other])} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
+    return lines
+
+
+def conditions(results: Results) -> list[str]:
+    """What was measured, on what."""
+    counts = {test: len(ids) for test, ids in results["examples"].items()}
+    tested = ", ".join(f"{count} {'windows' if test == 'perplexity' else 'needles'}" for test, count in counts.items())
+    where = results["where"]
+    return [
+        f"{results['model']}, {results['dtype']}; {tested} of {', '.join(results['data'])}; {where['device']}, "
+        f"jax {where['jax']}, commit {where['commit'][:7]}."
+    ]
+
+
+TABLES: dict[str, Callable[[Results], list[str]]] = {
+    "conditions": conditions,
+    "caches": caches_table,
+    "comparisons": comparisons_table,
+}
+
+
+def main() -> None:
+    """Draw, and fill the document."""
+    options = _parser().parse_args()
+    for file in options.results:
+        plot(json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".png"))
+    text = options.docs.read_text(encoding="utf-8")
+    options.docs.write_text(fill(text, options.docs.parent), encoding="utf-8")
+
+
+def fill(text: str, folder: pathlib.Path) -> str:
+    """A document with its tables made anew; paths in it are taken from `folder`.
+
+    Raises:
+        ValueError: a marked table of another name than those in `TABLES`.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        name, file = found["name"], folder / found["file"]
+        if name not in TABLES:
+            raise ValueError(f"<!-- {name}: ... --> names no table; wanted one of {sorted(TABLES)}")
+        lines = TABLES[name](json.loads(file.read_text(encoding="utf-8")))
+        return "\n".join([found["begin"], *lines, "<!-- end -->"])
+
+    marked = r"(?P<begin><!-- (?P<name>[\w-]+): (?P<file>\S+) -->)\n.*?<!-- end -->"
+    return re.sub(marked, replace, text, flags=re.DOTALL)
+
+
+def plot(results: Results, file: pathlib.Path) -> None:
+    """Divergence from dense against bytes held: below and to the left is better."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in results["rows"] if "perplexity" in row["tests"] and row["rule"] != "dense"]
+    panels = [pruned for pruned in ("K", "V", "K+V") if any(row["pruned"] == pruned for row in rows)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 5), sharey=True, squeeze=False)
+    for axis, pruned in zip(axes[0], panels, strict=True):
+        alike = [row for row in rows if row["pruned"] == pruned]
+        for rule in dict.fromkeys(row["rule"] for row in alike):
+            points = [_point(row) for row in alike if row["rule"] == rule]
+            held, mean, low, high = np.array(points).T
+            axis.errorbar(held, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=rule)
+        axis.set(xlabel="bytes held, % of dense", yscale="log", title=f"{pruned} compressed")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("mean KL to dense, nats per token (95 % interval)")
+    figure.suptitle(conditions(results)[0], fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def _point(row: Row) -> tuple[float, float, float, float]:
+    test = row["tests"]["perplexity"]
+    kl = bootstrap(test["scores"]["kl"])
+    return 100 * test["bytes"]["held"] / test["bytes"]["dense"], kl["mean"], kl["low"], kl["high"]
+
+
+def _ratio(scores: list[float], others: list[float], draws: int = 2000) -> tuple[float, float, float]:
+    """The ratio of two means over the same examples with its 95 % interval: low, value, high."""
+    a, b = np.asarray(scores), np.asarray(others)
+    picks = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
+    low, high = np.quantile(a[picks].mean(axis=1) / b[picks].mean(axis=1), [0.025, 0.975])
+    return float(low), float(a.mean() / b.mean()), float(high)
+
+
+def _cell(row: Row, test: str, name: str, digits: int) -> str:
+    if test not in row["tests"]:
+        return "not measured"
+    if row["rule"] == "dense" and name in ("increase", "kl"):
+        return "0"
+    found = bootstrap(row["tests"][test]["scores"][name])
+    return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def _sparsity(row: Row) -> str:
+    if row["true_sparsity"] is None:
+        return ""
+    keys, values = row["true_sparsity"]
+    return {"K": f"{keys:.4g}", "V": f"{values:.4g}", "K+V": f"{keys:.4g}, {values:.4g}"}.get(row["pruned"], "")
+
+
+def _bytes(row: Row) -> list[str]:
+    """Held, and at the masks' own count where that differs, as shares of a dense cache's."""
+    test = row["tests"].get("perplexity") or row["tests"]["needle"]
+    held, own, dense = (test["bytes"][name] for name in ("held", "own_count", "dense"))
+    return [f"{held / dense:.1%}", "" if own == held else f"{own / dense:.1%}"]
+
+
+def _label(row: Row) -> str:
+    sparsity = max(row["sparsity"]) if row["sparsity"] else 0
+    return " ".join([row["rule"], row["pruned"], *([f"{sparsity:g}"] if sparsity else [])])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=pathlib.Path, nargs="+", help="what quality_sweep --collect wrote")
+    parser.add_argument("--docs", type=pathlib.Path, required=True, help="the document to fill")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
