@@ -125,6 +125,14 @@ def unstack(x: jax.Array) -> list[jax.Array]:
     return [part for pair in zip(unstack(even), unstack(odd), strict=True) for part in pair]
 
 
+def stack(parts: Sequence[jax.Array]) -> jax.Array:
+    """The inverse of `unstack`."""
+    if len(parts) == 1:
+        return parts[0][..., None]
+    pairs = jnp.stack([stack(parts[0::2]), stack(parts[1::2])], axis=-1)  # pairs are what can be stacked
+    return pairs.reshape(*pairs.shape[:-2], len(parts))
+
+
 def as_dtype_pairs(words: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """The low and the high half of int32 words, as 16-bit floating point."""
     low, high = words.astype(jnp.int16), lax.shift_right_logical(words, np.int32(16)).astype(jnp.int16)
@@ -145,6 +153,63 @@ def pick_halves(a: jax.Array, b: jax.Array, half: int, *, interpret: bool) -> ja
         low, high = (lax.shift_right_logical(x, shift) & 0xFFFF for x in (a, b))
         return low | (high << 16)
     return _asm(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", a, b)
+
+
+def pack_pair(low: jax.Array, high: jax.Array, dtype: Any, *, interpret: bool) -> jax.Array:
+    """int32: two float32 rounded to a 16-bit dtype, `low` in the low half."""
+    if interpret:
+        bits = (lax.bitcast_convert_type(x.astype(dtype), jnp.int16).astype(jnp.int32) for x in (low, high))
+        first, second = bits
+        return (first & 0xFFFF) | (second << 16)
+    name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    return _asm(f"cvt.rn.{name}.f32 $0, $2, $1;", low, high, constraints="=r,f,f")
+
+
+def permute_bytes(a: jax.Array, b: jax.Array, selector: int, *, interpret: bool) -> jax.Array:
+    """int32 of four bytes of a (numbered 0 to 3) and b (4 to 7): the selector's hexadecimal digits, lowest byte last."""
+    if interpret:
+        both = jnp.concatenate([lax.bitcast_convert_type(x, jnp.uint8) for x in (a, b)], axis=-1)
+        picked = [both[..., selector >> 4 * i & 7] for i in range(4)]
+        return lax.bitcast_convert_type(jnp.stack(picked, axis=-1), jnp.int32)
+    return _asm(f"prmt.b32 $0, $1, $2, {selector};", a, b)
+
+
+def from_neighbour(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """int32 x of the thread beside: 0 and 1 exchange theirs, 2 and 3, and so on; one element per thread, in order."""
+    if interpret:
+        return x.reshape(-1, 2)[:, ::-1].reshape(x.shape)
+    return _asm("shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", x)
+
+
+def shared_buffer(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
+    """A buffer of 32-bit words in shared memory, holding anything; the arguments are those of `shared_zeros`."""
+    if words * 4 > SHARED_BYTES:
+        raise ValueError(f"{words=} must be at most {SHARED_BYTES // 4}")
+    if interpret:
+        return jnp.zeros(2 * words, jnp.int16)
+    return _asm(f"{{ .shared .align 16 .b8 buffer[{words * 4}]; mov.u32 $0, buffer; }}", lane)
+
+
+def shared_append(
+    memory: Memory, offset: jax.Array, words: Sequence[jax.Array], kept: jax.Array, *, interpret: bool
+) -> Memory:
+    """Write those halves of 16 int32 words whose bit of int32 `kept` is set, lowest first, from `offset` on, dense.
+
+    Word i holds the 16-bit values of bits 2 i and 2 i + 1; offsets are multiples of 2.
+    """
+    if interpret:
+        halves = jnp.stack([half for word in words for half in as_dtype_pairs(word, jnp.int16)])
+        is_kept = (kept >> jnp.arange(32, dtype=jnp.int32)[:, None] & 1).astype(bool)
+        place = offset // 2 + jnp.cumsum(is_kept, axis=0) - 1
+        return memory.at[jnp.where(is_kept, place, memory.size)].set(halves, mode="drop")
+    code = ["{ .reg .pred p; .reg .b16 h<2>; .reg .b32 a, bit; mov.b32 a, $2;"]
+    for i in range(len(words)):
+        code.append(f"mov.b32 {{h0, h1}}, ${4 + i};")
+        for half in range(2):
+            code.append(f"and.b32 bit, $3, {1 << 2 * i + half:#x}; setp.ne.b32 p, bit, 0;")
+            code.append(f"@p st.shared.b16 [a], h{half}; @p add.u32 a, a, 2;")
+    code.append("mov.b32 $0, $1; }")
+    return _asm(" ".join(code), memory, offset, kept, *words)
 
 
 def shared_zeros(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
@@ -179,8 +244,17 @@ def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax
     return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
 
 
-def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: bool) -> jax.Array:
-    """Read int32 words at `offset + constant`, multiples of 4, and clear them.
+def shared_store_word(memory: Memory, offset: jax.Array, constant: int, value: jax.Array, *, interpret: bool) -> Memory:
+    """Write int32 words at `offset + constant`, multiples of 4."""
+    if interpret:
+        place = (offset + constant) // 2
+        low, high = value.astype(jnp.int16), lax.shift_right_logical(value, np.int32(16)).astype(jnp.int16)
+        return memory.at[place].set(low).at[place + 1].set(high)
+    return _asm(f"st.shared.b32 [$2 + {constant}], $3; mov.b32 $0, $1;", memory, offset, value)
+
+
+def shared_load(memory: Memory, offset: jax.Array, constant: int, *, clear: bool = True, interpret: bool) -> jax.Array:
+    """Read int32 words at `offset + constant`, multiples of 4, and clear them if asked to.
 
     Interpreted, the clearing happens in `synchronise`: every word must be read before it, by exactly one lane.
     """
@@ -188,7 +262,7 @@ def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: 
         place = (offset + constant) // 2
         low, high = memory[place].astype(jnp.int32), memory[place + 1].astype(jnp.int32)
         return (low & 0xFFFF) | (high << 16)
-    code = f"ld.shared.b32 $0, [$2 + {constant}]; st.shared.b32 [$2 + {constant}], 0;"
+    code = f"ld.shared.b32 $0, [$2 + {constant}];" + (f" st.shared.b32 [$2 + {constant}], 0;" if clear else "")
     return _asm(code, memory, offset, constraints="=&r,r,r")
 
 
@@ -200,7 +274,7 @@ def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bo
 
 
 def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
-    """Inline assembly on int32 operands of one shape; Pallas lowers it with one int32 result."""
+    """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; its result is int32."""
     [result] = plgpu.elementwise_inline_asm(
         code,
         args=args,
