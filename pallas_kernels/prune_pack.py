@@ -248,14 +248,8 @@ def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
     for i in range(_THREAD_WORDS):
         channel = (i * plan.head_dim // 2 + _part(plan) * WORD)[:, None] + jnp.arange(8, dtype=jnp.int32)[None, :]
         for start in range(0, WORD, 8):
-            halves = triton.unstack(triton.load(ref.at[row, channel + start]))
-            words += [_join(low, high) for low, high in zip(halves[0::2], halves[1::2], strict=True)]
+            words += triton.as_words(triton.load(ref.at[row, channel + start]), interpret=plan.interpret)
     return words
-
-
-def _join(low: jax.Array, high: jax.Array) -> jax.Array:
-    """int32 of two int16."""
-    return (low.astype(jnp.int32) & 0xFFFF) | (high.astype(jnp.int32) << 16)
 
 
 def _centre(
@@ -322,13 +316,14 @@ def _rescale(entries: list[jax.Array], mask: list[jax.Array], plan: _Plan) -> li
 
 def _largest(entries: list[jax.Array], plan: _Plan) -> list[jax.Array]:
     """The bitmap words of the `kept` largest magnitudes, the lowest channel first among equals."""
+    merge = functools.partial(triton.merge_bits, interpret=plan.interpret)
     ahead = [jnp.zeros_like(entries[0])] * _THREAD_WORDS  # kept for sure
     level = [jnp.full_like(entries[0], -1)] * _THREAD_WORDS  # equal to each other in all planes so far
     for plane in _planes(entries, plan):
         higher = [a | (c & p) for a, c, p in zip(ahead, level, plane, strict=True)]
         count = _sum_over_parts(functools.reduce(jnp.add, map(lax.population_count, higher)), plan)
         enough = plan.kept - 1 - count >> 31  # all ones where the last one that is kept has the plane's bit
-        ahead = [(a & enough) | (h & ~enough) for a, h in zip(ahead, higher, strict=True)]
+        ahead = [merge(a, h, enough) for a, h in zip(ahead, higher, strict=True)]
         level = [c & ~(p ^ enough) for c, p in zip(level, plane, strict=True)]
     return [a | c for a, c in zip(ahead, level, strict=True)]  # one is left in `level`, since all keys differ
 
@@ -367,17 +362,17 @@ def _bit_planes(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
             front, back = pick(a, b, of_channel), pick(c, d, of_channel)
             low.append(pick(front, back, 0x5410))
             high.append(pick(front, back, 0x7632))
-    return _transpose_bits(low) + _transpose_bits(high)
+    return _transpose_bits(low, plan) + _transpose_bits(high, plan)
 
 
-def _transpose_bits(words: list[jax.Array]) -> list[jax.Array]:
+def _transpose_bits(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
     """8 words -> 8 words: bit i of every byte of word j becomes bit j of that byte of word i."""
     words = list(words)
+    merge = functools.partial(triton.merge_bits, interpret=plan.interpret)
     for distance, mask in ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
-        low, high = np.int32(mask), np.int32(~mask)
         for i in (i for i in range(8) if not i & distance):
             a, b = words[i], words[i + distance]
-            words[i], words[i + distance] = (a & low) | (b << distance & high), (a >> distance & low) | (b & high)
+            words[i], words[i + distance] = merge(a, b << distance, mask), merge(a >> distance, b, mask)
     return words
 
 

@@ -174,6 +174,30 @@ def permute_bytes(a: jax.Array, b: jax.Array, selector: int, *, interpret: bool)
     return _asm(f"prmt.b32 $0, $1, $2, {selector};", a, b)
 
 
+def merge_bits(a: jax.Array, b: jax.Array, mask: jax.Array | int, *, interpret: bool) -> jax.Array:
+    """int32: a's bits where those of `mask` are set, else b's, in one instruction."""
+    if interpret:
+        return (a & mask) | (b & ~mask)
+    if isinstance(mask, int):  # the compiler would take a mask and its complement for two constants, and use two
+        return _asm(f"lop3.b32 $0, $1, $2, {mask}, 0xE4;", a, b)
+    return _asm("lop3.b32 $0, $1, $2, $3, 0xE4;", a, b, mask)
+
+
+def as_words(x: jax.Array, *, interpret: bool) -> list[jax.Array]:
+    """int32 words of two neighbouring int16 each, the lower index in the low half: [..., n] -> n / 2 of [...]."""
+    if interpret:
+        low, high = x[..., 0::2].astype(jnp.int32), x[..., 1::2].astype(jnp.int32)
+        return unstack((low & 0xFFFF) | (high << 16))
+    [words] = plgpu.elementwise_inline_asm(  # a pair comes in one register, and goes to both of its places
+        "mov.b32 $0, $2; mov.b32 $1, $2;",
+        args=[x],
+        constraints="=r,=r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
+    )
+    return unstack(words)[0::2]
+
+
 def from_neighbour(x: jax.Array, *, interpret: bool) -> jax.Array:
     """int32 x of the thread beside: 0 and 1 exchange theirs, 2 and 3, and so on; one element per thread, in order."""
     if interpret:
