@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,18 +12,14 @@ from jax import lax
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows
+from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs
 from mustafar_jax.rope import rotate
-
-IMPLEMENTATIONS = ("mosaic_gpu", "triton", "cudnn", "xla")
-"""Every name that `implementation` takes."""
 
 TILE = 128
 """Tokens that the XLA implementation unpacks at a time; a multiple of 32."""
 
 PREFILL_CHUNK = 512
 """Queries that prefill attends at a time where scores are held in memory."""
-
-Implementation = str | Sequence[str] | None
 
 
 class Partial(NamedTuple):
@@ -80,7 +76,7 @@ def decode_attention(
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
     names = check_implementation(implementation) or _present()
-    out = _first_that_runs(names, grouped, cache, scale, sliding_window)
+    out = _decode(names, grouped, cache, scale, sliding_window)
     return out.reshape(query.shape).astype(query.dtype)
 
 
@@ -133,32 +129,8 @@ def prefill_attention(
 
 
 @functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
-def _first_that_runs(
-    names: str | tuple[str, ...], query: jax.Array, cache: LayerCache, scale: float, window: int | None
-) -> jax.Array:
-    """Try implementations in order; the last one's NotImplementedError is the caller's."""
-    names = (names,) if isinstance(names, str) else names
-    for name in names[:-1]:
-        try:
-            _check_present(name)
-            return _run(name, query, cache, scale, window)
-        except NotImplementedError:
-            continue
-    return _run(names[-1], query, cache, scale, window)
-
-
-def check_implementation(implementation: Implementation) -> str | tuple[str, ...] | None:
-    """The argument in a hashable form; ValueError for a name that is not in `IMPLEMENTATIONS`, or for none."""
-    if implementation is None or isinstance(implementation, str):
-        names: tuple[str, ...] = () if implementation is None else (implementation,)
-    else:
-        names = implementation = tuple(implementation)
-        if not names:
-            raise ValueError("implementation=() names none; wanted at least one name, or None")
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation={name!r} must be one of {IMPLEMENTATIONS}")
-    return implementation
+def _decode(names: Names, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
+    return first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
 
 
 def _present() -> tuple[str, ...]:
@@ -167,14 +139,6 @@ def _present() -> tuple[str, ...]:
     "triton" is to be named: a kernel takes up to a minute to compile, and whole generations are not measured yet.
     """
     return ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
-
-
-def _check_present(name: str) -> None:
-    """Raise NotImplementedError for what only lowering would find out: a backend named alone may be for elsewhere."""
-    if name != "xla" and jax.default_backend() != "gpu":
-        raise NotImplementedError(
-            f"implementation={name!r} needs a GPU; the default backend is {jax.default_backend()}"
-        )
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
