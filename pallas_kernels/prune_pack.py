@@ -77,19 +77,14 @@ def prune_pack(
     """
     source = prunes[0].source
     batch, head_dim = source.shape[0], source.shape[3]
-    kv_heads, length = source.shape[head_axis], source.shape[3 - head_axis]
+    kv_heads = source.shape[head_axis]
     triton.check_supported(dtype=source.dtype, head_dim=head_dim)
     plans = tuple(_Plan.of(prune, interpret) for prune in prunes)
-    per_head = (None, length, None, head_dim) if head_axis == 2 else (None, None, length, head_dim)
-
-    def of_head(head: Any, block: Any, sequence: Any) -> tuple[Any, ...]:
-        return (sequence, 0, head, 0) if head_axis == 2 else (sequence, head, 0, 0)
-
     ranges = jnp.stack([first, start, held], axis=1).astype(jnp.int32)
-    operands = [(ranges, pl.BlockSpec((None, 3), lambda head, block, sequence: (sequence, 0)))]
+    operands = [(ranges, pl.BlockSpec((None, 3), lambda head, block, sequence, side: (sequence, 0)))]
     targets, aliases = [], {}
     for prune in prunes:
-        operands += [(_bits(prune.source), pl.BlockSpec(per_head, of_head)), *_mean_operands(prune.mean)]
+        operands += [_of_head(_bits(prune.source), head_axis), *_mean_operands(prune.mean)]
         for array in (prune.target.bitmap, _bits(prune.target.values)):
             aliases[len(operands)] = len(targets)
             targets.append(_of_head(array.reshape(batch, kv_heads, -1)))
@@ -99,7 +94,7 @@ def prune_pack(
         name="prune_pack",
         num_warps=plans[0].threads // triton.WARP,
         interpret=interpret,
-        grid=(kv_heads, rows // _BLOCK, batch),
+        grid=(kv_heads, rows // _BLOCK, batch, len(prunes)),
         in_specs=[spec for _, spec in operands],
         out_specs=[spec for _, spec in targets],
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array, _ in targets],
@@ -117,19 +112,27 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.int16)
 
 
-def _of_head(array: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
-    """An operand [B, K, n], a head's row of it for each program."""
-    return array, pl.BlockSpec((None, None, array.shape[2]), lambda head, block, sequence: (sequence, head, 0))
+def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
+    """An operand [B, ...] with heads along an axis: for each program those of its sequence and head."""
+    shape = tuple(None if i in (0, axis) else size for i, size in enumerate(array.shape))
+
+    def place(head: Any, block: Any, sequence: Any, side: Any) -> tuple[Any, ...]:
+        return tuple({0: sequence, axis: head}.get(i, 0) for i in range(array.ndim))
+
+    return array, pl.BlockSpec(shape, place)
 
 
 def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
-    """What `_centre` reads."""
+    """What `_centre` reads: mean keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
+
+    The last is [2, 8, threads, 4], so that threads side by side read what stands side by side.
+    """
     if mean is None:
         return []
-    angle = jnp.arange(_BLOCK)[:, None] * mean.inv_freq
-    turn = jnp.stack([jnp.cos(angle), jnp.sin(angle)])  # [2, 32, H / 2]
-    whole = [(x, pl.BlockSpec(x.shape, lambda *_, ndim=x.ndim: (0,) * ndim)) for x in (mean.inv_freq, turn)]
-    return [_of_head(mean.key), *whole]
+    by_part = mean.inv_freq.reshape(-1, 8, 4).swapaxes(0, 1)
+    angle = (jnp.arange(_BLOCK)[:, None, None] * by_part[:, None]).reshape(8, -1, 4)
+    whole = [mean.inv_freq, jnp.stack([jnp.cos(angle), jnp.sin(angle)])]
+    return [_of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in whole)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,41 +194,57 @@ class _Plan:
 def _kernel(range_ref: triton.Ref, *refs: triton.Ref, plans: tuple[_Plan, ...]) -> None:
     """32 tokens of one head.
 
-    `range_ref` [3]: first, start, held. The other refs, for each plan: source [S, H]; with a mean mean [H], inv_freq
-    [H / 2] and turn [2, 32, H / 2]; the target's bitmap and values, which alias the outputs. Then the outputs, for each
-    plan: bitmap [S * H / 32], values [S * slots].
+    `range_ref` [3]: first, start, held. The other refs, for each plan: source [S, H]; with a mean what
+    `_mean_operands` says; the target's bitmap and values, which alias the outputs. Then the outputs, for each plan:
+    bitmap [S * H / 32], values [S * slots].
     """
     offset = pl.program_id(1) * _BLOCK
-    first, row, is_held = range_ref[0] + offset, range_ref[1] + offset, offset < range_ref[2]
+    first, row, held = range_ref[0] + offset, range_ref[1] + offset, range_ref[2]
     inputs, outputs = iter(refs[: -2 * len(plans)]), iter(refs[-2 * len(plans) :])
-    sides = []
-    for plan in plans:
+    for side, plan in enumerate(plans):
         source_ref, *mean_refs = (next(inputs) for _ in range(1 if plan.offset is None else 4))
         _ = next(inputs), next(inputs)
-        sides.append((plan, source_ref, mean_refs, (next(outputs), next(outputs))))
+        targets = next(outputs), next(outputs)
+        is_meant = (pl.program_id(3) == side) & (row < plan.rows)
 
-    @pl.when((range_ref[1] < plans[0].rows) & is_held)
-    def _() -> None:
-        words = max(_BLOCK * plan.row_words for plan in plans)  # also room for a mean key
-        memory = triton.shared_buffer(words, _lane(plans[0]), interpret=plans[0].interpret)
-        for plan, source_ref, mean_refs, target_refs in sides:
-            entries = _load(source_ref, first, plan)
-            if plan.offset is not None:
-                memory, entries = _centre(memory, entries, mean_refs, row, plan)
-            mask = _largest(entries, plan)
-            if plan.rescale:
-                entries = _rescale(entries, mask, plan)
-            _store_bitmap(target_refs[0], mask, row, plan)
-            memory = _append(memory, entries, mask, plan)
-            memory = _store_values(target_refs[1], memory, row, plan)
+        @pl.when(is_meant & (offset < held))
+        def _(
+            plan: _Plan = plan, source_ref: triton.Ref = source_ref, mean_refs: Any = mean_refs, targets: Any = targets
+        ) -> None:
+            _prune_block(source_ref, mean_refs, *targets, first, row, plan)
 
-    @pl.when((range_ref[1] < plans[0].rows) & ~is_held)
-    def _() -> None:
-        for plan, _source_ref, _mean_refs, (bitmap_ref, values_ref) in sides:
-            nothing = jnp.zeros(plan.threads, jnp.int32)
-            _store_bitmap(bitmap_ref, [nothing] * _THREAD_WORDS, row, plan)
-            for place, is_piece in _pieces(plan):
-                _store_piece(values_ref, [nothing] * (plan.chunk // 2), row, place, is_piece, plan)
+        @pl.when(is_meant & (offset >= held))
+        def _(plan: _Plan = plan, targets: Any = targets) -> None:
+            _clear_block(*targets, row, plan)
+
+
+def _prune_block(
+    source_ref: triton.Ref,
+    mean_refs: list[triton.Ref],
+    bitmap_ref: triton.Ref,
+    values_ref: triton.Ref,
+    first: jax.Array,
+    row: jax.Array,
+    plan: _Plan,
+) -> None:
+    # a row is odd in words, and keeps tokens in different banks; there is also room for a mean key
+    memory = triton.shared_buffer(_BLOCK * plan.row_words, _lane(plan), interpret=plan.interpret)
+    entries = _load(source_ref, first, plan)
+    if plan.offset is not None:
+        memory, entries = _centre(memory, entries, mean_refs, row, plan)
+    mask = _largest(entries, plan)
+    _store_bitmap(bitmap_ref, mask, row, plan)
+    memory = _append(memory, entries, mask, plan)
+    if plan.rescale:
+        memory = _put_factors(memory, entries, plan)
+    _store_values(values_ref, memory, row, plan)
+
+
+def _clear_block(bitmap_ref: triton.Ref, values_ref: triton.Ref, row: jax.Array, plan: _Plan) -> None:
+    nothing = jnp.zeros(plan.threads, jnp.int32)
+    _store_bitmap(bitmap_ref, [nothing] * _THREAD_WORDS, row, plan)
+    for place, is_piece in _pieces(plan):
+        _store_piece(values_ref, [nothing] * (plan.chunk // 2), row, place, is_piece, plan)
 
 
 def _lane(plan: _Plan) -> jax.Array:
@@ -270,17 +289,16 @@ def _centre(
         bits = lax.bitcast_convert_type(x, jnp.int32)
         memory = triton.shared_store_word(memory, own, 4 * half * i, bits, interpret=plan.interpret)
     memory = triton.synchronise(memory, interpret=plan.interpret)
-    first_pair = _part(plan) * WORD
-    place = triton.shared_offset(memory, 4 * first_pair, interpret=plan.interpret)
+    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
     read, centred = [], [[], []]
-    for chunk in range(0, WORD, 8):
-        pairs = first_pair[:, None] + (chunk + jnp.arange(8, dtype=jnp.int32))[None, :]
-        cos, sin = (triton.unstack(triton.load(turn_ref.at[i, _token(plan)[:, None], pairs])) for i in range(2))
-        for i in range(0, 8, 2):
-            word, halves = (chunk + i) // 2, []
+    for quad in range(8):
+        where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
+        cos, sin = (triton.unstack(triton.load(turn_ref.at[i, quad, *where])) for i in range(2))
+        for i in range(0, 4, 2):
+            word, halves = (4 * quad + i) // 2, []
             whole = zip(*(_float32(entries[w], plan) for w in (word, WORD // 2 + word)), strict=True)
             for j, keys in enumerate(whole, i):
-                offsets = [4 * (chunk + j + half * k) for k in range(2)]
+                offsets = [4 * (4 * quad + j + half * k) for k in range(2)]
                 read += [triton.shared_load(memory, place, o, clear=False, interpret=plan.interpret) for o in offsets]
                 mean = (lax.bitcast_convert_type(x, jnp.float32) for x in read[-2:])
                 halves.append([x - y for x, y in zip(keys, _rotate(*mean, cos[j], sin[j]), strict=True)])
@@ -297,21 +315,6 @@ def _float32(word: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
     """The low and the high entry of a word."""
     low, high = triton.as_dtype_pairs(word, plan.dtype)
     return low.astype(jnp.float32), high.astype(jnp.float32)
-
-
-def _rescale(entries: list[jax.Array], mask: list[jax.Array], plan: _Plan) -> list[jax.Array]:
-    """What `rescale_to_norm` makes of the entries that are kept."""
-    whole = kept = jnp.zeros(plan.threads, jnp.float32)
-    for i, word in enumerate(entries):
-        for j, x in enumerate(_float32(word, plan)):
-            bit = mask[i * 2 // WORD] >> (2 * i % WORD + j) & 1
-            whole, kept = whole + x * x, kept + jnp.where(bit != 0, x * x, 0)
-    whole, kept = (jnp.sqrt(_sum_floats_over_parts(x, plan)) for x in (whole, kept))
-    usable = (kept > 0) & (whole < jnp.inf)
-    factor, limit = whole / jnp.where(usable, kept, 1), float(jnp.finfo(plan.dtype).max)
-    scaled = ([jnp.clip(x * factor, -limit, limit) for x in _float32(word, plan)] for word in entries)
-    rounded = (triton.pack_pair(*pair, plan.dtype, interpret=plan.interpret) for pair in scaled)
-    return [jnp.where(usable, new, old) for new, old in zip(rounded, entries, strict=True)]
 
 
 def _largest(entries: list[jax.Array], plan: _Plan) -> list[jax.Array]:
@@ -381,13 +384,6 @@ def _sum_over_parts(x: jax.Array, plan: _Plan) -> jax.Array:
     return x if plan.parts == 1 else x + triton.from_neighbour(x, interpret=plan.interpret)
 
 
-def _sum_floats_over_parts(x: jax.Array, plan: _Plan) -> jax.Array:
-    if plan.parts == 1:
-        return x
-    beside = triton.from_neighbour(lax.bitcast_convert_type(x, jnp.int32), interpret=plan.interpret)
-    return x + lax.bitcast_convert_type(beside, jnp.float32)
-
-
 def _store_bitmap(ref: triton.Ref, mask: list[jax.Array], row: jax.Array, plan: _Plan) -> None:
     word = (row + _token(plan)) * (plan.head_dim // WORD) + _part(plan)
     for i, bits in enumerate(mask):
@@ -409,18 +405,53 @@ def _append(memory: triton.Memory, entries: list[jax.Array], mask: list[jax.Arra
     return triton.synchronise(memory, interpret=plan.interpret)
 
 
-def _store_values(ref: triton.Ref, memory: triton.Memory, row: jax.Array, plan: _Plan) -> triton.Memory:
+def _put_factors(memory: triton.Memory, entries: list[jax.Array], plan: _Plan) -> triton.Memory:
+    """Put what a token's kept entries are to be scaled by behind them in shared memory; 0 where they stay as they are.
+
+    See `rescale_to_norm`. The norm of what is kept is taken from there, which is less than all.
+    """
+    row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
+    share = plan.kept // 2 // plan.parts
+    own = row + 4 * share * _part(plan)
+    load = functools.partial(triton.shared_load, memory, own, clear=False, interpret=plan.interpret)
+    whole, kept = (_norm(words, plan) for words in (entries, [load(constant=4 * i) for i in range(share)]))
+    usable = (kept > 0) & (whole < jnp.inf)
+    factor = jnp.where(usable, whole / jnp.where(usable, kept, 1), 0)
+    bits = lax.bitcast_convert_type(factor, jnp.int32)
+    memory = triton.shared_store_word(memory, row, 2 * plan.kept, bits, interpret=plan.interpret)
+    return triton.synchronise(memory, interpret=plan.interpret)
+
+
+def _norm(words: list[jax.Array], plan: _Plan) -> jax.Array:
+    """The L2 norm of the entries that a token's threads hold."""
+    total = jnp.zeros(plan.threads, jnp.float32)
+    for word in words:
+        for x in _float32(word, plan):
+            total += x * x
+    if plan.parts == 2:
+        beside = triton.from_neighbour(lax.bitcast_convert_type(total, jnp.int32), interpret=plan.interpret)
+        total += lax.bitcast_convert_type(beside, jnp.float32)
+    return jnp.sqrt(total)
+
+
+def _store_values(ref: triton.Ref, memory: triton.Memory, row: jax.Array, plan: _Plan) -> None:
     """Move a block of values from shared memory to its place."""
-    read = []
     for place, is_piece in _pieces(plan):
-        token, chunk = place % _BLOCK, place // _BLOCK
-        byte = token * np.int32(4 * plan.row_words) + chunk * np.int32(2 * plan.chunk)
-        start = triton.shared_offset(memory, jnp.where(is_piece, byte, 0), interpret=plan.interpret)
-        load = functools.partial(triton.shared_load, memory, start, clear=False, interpret=plan.interpret)
-        words = [load(constant=4 * i) for i in range(plan.chunk // 2)]
-        read += words
+        token, chunk = place % _BLOCK, jnp.where(is_piece, place // _BLOCK, 0)
+        start = triton.shared_offset(memory, token * np.int32(4 * plan.row_words), interpret=plan.interpret)
+        first = start + chunk * np.int32(2 * plan.chunk)
+        load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
+        words = [load(first, constant=4 * i) for i in range(plan.chunk // 2)]
+        if plan.rescale:
+            factor = lax.bitcast_convert_type(load(start, constant=2 * plan.kept), jnp.float32)
+            words = [_scale(word, factor, plan) for word in words]
         _store_piece(ref, words, row, place, is_piece, plan)
-    return triton.synchronise(memory, read, interpret=plan.interpret)
+
+
+def _scale(word: jax.Array, factor: jax.Array, plan: _Plan) -> jax.Array:
+    limit = float(jnp.finfo(plan.dtype).max)
+    low, high = (jnp.clip(x * factor, -limit, limit) for x in _float32(word, plan))
+    return jnp.where(factor > 0, triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret), word)
 
 
 def _pieces(plan: _Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
