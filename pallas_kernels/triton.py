@@ -166,7 +166,7 @@ def pack_pair(low: jax.Array, high: jax.Array, dtype: Any, *, interpret: bool) -
 
 
 def permute_bytes(a: jax.Array, b: jax.Array, selector: int, *, interpret: bool) -> jax.Array:
-    """int32 of four bytes of a (numbered 0 to 3) and b (4 to 7); the selector's last hexadecimal digit is the lowest."""
+    """int32 of four bytes of a (0 to 3) and b (4 to 7), as the hexadecimal digits of the selector name them."""
     if interpret:
         both = jnp.concatenate([lax.bitcast_convert_type(x, jnp.uint8) for x in (a, b)], axis=-1)
         picked = [both[..., selector >> 4 * i & 7] for i in range(4)]

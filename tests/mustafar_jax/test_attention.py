@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mustafar_jax import CompressionConfig, LayerCache, append, attention, decode_attention, prefill, prefill_attention
 from mustafar_jax.cache import PackedCache, Store
+from mustafar_jax.implementations import IMPLEMENTATIONS
 from tests.helpers import CONFIGS, DTYPES, attention_on_dense, rms_error_ratio, rope_frequencies
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 3, 2, 64, 448, 300
@@ -213,4 +214,4 @@ def test_bad_arguments(name, message, options):
 
 
 def test_every_named_implementation_is_known():
-    assert set(attention._PACKED) | set(attention._DENSE) <= set(attention.IMPLEMENTATIONS)
+    assert set(attention._PACKED) | set(attention._DENSE) <= set(IMPLEMENTATIONS)

@@ -13,7 +13,7 @@ from mustafar_jax.pallas_kernels import triton
 from mustafar_jax.pallas_kernels.decode_attention import Mean
 from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
 from mustafar_jax.pallas_kernels.rows import Packed
-from mustafar_jax.pruning import magnitude_bits, rescale_to_norm
+from mustafar_jax.pruning import rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import adversarial, bits, rope_frequencies
 from tests.pallas_kernels.data import implementations
@@ -109,7 +109,9 @@ def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, interpret):
     """The values in their last bit; the masks where magnitudes differ by no more."""
     rng = np.random.default_rng(7)
     x = jnp.asarray(rng.standard_normal((2, 1, 72, head_dim)) + 1, dtype)
-    mean = Mean(jnp.asarray(rng.standard_normal((2, 1, head_dim)), jnp.float32), jnp.asarray(rope_frequencies(head_dim)), 4)
+    mean = Mean(
+        jnp.asarray(rng.standard_normal((2, 1, head_dim)), jnp.float32), jnp.asarray(rope_frequencies(head_dim)), 4
+    )
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
     @jax.jit
@@ -161,7 +163,9 @@ def specs(batch, kv_heads, tokens, head_dim, kept, dtype, head_axis):
 )
 def test_lowers_for_cuda(head_dim, kept, dtype, head_axis, sides, centred):
     prune = specs(2, 4, 128, head_dim, kept, dtype, head_axis)
-    mean = Mean(jax.ShapeDtypeStruct((2, 4, head_dim), jnp.float32), jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32), 0)
+    mean = Mean(
+        jax.ShapeDtypeStruct((2, 4, head_dim), jnp.float32), jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32), 0
+    )
 
     def call(prune, key, inv_freq, ranges):
         keys = prune._replace(mean=Mean(key, inv_freq, 4) if centred else None)
@@ -195,7 +199,9 @@ def test_instructions_do_what_their_twins_do(name):
         if name == "from_neighbour":
             return triton.from_neighbour(a, interpret=interpret)
         if name == "pack_pair":
-            return triton.pack_pair(x, -x, BF16, interpret=interpret) + triton.pack_pair(-x, x, F16, interpret=interpret)
+            return triton.pack_pair(x, -x, BF16, interpret=interpret) + triton.pack_pair(
+                -x, x, F16, interpret=interpret
+            )
         lane = jnp.arange(64, dtype=jnp.int32)
         memory = triton.shared_buffer(64 * 17, lane, interpret=interpret)
         start = triton.shared_offset(memory, lane * 68, interpret=interpret)
