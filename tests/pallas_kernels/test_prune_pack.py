@@ -1,6 +1,7 @@
 """Prune and pack's kernel against pruning and packing through XLA."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax import bitmap
+from mustafar_jax import bitmap, cache
 from mustafar_jax.pallas_kernels import triton
 from mustafar_jax.pallas_kernels.decode_attention import Mean
 from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
 from mustafar_jax.pallas_kernels.rows import Packed
-from mustafar_jax.pruning import rescale_to_norm
+from mustafar_jax.pruning import METHODS, rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import adversarial, bits, rope_frequencies
 from tests.pallas_kernels.data import implementations
@@ -148,6 +149,66 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
     wanted = written(target, rescale_to_norm(x, mask), mask, FIRST, START, HELD, 64)
     np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
     assert within_an_ulp(bits(actual.values), wanted.values).all()
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "interpret"),
+    [
+        pytest.param((0.5, 0), True, marks=pytest.mark.slow, id="interpret"),
+        pytest.param((0.5, 0), False, marks=pytest.mark.gpu, id="device-keys"),
+        pytest.param((0.7, 0.5), False, marks=pytest.mark.gpu, id="device-both"),
+    ],
+)
+def test_fills_a_cache_as_xla_does(sparsities, interpret, monkeypatch):
+    """Bit for bit, in prefill and while tokens are appended; sequences fill their groups at different steps."""
+    monkeypatch.setitem(cache._PACK, "triton", functools.partial(cache._pack_triton, interpret=interpret))
+    rng = np.random.default_rng(9)
+    config = mj.CompressionConfig(*sparsities, sink_tokens=2, group=64 if interpret else 128)
+    key, value = (data(rng, (3, 260, 1, 64), F16) for _ in range(2))
+    lengths, caches = jnp.array([1, 63, 200]), []
+    for name in ("triton", "xla"):
+        fill = jax.jit(functools.partial(mj.prefill, implementation=name))
+        append = jax.jit(functools.partial(mj.append, implementation=name), donate_argnums=0)
+        held = mj.LayerCache.init(config, batch=3, capacity=300, num_kv_heads=1, head_dim=64, dtype=F16)
+        held = fill(held, key[:, :200], value[:, :200], lengths)
+        for step in range(200, 260):
+            held = append(held, key[:, step], value[:, step])
+        caches.append(held)
+    for one, other in zip(*map(jax.tree.leaves, caches), strict=True):
+        as_bits = bits if one.dtype == F16 else np.asarray
+        np.testing.assert_array_equal(as_bits(one), as_bits(other))
+
+
+def test_a_step_decides_nothing_on_the_host():
+    """XLA's conditional waits for its predicate; the kernel itself passes over what is not full."""
+    held = jax.eval_shape(
+        lambda: mj.LayerCache.init(
+            mj.CompressionConfig(), batch=2, capacity=256, num_kv_heads=2, head_dim=64, dtype=BF16
+        )
+    )
+    token = jax.ShapeDtypeStruct((2, 2, 64), BF16)
+    by_kernel, by_xla = (
+        lower_for_cuda(functools.partial(mj.append, implementation=name), held, token, token)
+        for name in ("triton", "xla")
+    )
+    assert "triton" in by_kernel
+    decided = re.compile(r'"stablehlo.case"\(%\d')  # not by a constant (%c), which is the platform's
+    assert decided.search(by_xla)
+    assert not decided.search(by_kernel)
+
+
+def test_falls_through_to_xla(monkeypatch):
+    monkeypatch.setitem(METHODS, "other", mj.magnitude_mask)
+    key = jnp.ones((1, 100, 1, 64), F16)
+    for config in (mj.CompressionConfig(), mj.CompressionConfig(v_method="other")):
+        held = mj.LayerCache.init(config, batch=1, capacity=128, num_kv_heads=1, head_dim=64, dtype=F16)
+        assert mj.prefill(held, key, key, implementation=("triton", "xla")).lengths == 100
+    with pytest.raises(NotImplementedError, match="by magnitude"):
+        jax.eval_shape(functools.partial(mj.prefill, implementation="triton"), held, key, key)
+    with pytest.raises(NotImplementedError, match="'cudnn' does not pack"):
+        mj.prefill(held, key, key, implementation="cudnn")
+    with pytest.raises(ValueError, match="implementation='fast' must be one of"):
+        mj.append(held, key[:, 0], key[:, 0], implementation="fast")
 
 
 def specs(batch, kv_heads, tokens, head_dim, kept, dtype, head_axis):
