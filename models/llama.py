@@ -19,10 +19,11 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from mustafar_jax.attention import Implementation, decode_attention, prefill_attention
+from mustafar_jax.attention import decode_attention, prefill_attention
 from mustafar_jax.blocks import extend
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.implementations import Implementation
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.rope import rotate
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,18 +13,13 @@ from jax import lax
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows, to_array
-
-IMPLEMENTATIONS = ("mosaic_gpu", "triton", "cudnn", "xla")
-"""Every name that `implementation` takes."""
+from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, on_cuda
 
 TILE = 128
 """Tokens that the XLA implementation unpacks at a time; a multiple of 32."""
 
 PREFILL_CHUNK = 512
 """Queries that prefill attends at a time where scores are held in memory."""
-
-Implementation = str | Sequence[str] | None
-_Names = str | tuple[str, ...]
 
 
 class Partial(NamedTuple):
@@ -122,7 +117,7 @@ def prefill_attention(
 
 @functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
 def _prefill(
-    names: _Names,
+    names: Names,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -138,7 +133,7 @@ def _prefill(
             raise NotImplementedError(f"implementation={name!r} attends caches; a prompt wants one of {[*_PREFILL]}")
         return _PREFILL[name](query, key, value, scale, window)
 
-    return _first_that_runs(names, run)
+    return first_that_runs(names, run)
 
 
 def _prefill_xla(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
@@ -194,51 +189,13 @@ _PREFILL: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float, int | None
 
 
 @functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
-def _decode(names: _Names, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
-    return _first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
-
-
-def _first_that_runs(names: _Names, run: Callable[[str], jax.Array]) -> jax.Array:
-    """Try implementations in order; the last one's NotImplementedError is the caller's."""
-    names = (names,) if isinstance(names, str) else names
-    for name in names[:-1]:
-        try:
-            _check_present(name)
-            return run(name)
-        except NotImplementedError:
-            continue
-    return run(names[-1])
-
-
-def check_implementation(implementation: Implementation) -> _Names | None:
-    """The argument in a hashable form; ValueError for a name that is not in `IMPLEMENTATIONS`, or for none."""
-    if implementation is None or isinstance(implementation, str):
-        names: tuple[str, ...] = () if implementation is None else (implementation,)
-    else:
-        names = implementation = tuple(implementation)
-        if not names:
-            raise ValueError("implementation=() names none; wanted at least one name, or None")
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation={name!r} must be one of {IMPLEMENTATIONS}")
-    return implementation
+def _decode(names: Names, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
+    return first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
 
 
 def _present() -> tuple[str, ...]:
     """What None tries on the default backend, best first."""
-    return ("cudnn", "triton", "xla") if _on_cuda() else ("xla",)
-
-
-def _on_cuda() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
-
-
-def _check_present(name: str) -> None:
-    """Raise NotImplementedError for what only lowering would find out: a backend named alone may be for elsewhere."""
-    if name != "xla" and not _on_cuda():
-        raise NotImplementedError(
-            f"implementation={name!r} needs an NVIDIA GPU; the default backend is {jax.default_backend()}"
-        )
+    return ("cudnn", "triton", "xla") if on_cuda() else ("xla",)
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:

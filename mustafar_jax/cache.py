@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, on_cuda
 from mustafar_jax.pruning import RECENT, Context, Method, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
@@ -139,10 +140,12 @@ class LayerCache:
         """
         raise NotImplementedError
 
-    def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None) -> Self:
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, names: Names
+    ) -> Self:
         raise NotImplementedError
 
-    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None) -> "LayerCache":
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, names: Names) -> "LayerCache":
         raise NotImplementedError
 
 
@@ -154,6 +157,7 @@ def prefill(
     *,
     query: jax.Array | None = None,
     rows: ArrayLike | Sequence[int] | None = None,
+    implementation: Implementation = None,
 ) -> LayerCache:
     """Fill a cache with a prompt's keys and values, pruning and packing what leaves the dense window.
 
@@ -164,11 +168,16 @@ def prefill(
         query: [B, S, N, H] after RoPE, needed (and read) where a method scores with the most recent queries.
         rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None. The named
             sequences' part of the cache is copied once.
+        implementation: who prunes and packs: "triton" (NVIDIA GPUs, bfloat16 and float16, by magnitude), "xla", a
+            sequence of names tried in order, or None for the best that works here. What is packed is the same.
 
     Raises:
-        ValueError: shapes, lengths or rows that do not fit the cache or each other, S above the capacity.
+        ValueError: shapes, lengths or rows that do not fit the cache or each other, S above the capacity, an unknown
+            implementation.
         TypeError: another dtype than the cache's.
+        NotImplementedError: no implementation that was named can run this.
     """
+    names = check_implementation(implementation) or _present()
     batch = cache.batch if rows is None else _check_rows(rows, cache.batch)
     _check_kv(cache, key, value, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
     _check_query(cache, query, key.shape[:2], "[B, S, N, H]")
@@ -176,27 +185,42 @@ def prefill(
         raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
     lengths = check_lengths(lengths, batch, key.shape[1])
     if rows is None:
-        return cache._prefill(key, value, lengths, query)
-    part = jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)._prefill(key, value, lengths, query)
+        return cache._prefill(key, value, lengths, query, names)
+    part = jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)._prefill(key, value, lengths, query, names)
     return jax.tree.map(lambda whole, new: whole.at[jnp.asarray(rows)].set(new), cache, part)
 
 
-def append(cache: LayerCache, key: jax.Array, value: jax.Array, *, query: jax.Array | None = None) -> LayerCache:
+def append(
+    cache: LayerCache,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    query: jax.Array | None = None,
+    implementation: Implementation = None,
+) -> LayerCache:
     """Add one token to every sequence; where that fills a group of recent tokens, prune and pack the oldest one.
 
     Args:
         cache: the cache; a sequence that is at its capacity keeps its tokens and gets `overflow` set.
         key, value: [B, K, H] in the cache's dtype, the key after RoPE at position `cache.lengths`.
         query: [B, N, H], the token's own after RoPE, needed (and read) where a method scores with recent queries.
+        implementation: as in `prefill`.
 
     Raises:
-        ValueError: shapes that do not fit the cache.
+        ValueError: shapes that do not fit the cache, an unknown implementation.
         TypeError: another dtype than the cache's.
+        NotImplementedError: no implementation that was named can run this.
     """
     _check_kv(cache, key, value, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
     _check_query(cache, query, key.shape[:1], "[B, N, H]")
+    names = check_implementation(implementation) or _present()
     with jax.named_scope("append"):  # a profile shows it by this name
-        return cache._append(key, value, query)
+        return cache._append(key, value, query, names)
+
+
+def _present() -> tuple[str, ...]:
+    """What None tries on the default backend, best first."""
+    return ("triton", "xla") if on_cuda() else ("xla",)
 
 
 @_register(data_fields=["key", "value", *_COUNTS], meta_fields=_STATIC)
@@ -212,7 +236,9 @@ class DenseCache(LayerCache):
         held = (jnp.arange(self.capacity) < self.lengths[:, None])[..., None, None]
         return jnp.where(held, self.key, 0), jnp.where(held, self.value, 0), self.lengths
 
-    def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None) -> Self:
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, names: Names
+    ) -> Self:
         held = (jnp.arange(key.shape[1]) < lengths[:, None])[..., None, None]
         return dataclasses.replace(
             self,
@@ -222,7 +248,7 @@ class DenseCache(LayerCache):
             overflow=jnp.zeros_like(self.overflow),
         )
 
-    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None) -> Self:
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, names: Names) -> Self:
         return dataclasses.replace(  # a sequence at its capacity has no row to write
             self,
             key=write_rows(self.key, key[:, None], self.lengths, axis=1),
@@ -248,6 +274,36 @@ class Store:
 
     dense: jax.Array
     packed: Rows
+
+
+@_register(data_fields=["key", "value", "first", "start", "held"], meta_fields=["rows", "head_axis"])
+@dataclasses.dataclass(frozen=True)
+class _Leaving:
+    """Tokens that leave the dense part: consecutive rows of each sequence, and where they go.
+
+    Attributes:
+        key, value: what they are taken from, [B, S, K, H] or [B, K, S, H].
+        first: int32 [B], the first one's row.
+        start: int32 [B], the packed row that it gets; at the end or beyond, the sequence is left alone.
+        held: int32 [B], how many there are; what follows them is made empty.
+        rows: how many are written; a multiple of 32, as `start` and `held` are.
+        head_axis: the axis of the heads, 1 or 2.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    first: jax.Array
+    start: jax.Array
+    held: jax.Array
+    rows: int
+    head_axis: int
+
+    def taken(self, x: jax.Array) -> jax.Array:
+        """The rows [B, K, rows, H] of `key` or `value`."""
+        row = (self.first[:, None] + jnp.arange(self.rows))[:, :, None, None]
+        if self.head_axis == 1:
+            return jnp.take_along_axis(x, row.swapaxes(1, 2), axis=2)
+        return jnp.take_along_axis(x, row, axis=1).swapaxes(1, 2)
 
 
 @_register(data_fields=["keys", "values", "key_mean", "queries", *_COUNTS], meta_fields=["inv_freq", *_STATIC])
@@ -330,35 +386,31 @@ class PackedCache(LayerCache):
         sinks, tail = _dense_slots(self.config, self.capacity)
         return jnp.where(position < sinks, position, sinks + (position - sinks) % tail)
 
-    def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None) -> Self:
-        cache = dataclasses.replace(self, lengths=lengths)
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, names: Names
+    ) -> Self:
+        cache = dataclasses.replace(self, lengths=lengths, overflow=jnp.zeros_like(self.overflow))
         if cache.key_mean is not None:
             cache = dataclasses.replace(cache, key_mean=_mean_key(cache, key))
         if cache.queries is not None:
             assert query is not None
             cache = dataclasses.replace(cache, queries=_recent_queries(cache, query))
-        prompt, key, value = key, key.swapaxes(1, 2), value.swapaxes(1, 2)
-        sinks, rows = self.config.sink_tokens, self.config.packed_tokens(key.shape[2])
-        positions = jnp.broadcast_to(sinks + jnp.arange(rows), (self.batch, rows))
-        valid = jnp.arange(rows) < cache.packed_lengths[:, None]
-        leaving = slice(sinks, sinks + rows)
-        context = cache._context(positions, valid, lambda: prompt)
-        packed_key, packed_value = cache._compress(key[:, :, leaving], value[:, :, leaving], positions, context)
-        start = jnp.zeros_like(lengths)
-        return dataclasses.replace(
+        cache = dataclasses.replace(
             cache,
-            overflow=_overflow(packed_value),
-            keys=Store(cache._dense_part(key), _put(_without_overflow(self.keys.packed), packed_key, start)),
-            values=Store(cache._dense_part(value), _put(_without_overflow(self.values.packed), packed_value, start)),
+            keys=Store(cache._dense_part(key), _without_overflow(self.keys.packed)),
+            values=Store(cache._dense_part(value), _without_overflow(self.values.packed)),
         )
+        first, start = jnp.full_like(lengths, self.config.sink_tokens), jnp.zeros_like(lengths)
+        rows = self.config.packed_tokens(key.shape[1])
+        return cache._pack(_Leaving(key, value, first, start, cache.packed_lengths, rows, head_axis=2), names)
 
     def _dense_part(self, x: jax.Array) -> jax.Array:
-        """The sinks and recent tokens of a prompt [B, K, S, H], each in its slot; zero where a slot holds none."""
+        """The sinks and recent tokens of a prompt [B, S, K, H], each in its slot; zero where a slot holds none."""
         positions = self.dense_positions()
-        tokens = jnp.take_along_axis(x, positions[:, None, :, None], axis=2, mode="clip")
+        tokens = jnp.take_along_axis(x, positions[:, :, None, None], axis=1, mode="clip").swapaxes(1, 2)
         return jnp.where((positions < self.lengths[:, None])[:, None, :, None], tokens, 0)
 
-    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None) -> "PackedCache":
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, names: Names) -> "PackedCache":
         fits = self.lengths < self.capacity
         stores = (self.keys, key), (self.values, value)
         slot = jnp.where(fits, self._slot(self.lengths), self.keys.dense.shape[2])
@@ -371,10 +423,12 @@ class PackedCache(LayerCache):
             lengths=self.lengths + fits,
             overflow=self.overflow | ~fits,
         )
-        if self.config.packed_tokens(self.capacity) == 0:
-            return written
-        full = written.packed_lengths > self.packed_lengths
-        return _pack_oldest_where(full, written, self.packed_lengths)
+        group, packed = self.config.group, self.packed_lengths
+        first = self._slot(self.config.sink_tokens + packed)  # the ring's oldest group
+        start = jnp.where(written.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
+        return written._pack(
+            _Leaving(key, value, first, start, jnp.full_like(first, group), rows=group, head_axis=1), names
+        )
 
     def _with_query(self, query: jax.Array | None, fits: jax.Array) -> jax.Array | None:
         """The most recent queries with this one [B, N, H], of the sequences for whose token there is room."""
@@ -384,21 +438,17 @@ class PackedCache(LayerCache):
         slot = jnp.where(fits, self.lengths % RECENT, RECENT)
         return write_rows(self.queries, query[:, :, None].astype(self.dtype), slot, axis=2)
 
-    def _pack_oldest(self, start: jax.Array, full: jax.Array) -> Self:
-        """Pack the tail's oldest group into rows start .. start + group - 1 of the sequences that are full."""
-        offsets = jnp.arange(self.config.group)
-        positions = self.config.sink_tokens + start[:, None] + offsets
-        slots = self._slot(positions)[:, None, :, None]
-        key, value = (jnp.take_along_axis(store.dense, slots, axis=2) for store in (self.keys, self.values))
-        valid = jnp.broadcast_to(full[:, None], positions.shape)
-        context = self._context(positions, valid, lambda: self._to_dense(start)[0])
-        packed_key, packed_value = self._compress(key, value, positions, context)
-        start = jnp.where(full, start, self.config.packed_tokens(self.capacity))
+    def _pack(self, leaving: _Leaving, names: Names) -> Self:
+        """Prune and pack tokens."""
+        if leaving.rows == 0 or self.config.packed_tokens(self.capacity) == 0:
+            return self
+        keys, values = _pack_leaving(self, leaving, names)
+        always_fits = self.config.value_method.equal_rows
         return dataclasses.replace(
             self,
-            overflow=self.overflow | (full & _overflow(packed_value)),
-            keys=Store(self.keys.dense, _put(self.keys.packed, packed_key, start)),
-            values=Store(self.values.dense, _put(self.values.packed, packed_value, start)),
+            overflow=self.overflow if always_fits else self.overflow | _overflow(values),
+            keys=Store(self.keys.dense, keys),
+            values=Store(self.values.dense, values),
         )
 
     def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, context: Context) -> tuple[Rows, Rows]:
@@ -459,10 +509,78 @@ def _prune(
     return bitmap.pack(x, mask & context.valid[:, None, :, None], slots=slots)
 
 
-@jax.jit  # so that a call outside jit does not compile the two branches each time
-def _pack_oldest_where(full: jax.Array, cache: PackedCache, start: jax.Array) -> PackedCache:
-    """Pack the oldest recent group of the sequences whose group is full [B], if there are any."""
-    return lax.cond(full.any(), lambda: cache._pack_oldest(start, full), lambda: cache)
+@functools.partial(jax.jit, static_argnames="names")  # so that a call outside jit does not compile each time
+def _pack_leaving(cache: PackedCache, leaving: _Leaving, names: Names) -> tuple[Rows, Rows]:
+    """The packed keys and values with the leaving tokens in them."""
+
+    def run(name: str) -> tuple[Rows, Rows]:
+        if name not in _PACK:
+            raise NotImplementedError(f"implementation={name!r} does not pack; wanted one of {[*_PACK]}")
+        return _PACK[name](cache, leaving)
+
+    return first_that_runs(names, run)
+
+
+def _pack_xla(cache: PackedCache, leaving: _Leaving) -> tuple[Rows, Rows]:
+    """By the functions of `pruning` and `bitmap`, where any sequence has something to pack."""
+    packed = cache.keys.packed, cache.values.packed
+
+    def pack() -> tuple[Rows, Rows]:
+        offset = jnp.arange(leaving.rows)
+        positions = cache.config.sink_tokens + leaving.start[:, None] + offset
+        valid = offset < leaving.held[:, None]
+        context = cache._context(positions, valid, lambda: _all_keys(cache, leaving))
+        compressed = cache._compress(leaving.taken(leaving.key), leaving.taken(leaving.value), positions, context)
+        keys, values = (_put(p, new, leaving.start) for p, new in zip(packed, compressed, strict=True))
+        return keys, values
+
+    return lax.cond((leaving.start < packed[0].shape[2]).any(), pack, lambda: packed)
+
+
+def _all_keys(cache: PackedCache, leaving: _Leaving) -> jax.Array:
+    """The keys [B, S, K, H] of sequences of which some are leaving: the prompt's, or those that a step found."""
+    return leaving.key if leaving.head_axis == 2 else cache._to_dense(leaving.start)[0]
+
+
+def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = False) -> tuple[Rows, Rows]:
+    """By the Pallas kernel that lowers through Triton, in which sequences that have nothing to pack cost nothing."""
+    # Imported here, as attention does: Pallas takes a while to import.
+    from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
+    from mustafar_jax.pallas_kernels.rows import Mean, Packed
+
+    config, mean = cache.config, None
+    if cache.key_mean is not None:
+        mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), config.sink_tokens)
+    keys, values = cache.keys.packed, cache.values.packed
+    prunes = []
+    if isinstance(keys, BitmapArray):
+        _check_magnitude("k_method", config.k_method)
+        prunes.append(Prune(leaving.key, Packed(keys.bitmap, keys.values), mean))
+    if isinstance(values, BitmapArray):
+        _check_magnitude("v_method", config.v_method)
+        target = Packed(values.bitmap, values.values)
+        prunes.append(Prune(leaving.value, target, rescale=config.rescale_values))
+    ranges = leaving.first, leaving.start, leaving.held
+    written = iter(
+        prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret),
+    )
+
+    def new_rows(packed: Rows, source: jax.Array) -> Rows:
+        if isinstance(packed, BitmapArray):
+            bitmap, values = next(written)
+            return dataclasses.replace(packed, bitmap=bitmap, values=values)
+        return write_rows(packed, leaving.taken(source), leaving.start, axis=2)
+
+    return new_rows(keys, leaving.key), new_rows(values, leaving.value)
+
+
+def _check_magnitude(name: str, method: str) -> None:
+    if method != "magnitude":
+        raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {name}={method!r}")
+
+
+_PACK: dict[str, Callable[[PackedCache, _Leaving], tuple[Rows, Rows]]] = {"triton": _pack_triton, "xla": _pack_xla}
+"""The implementations of prune and pack."""
 
 
 def check_lengths(

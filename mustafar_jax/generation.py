@@ -12,9 +12,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from mustafar_jax.attention import Implementation, check_implementation
 from mustafar_jax.cache import LayerCache, check_lengths
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.implementations import Implementation, check_implementation
 
 Caches = tuple[LayerCache, ...]
 Progress = Callable[[int, int], object]

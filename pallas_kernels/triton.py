@@ -137,6 +137,14 @@ def unstack(x: jax.Array) -> list[jax.Array]:
     return [part for pair in zip(unstack(even), unstack(odd), strict=True) for part in pair]
 
 
+def stack(parts: Sequence[jax.Array]) -> jax.Array:
+    """The inverse of `unstack`."""
+    if len(parts) == 1:
+        return parts[0][..., None]
+    pairs = jnp.stack([stack(parts[0::2]), stack(parts[1::2])], axis=-1)  # pairs are what can be stacked
+    return pairs.reshape(*pairs.shape[:-2], len(parts))
+
+
 def as_dtype_pairs(words: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """The low and the high half of int32 words, as 16-bit floating point."""
     low, high = words.astype(jnp.int16), lax.shift_right_logical(words, np.int32(16)).astype(jnp.int16)
@@ -167,6 +175,78 @@ def pack_pair(low: jax.Array, high: jax.Array, dtype: Any, *, interpret: bool) -
         return (first & 0xFFFF) | (second << 16)
     name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
     return _asm(f"cvt.rn.{name}.f32 $0, $2, $1;", low, high, constraints="=r,f,f")
+
+
+def permute_bytes(a: jax.Array, b: jax.Array, selector: int, *, interpret: bool) -> jax.Array:
+    """int32 of four bytes of a (0 to 3) and b (4 to 7), as the hexadecimal digits of the selector name them."""
+    if interpret:
+        both = jnp.concatenate([lax.bitcast_convert_type(x, jnp.uint8) for x in (a, b)], axis=-1)
+        picked = [both[..., selector >> 4 * i & 7] for i in range(4)]
+        return lax.bitcast_convert_type(jnp.stack(picked, axis=-1), jnp.int32)
+    return _asm(f"prmt.b32 $0, $1, $2, {selector};", a, b)
+
+
+def merge_bits(a: jax.Array, b: jax.Array, mask: jax.Array | int, *, interpret: bool) -> jax.Array:
+    """int32: a's bits where those of `mask` are set, else b's, in one instruction."""
+    if interpret:
+        return (a & mask) | (b & ~mask)
+    if isinstance(mask, int):  # the compiler would take a mask and its complement for two constants, and use two
+        return _asm(f"lop3.b32 $0, $1, $2, {mask}, 0xE4;", a, b)
+    return _asm("lop3.b32 $0, $1, $2, $3, 0xE4;", a, b, mask)
+
+
+def as_words(x: jax.Array, *, interpret: bool) -> list[jax.Array]:
+    """int32 words of two neighbouring int16 each, the lower index in the low half: [..., n] -> n / 2 of [...]."""
+    if interpret:
+        low, high = x[..., 0::2].astype(jnp.int32), x[..., 1::2].astype(jnp.int32)
+        return unstack((low & 0xFFFF) | (high << 16))
+    [words] = plgpu.elementwise_inline_asm(  # a pair comes in one register, and goes to both of its places
+        "mov.b32 $0, $2; mov.b32 $1, $2;",
+        args=[x],
+        constraints="=r,=r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
+    )
+    return unstack(words)[0::2]
+
+
+def from_neighbour(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """int32 x of the thread beside: 0 and 1 exchange theirs, 2 and 3, and so on; one element per thread, in order."""
+    if interpret:
+        # by a sort, since XLA would fuse anything simpler with all that came before, and take seconds to compile it
+        return lax.sort_key_val(jnp.arange(x.shape[0]) ^ 1, x)[1]
+    return _asm("shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", x)
+
+
+def shared_buffer(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
+    """A buffer of 32-bit words in shared memory, holding anything; the arguments are those of `shared_zeros`."""
+    if words * 4 > SHARED_BYTES:
+        raise ValueError(f"{words=} must be at most {SHARED_BYTES // 4}")
+    if interpret:
+        return jnp.zeros(2 * words, jnp.int16)
+    return _asm(f"{{ .shared .align 16 .b8 buffer[{words * 4}]; mov.u32 $0, buffer; }}", lane)
+
+
+def shared_append(
+    memory: Memory, offset: jax.Array, words: Sequence[jax.Array], kept: jax.Array, *, interpret: bool
+) -> Memory:
+    """Write those halves of 16 int32 words whose bit of int32 `kept` is set, lowest first, from `offset` on, dense.
+
+    Word i holds the 16-bit values of bits 2 i and 2 i + 1; offsets are multiples of 2.
+    """
+    if interpret:
+        halves = jnp.stack([half for word in words for half in as_dtype_pairs(word, jnp.int16)])
+        is_kept = (kept >> jnp.arange(32, dtype=jnp.int32)[:, None] & 1).astype(bool)
+        place = offset // 2 + jnp.cumsum(is_kept, axis=0) - 1
+        return memory.at[jnp.where(is_kept, place, memory.size)].set(halves, mode="drop")
+    code = ["{ .reg .pred p; .reg .b16 h<2>; .reg .b32 a, bit; mov.b32 a, $2;"]
+    for i in range(len(words)):
+        code.append(f"mov.b32 {{h0, h1}}, ${4 + i};")
+        for half in range(2):
+            code.append(f"and.b32 bit, $3, {1 << 2 * i + half:#x}; setp.ne.b32 p, bit, 0;")
+            code.append(f"@p st.shared.b16 [a], h{half}; @p add.u32 a, a, 2;")
+    code.append("mov.b32 $0, $1; }")
+    return _asm(" ".join(code), memory, offset, kept, *words)
 
 
 def shared_zeros(words: int, lane: jax.Array, *, interpret: bool) -> Memory:

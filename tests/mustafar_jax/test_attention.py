@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mustafar_jax import CompressionConfig, LayerCache, append, attention, decode_attention, prefill, prefill_attention
 from mustafar_jax.cache import PackedCache, Store
+from mustafar_jax.implementations import IMPLEMENTATIONS
 from tests.helpers import CONFIGS, DTYPES, attention_on_dense, rms_error_ratio, rope_frequencies
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 3, 2, 64, 448, 300
@@ -239,4 +240,4 @@ def test_bad_arguments(name, message, options):
 
 def test_every_named_implementation_is_known():
     named = set(attention._PACKED) | set(attention._DENSE) | set(attention._PREFILL)
-    assert named <= set(attention.IMPLEMENTATIONS)
+    assert named <= set(IMPLEMENTATIONS)

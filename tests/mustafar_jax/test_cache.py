@@ -117,7 +117,7 @@ def test_rows_are_filled_alone():
     alone = prefill_jit(empty(config), other_key[:, :PROMPT], other_value[:, :PROMPT], jnp.array([120, 1]))
     for whole, first, second in zip(mixed.to_dense(), both.to_dense(), alone.to_dense(), strict=True):
         np.testing.assert_array_equal(whole[0], first[0])
-        np.testing.assert_array_equal(whole[1], second[0])
+        np.testing.assert_allclose(whole[1], second[0], rtol=1e-6)  # another batch may be summed in another order
 
 
 def test_without_lengths_a_prompt_is_whole():

@@ -1,0 +1,481 @@
+"""Prune and pack: from dense keys and values to the packed layout in one pass, written into the cache in place.
+
+A program takes 32 tokens of one head, 64 channels per thread: a thread per token at head_dim 64, two neighbours at 128.
+To find a token's largest magnitudes, its 16-bit entries are first transposed to bit planes, words of 32 channels each,
+and the planes are walked from the highest bit: of the candidates, those that have the bit are either all kept or all
+that remain, which counting them tells. The whole search works on bitmap words, costs the same for all data, and ends
+with the bitmap. Entries of equal magnitude are told apart by seven planes more, which hold the channel's number. The
+kept entries are then appended in shared memory, and leave it in the interleaved order.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed
+from mustafar_jax.pallas_kernels.tile import rotate_pair
+
+_BLOCK = 32
+"""Tokens of a program: those that one block of values interleaves."""
+_THREAD_WORDS = 2
+"""Bitmap words per thread."""
+
+
+_Operand = tuple[jax.Array, pl.BlockSpec]
+_Targets = tuple[triton.Ref, triton.Ref]
+"""Of the target: bitmap and values."""
+
+
+class Prune(NamedTuple):
+    """Dense keys or values, and where they go.
+
+    Attributes:
+        source: [B, S, K, H], or [B, K, S, H] as `prune_pack` is told.
+        target: the packed rows that are overwritten; each keeps as many entries as it has slots.
+        mean: where keys are centred, what their entries are measured from; its `offset` is the position of the target's
+            row 0.
+        rescale: scale what is kept of a vector to the whole vector's L2 norm.
+    """
+
+    source: jax.Array
+    target: Packed
+    mean: Mean | None = None
+    rescale: bool = False
+
+
+def prune_pack(
+    prunes: Sequence[Prune],
+    first: jax.Array,
+    start: jax.Array,
+    held: jax.Array,
+    *,
+    rows: int,
+    head_axis: int,
+    interpret: bool = False,
+) -> list[Packed]:
+    """Prune consecutive rows of each sequence to their largest magnitudes, and write them into packed rows.
+
+    Source rows first .. first + rows - 1 become target rows start .. start + rows - 1. The entries that are kept, and
+    their order among equals, are those of `magnitude_mask`.
+
+    Args:
+        prunes: keys, values or both; all of one shape of source, each target of the source's dtype.
+        first: int32 [B].
+        start: int32 [B], multiples of 32; a sequence whose start is at the target's end or beyond is left as it is.
+        held: int32 [B], multiples of 32: of the rows, those from here on are overwritten with empty ones.
+        rows: a multiple of 32.
+        head_axis: the axis of the sources' heads: 2 in [B, S, K, H], 1 in [B, K, S, H].
+        interpret: run as plain JAX, anywhere.
+
+    Returns:
+        The targets with the rows in them: the same buffers, where they are donated.
+
+    Raises:
+        NotImplementedError: see `triton.check_supported`.
+    """
+    source = prunes[0].source
+    batch, head_dim = source.shape[0], source.shape[3]
+    kv_heads = source.shape[head_axis]
+    triton.check_supported(dtype=source.dtype, head_dim=head_dim)
+    plans = tuple(_Plan.of(prune, interpret) for prune in prunes)
+    ranges = jnp.stack([first, start, held], axis=1).astype(jnp.int32)
+    operands = [(ranges, pl.BlockSpec((None, 3), lambda head, block, sequence, side: (sequence, 0)))]
+    targets: list[_Operand] = []
+    aliases: dict[int, int] = {}
+    for prune in prunes:
+        operands += [_of_head(_bits(prune.source), head_axis), *_mean_operands(prune.mean)]
+        for array in (prune.target.bitmap, _bits(prune.target.values)):
+            aliases[len(operands)] = len(targets)
+            targets.append(_of_head(array.reshape(batch, kv_heads, -1)))
+            operands.append(targets[-1])
+    outs = triton.pallas_call(
+        functools.partial(_kernel, plans=plans),
+        name="prune_pack",
+        num_warps=plans[0].threads // triton.WARP,
+        interpret=interpret,
+        grid=(kv_heads, rows // _BLOCK, batch, len(prunes)),
+        in_specs=[spec for _, spec in operands],
+        out_specs=[spec for _, spec in targets],
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array, _ in targets],
+        input_output_aliases=aliases,
+    )(*(array for array, _ in operands))
+    written = []
+    for bitmap, values, prune in zip(outs[0::2], outs[1::2], prunes, strict=True):
+        values = lax.bitcast_convert_type(values, source.dtype)
+        written.append(Packed(*(x.reshape(y.shape) for x, y in zip((bitmap, values), prune.target, strict=True))))
+    return written
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Entries are moved as integers: every NaN stays as it is, also where XLA has no 16-bit floating point."""
+    return lax.bitcast_convert_type(x, jnp.int16)
+
+
+def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
+    """An operand [B, ...] with heads along an axis: for each program those of its sequence and head."""
+    shape = tuple(None if i in (0, axis) else size for i, size in enumerate(array.shape))
+
+    def place(head: Any, block: Any, sequence: Any, side: Any) -> tuple[Any, ...]:
+        return tuple({0: sequence, axis: head}.get(i, 0) for i in range(array.ndim))
+
+    return array, pl.BlockSpec(shape, place)
+
+
+def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
+    """What `_centre` reads: mean keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
+
+    The last is [2, 8, threads, 4], so that threads side by side read what stands side by side.
+    """
+    if mean is None:
+        return []
+    by_part = mean.inv_freq.reshape(-1, 8, 4).swapaxes(0, 1)
+    angle = (jnp.arange(_BLOCK)[:, None, None] * by_part[:, None]).reshape(8, -1, 4)
+    whole = [mean.inv_freq, jnp.stack([jnp.cos(angle), jnp.sin(angle)])]
+    return [_of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in whole)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a kernel is compiled for.
+
+    Attributes:
+        head_dim, dtype: of the source.
+        kept: entries that a row keeps, its slots.
+        rows: of the target.
+        offset: the position of the target's row 0, where keys are centred, else None.
+        rescale: see `Prune`.
+        interpret: use the helpers' plain JAX twins.
+    """
+
+    head_dim: int
+    dtype: Any
+    kept: int
+    rows: int
+    offset: int | None
+    rescale: bool
+    interpret: bool
+
+    @classmethod
+    def of(cls, prune: Prune, interpret: bool) -> "_Plan":
+        """The plan of one source and target."""
+        bitmap, values = prune.target
+        return cls(
+            head_dim=prune.source.shape[3],
+            dtype=values.dtype,
+            kept=values.shape[3] * values.shape[5],
+            rows=bitmap.shape[2],
+            offset=None if prune.mean is None else prune.mean.offset,
+            rescale=prune.rescale,
+            interpret=interpret,
+        )
+
+    @property
+    def parts(self) -> int:
+        """Threads per token."""
+        return self.head_dim // (WORD * _THREAD_WORDS)
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return _BLOCK * self.parts
+
+    @property
+    def chunk(self) -> int:
+        """Slots that stand together in the target."""
+        return 8 if self.kept % 8 == 0 else 4
+
+    @property
+    def row_words(self) -> int:
+        """Words from one token to the next in shared memory: odd, so that tokens stand in different banks."""
+        return self.kept // 2 + 1
+
+
+def _kernel(range_ref: triton.Ref, *refs: triton.Ref, plans: tuple[_Plan, ...]) -> None:
+    """32 tokens of one head.
+
+    `range_ref` [3]: first, start, held. The other refs, for each plan: source [S, H]; with a mean what
+    `_mean_operands` says; the target's bitmap and values, which alias the outputs. Then the outputs, for each plan:
+    bitmap [S * H / 32], values [S * slots].
+    """
+    offset = pl.program_id(1) * _BLOCK
+    first, row, held = range_ref[0] + offset, range_ref[1] + offset, range_ref[2]
+    inputs, outputs = iter(refs[: -2 * len(plans)]), iter(refs[-2 * len(plans) :])
+    for side, plan in enumerate(plans):
+        source_ref, *mean_refs = (next(inputs) for _ in range(1 if plan.offset is None else 4))
+        _ = next(inputs), next(inputs)
+        targets = next(outputs), next(outputs)
+        is_meant = (pl.program_id(3) == side) & (row < plan.rows)
+
+        @pl.when(is_meant & (offset < held))
+        def _(
+            plan: _Plan = plan,
+            source_ref: triton.Ref = source_ref,
+            mean_refs: list[triton.Ref] = mean_refs,
+            targets: _Targets = targets,
+        ) -> None:
+            _prune_block(source_ref, mean_refs, targets, first, row, plan)
+
+        @pl.when(is_meant & (offset >= held))
+        def _(plan: _Plan = plan, targets: _Targets = targets) -> None:
+            _clear_block(targets, row, plan)
+
+
+def _prune_block(
+    source_ref: triton.Ref,
+    mean_refs: list[triton.Ref],
+    targets: _Targets,
+    first: jax.Array,
+    row: jax.Array,
+    plan: _Plan,
+) -> None:
+    bitmap_ref, values_ref = targets
+    # a row is odd in words, and keeps tokens in different banks; there is also room for a mean key
+    memory = triton.shared_buffer(_BLOCK * plan.row_words, _lane(plan), interpret=plan.interpret)
+    entries = ranked = _load(source_ref, first, plan)
+    if plan.offset is not None:
+        memory, ranked = _centre(memory, entries, mean_refs, row, plan)
+    mask = _largest(ranked, plan)
+    _store_bitmap(bitmap_ref, mask, row, plan)
+    memory = _append(memory, entries, mask, plan)
+    if plan.rescale:
+        memory = _put_factors(memory, entries, plan)
+    _store_values(values_ref, memory, row, plan)
+
+
+def _clear_block(targets: _Targets, row: jax.Array, plan: _Plan) -> None:
+    bitmap_ref, values_ref = targets
+    nothing = jnp.zeros(plan.threads, jnp.int32)
+    _store_bitmap(bitmap_ref, [nothing] * _THREAD_WORDS, row, plan)
+    for place, is_piece in _pieces(plan):
+        _store_piece(values_ref, [nothing] * (plan.chunk // 2), row, place, is_piece, plan)
+
+
+def _lane(plan: _Plan) -> jax.Array:
+    return jnp.arange(plan.threads, dtype=jnp.int32)
+
+
+def _token(plan: _Plan) -> jax.Array:
+    return _lane(plan) // plan.parts
+
+
+def _part(plan: _Plan) -> jax.Array:
+    """Which of its token's threads a thread is: it holds bitmap words `part` and `parts + part`."""
+    return _lane(plan) % plan.parts
+
+
+def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
+    """A thread's entries: 32 int32 words, each of two neighbouring channels, the first 16 of its first bitmap word."""
+    row = (first + _token(plan))[:, None]
+    words = []
+    for i in range(_THREAD_WORDS):
+        channel = (i * plan.head_dim // 2 + _part(plan) * WORD)[:, None] + jnp.arange(8, dtype=jnp.int32)[None, :]
+        for start in range(0, WORD, 8):
+            words += triton.as_words(triton.load(ref.at[row, channel + start]), interpret=plan.interpret)
+    return words
+
+
+def _centre(
+    memory: triton.Memory, entries: list[jax.Array], refs: list[triton.Ref], row: jax.Array, plan: _Plan
+) -> tuple[triton.Memory, list[jax.Array]]:
+    """The entries less the mean key, rotated to each token's position.
+
+    R_{s + j} m = R_j R_s m: a thread rotates one pair of channels to the position s of the block's first token, and
+    hands it on through shared memory; a table holds the angles from there to token j.
+    """
+    mean_ref, inv_freq_ref, turn_ref = refs
+    assert plan.offset is not None
+    pair, half = _lane(plan), plan.head_dim // 2
+    angle = (row + plan.offset).astype(jnp.float32) * inv_freq_ref[pair]
+    start = rotate_pair(mean_ref[pair], mean_ref[pair + half], jnp.cos(angle), jnp.sin(angle))
+    own = triton.shared_offset(memory, 4 * pair, interpret=plan.interpret)
+    for i, x in enumerate(start):
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        memory = triton.shared_store_word(memory, own, 4 * half * i, bits, interpret=plan.interpret)
+    memory = triton.synchronise(memory, interpret=plan.interpret)
+    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
+    read: list[jax.Array] = []
+    centred: list[list[jax.Array]] = [[], []]
+    for quad in range(8):
+        where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
+        cos, sin = (triton.unstack(triton.load(turn_ref.at[i, quad, *where])) for i in range(2))
+        for i in range(0, 4, 2):
+            word, halves = (4 * quad + i) // 2, []
+            whole = zip(*(_float32(entries[w], plan) for w in (word, WORD // 2 + word)), strict=True)
+            for j, keys in enumerate(whole, i):
+                offsets = [4 * (4 * quad + j + half * k) for k in range(2)]
+                read += [triton.shared_load(memory, place, o, clear=False, interpret=plan.interpret) for o in offsets]
+                x, y = (lax.bitcast_convert_type(bits, jnp.float32) for bits in read[-2:])
+                mean = rotate_pair(x, y, cos[j], sin[j])
+                halves.append([key - of_mean for key, of_mean in zip(keys, mean, strict=True)])
+            for k, (low, high) in enumerate(zip(*halves, strict=True)):
+                centred[k].append(triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret))
+    return triton.synchronise(memory, read, interpret=plan.interpret), centred[0] + centred[1]
+
+
+def _float32(word: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+    """The low and the high entry of a word."""
+    low, high = triton.as_dtype_pairs(word, plan.dtype)
+    return low.astype(jnp.float32), high.astype(jnp.float32)
+
+
+def _largest(entries: list[jax.Array], plan: _Plan) -> list[jax.Array]:
+    """The bitmap words of the `kept` largest magnitudes, the lowest channel first among equals."""
+    merge = functools.partial(triton.merge_bits, interpret=plan.interpret)
+    ahead = [jnp.zeros_like(entries[0])] * _THREAD_WORDS  # kept for sure
+    level = [jnp.full_like(entries[0], -1)] * _THREAD_WORDS  # equal to each other in all planes so far
+    for plane in _planes(entries, plan):
+        higher = [a | (c & p) for a, c, p in zip(ahead, level, plane, strict=True)]
+        count = _sum_over_parts(functools.reduce(jnp.add, map(lax.population_count, higher)), plan)
+        enough = plan.kept - 1 - count >> 31  # all ones where the last one that is kept has the plane's bit
+        ahead = [merge(a, h, enough) for a, h in zip(ahead, higher, strict=True)]
+        level = [c & ~(p ^ enough) for c, p in zip(level, plane, strict=True)]
+    return [a | c for a, c in zip(ahead, level, strict=True)]  # one is left in `level`, since all keys differ
+
+
+def _planes(entries: list[jax.Array], plan: _Plan) -> Iterator[list[jax.Array]]:
+    """The bits of the entries' keys from the highest: [plane][bitmap word].
+
+    A key is the magnitude's bits, in which all NaN are one value above infinity, then the channel's number, inverted.
+    """
+    by_word = [_bit_planes(entries[i : i + WORD // 2], plan) for i in (0, WORD // 2)]
+    planes = [list(plane) for plane in zip(*by_word, strict=True)]
+    mantissa = int(jnp.finfo(plan.dtype).nmant)
+    is_nan = [
+        functools.reduce(jnp.bitwise_and, word[mantissa:15]) & functools.reduce(jnp.bitwise_or, word[:mantissa])
+        for word in by_word
+    ]
+    yield from reversed(planes[mantissa:15])
+    yield is_nan
+    for plane in reversed(planes[:mantissa]):
+        yield [bits & ~nan for bits, nan in zip(plane, is_nan, strict=True)]
+    full, empty = jnp.full_like(is_nan[0], -1), jnp.zeros_like(is_nan[0])
+    yield [full, empty]
+    if plan.parts == 2:
+        yield [_part(plan) - 1] * _THREAD_WORDS
+    for mask in (0x0000FFFF, 0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555):
+        yield [full & mask] * _THREAD_WORDS
+
+
+def _bit_planes(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
+    """32 entries in 16 words -> 16 words, word b holding the entries' bits b in the channels' order."""
+    low: list[jax.Array] = []
+    high: list[jax.Array] = []
+    pick = functools.partial(triton.permute_bytes, interpret=plan.interpret)
+    for a, b, c, d in (words[i::4] for i in range(4)):
+        for of_channel in (0x5140, 0x7362):  # two channels' bytes: low, low, high, high
+            front, back = pick(a, b, of_channel), pick(c, d, of_channel)
+            low.append(pick(front, back, 0x5410))
+            high.append(pick(front, back, 0x7632))
+    return _transpose_bits(low, plan) + _transpose_bits(high, plan)
+
+
+def _transpose_bits(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
+    """8 words -> 8 words: bit i of every byte of word j becomes bit j of that byte of word i."""
+    words = list(words)
+    merge = functools.partial(triton.merge_bits, interpret=plan.interpret)
+    for distance, mask in ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        for i in (i for i in range(8) if not i & distance):
+            a, b = words[i], words[i + distance]
+            words[i], words[i + distance] = merge(a, b << distance, mask), merge(a >> distance, b, mask)
+    return words
+
+
+def _sum_over_parts(x: jax.Array, plan: _Plan) -> jax.Array:
+    """Sums over a token's threads, in each of them."""
+    return x if plan.parts == 1 else x + triton.from_neighbour(x, interpret=plan.interpret)
+
+
+def _store_bitmap(ref: triton.Ref, mask: list[jax.Array], row: jax.Array, plan: _Plan) -> None:
+    word = (row + _token(plan)) * (plan.head_dim // WORD) + _part(plan)
+    for i, bits in enumerate(mask):
+        triton.store(ref.at[word + i * plan.parts], bits.astype(jnp.uint32))
+
+
+def _append(memory: triton.Memory, entries: list[jax.Array], mask: list[jax.Array], plan: _Plan) -> triton.Memory:
+    """The kept entries of each token in shared memory, one behind the other."""
+    counts = [lax.population_count(bits) for bits in mask]
+    ranks = [jnp.zeros_like(counts[0]), counts[0]]
+    if plan.parts == 2:  # the order of the words: 0 here, 0 beside, 1 here, 1 beside
+        beside = triton.from_neighbour(counts[0], interpret=plan.interpret)
+        is_second = -_part(plan)
+        ranks = [beside & is_second, counts[0] + beside + (plan.kept - counts[0] - beside - counts[1] & is_second)]
+    row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
+    for i, (rank, bits) in enumerate(zip(ranks, mask, strict=True)):
+        words = entries[i * WORD // 2 : (i + 1) * WORD // 2]
+        memory = triton.shared_append(memory, row + 2 * rank, words, bits, interpret=plan.interpret)
+    return triton.synchronise(memory, interpret=plan.interpret)
+
+
+def _put_factors(memory: triton.Memory, entries: list[jax.Array], plan: _Plan) -> triton.Memory:
+    """Put what a token's kept entries are to be scaled by behind them in shared memory; 0 where they stay as they are.
+
+    See `rescale_to_norm`. The norm of what is kept is taken from there, which is less than all.
+    """
+    row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
+    share = plan.kept // 2 // plan.parts
+    own = row + 4 * share * _part(plan)
+    load = functools.partial(triton.shared_load, memory, own, clear=False, interpret=plan.interpret)
+    whole, kept = (_norm(words, plan) for words in (entries, [load(constant=4 * i) for i in range(share)]))
+    usable = (kept > 0) & (whole < jnp.inf)
+    factor = jnp.where(usable, whole / jnp.where(usable, kept, 1), 0)
+    bits = lax.bitcast_convert_type(factor, jnp.int32)
+    memory = triton.shared_store_word(memory, row, 2 * plan.kept, bits, interpret=plan.interpret)
+    return triton.synchronise(memory, interpret=plan.interpret)
+
+
+def _norm(words: list[jax.Array], plan: _Plan) -> jax.Array:
+    """The L2 norm of the entries that a token's threads hold."""
+    total = jnp.zeros(plan.threads, jnp.float32)
+    for word in words:
+        for x in _float32(word, plan):
+            total += x * x
+    if plan.parts == 2:
+        beside = triton.from_neighbour(lax.bitcast_convert_type(total, jnp.int32), interpret=plan.interpret)
+        total += lax.bitcast_convert_type(beside, jnp.float32)
+    return jnp.sqrt(total)
+
+
+def _store_values(ref: triton.Ref, memory: triton.Memory, row: jax.Array, plan: _Plan) -> None:
+    """Move a block of values from shared memory to its place."""
+    for place, is_piece in _pieces(plan):
+        token, chunk = place % _BLOCK, jnp.where(is_piece, place // _BLOCK, 0)
+        start = triton.shared_offset(memory, token * np.int32(4 * plan.row_words), interpret=plan.interpret)
+        first = start + chunk * np.int32(2 * plan.chunk)
+        load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
+        words = [load(first, constant=4 * i) for i in range(plan.chunk // 2)]
+        if plan.rescale:
+            factor = lax.bitcast_convert_type(load(start, constant=2 * plan.kept), jnp.float32)
+            words = [_scale(word, factor, plan) for word in words]
+        _store_piece(ref, words, row, place, is_piece, plan)
+
+
+def _scale(word: jax.Array, factor: jax.Array, plan: _Plan) -> jax.Array:
+    limit = float(jnp.finfo(plan.dtype).max)
+    low, high = (jnp.clip(x * factor, -limit, limit) for x in _float32(word, plan))
+    return jnp.where(factor > 0, triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret), word)
+
+
+def _pieces(plan: _Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The chunks of a block of values, one per thread at a time: place, and whether there is one."""
+    pieces = _BLOCK * plan.kept // plan.chunk
+    for start in range(0, pieces, plan.threads):
+        place = start + _lane(plan)
+        yield place, place < pieces
+
+
+def _store_piece(
+    ref: triton.Ref, words: list[jax.Array], row: jax.Array, place: jax.Array, is_piece: jax.Array, plan: _Plan
+) -> None:
+    """Store a chunk of slots, as words of two, at its place within the block of values."""
+    halves = [half for word in words for half in triton.as_dtype_pairs(word, jnp.int16)]
+    slot = jnp.arange(plan.chunk, dtype=jnp.int32)[None, :]
+    where = (row * plan.kept + place * plan.chunk)[:, None] + slot
+    triton.store(ref.at[where], triton.stack(halves), mask=jnp.broadcast_to(is_piece[:, None], where.shape))

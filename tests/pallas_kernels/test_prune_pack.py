@@ -1,0 +1,290 @@
+"""Prune and pack's kernel against pruning and packing through XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mustafar_jax as mj
+from mustafar_jax import bitmap, cache
+from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
+from mustafar_jax.pallas_kernels.rows import Mean, Packed
+from mustafar_jax.pruning import rescale_to_norm
+from mustafar_jax.rope import rotate
+from tests.helpers import adversarial, bits, rope_frequencies
+from tests.pallas_kernels.data import implementations
+from tests.pallas_kernels.lowering import lower_for_cuda
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+
+
+def data(rng, shape, dtype):
+    """[B, S, K, H], each token of another kind: random, with ties, of any bits, all equal, of very unequal channels."""
+    normal = rng.standard_normal(shape)
+    skewed = normal * np.exp(3 * rng.standard_normal(shape[-1]))
+    kinds = [normal, normal.round(), np.sign(normal), skewed]
+    kinds = [np.asarray(jnp.asarray(x, dtype)) for x in kinds] + [np.asarray(adversarial(rng, shape, dtype))]
+    kind = rng.integers(0, len(kinds), (*shape[:-1], 1))
+    picked = np.select([kind == i for i in range(len(kinds))], [x.view(np.int16) for x in kinds])
+    return jnp.asarray(picked.view(kinds[0].dtype))
+
+
+def poisoned(rng, batch, kv_heads, rows, head_dim, kept, dtype):
+    """Packed rows of any bits."""
+    empty = bitmap.empty((batch, kv_heads), rows, head_dim, kept, dtype)
+    words = rng.integers(0, 2**32, empty.bitmap.shape, dtype=np.uint32)
+    return Packed(jnp.asarray(words), adversarial(rng, empty.values.shape, dtype))
+
+
+def written(target, x, mask, first, start, held, rows):
+    """The target with rows first .. of x [B, K, S, H] in it, through XLA; as numpy arrays, values as bits."""
+    words, values = np.array(target.bitmap), bits(target.values).copy()
+    for b in range(x.shape[0]):
+        if start[b] >= words.shape[2]:
+            continue
+        taken = slice(first[b], first[b] + held[b])
+        packed = mj.pack(x[b, :, taken], mask[b, :, taken], slots=values.shape[3] * values.shape[5])
+        here = slice(start[b], start[b] + rows)
+        words[b, :, here], values[b, :, start[b] // 32 : (start[b] + rows) // 32] = 0, 0
+        words[b, :, start[b] : start[b] + held[b]] = packed.bitmap
+        values[b, :, start[b] // 32 : (start[b] + held[b]) // 32] = bits(packed.values)
+    return Packed(words, values)
+
+
+def dense_bits(words, values):
+    """The bits of the packed rows' entries, [B, K, S, H]."""
+    values = jnp.asarray(values).view(jnp.float16)
+    return bits(mj.unpack(mj.BitmapArray(jnp.asarray(words), values, jnp.zeros(words.shape[:2], bool), words.shape[2])))
+
+
+# batch, KV heads, tokens, head_dim, entries kept of keys and of values, dtype, axis of heads, first, start, held, rows
+CASES = {
+    "prompt": (3, 1, 1000, 64, (20, 32), BF16, 2, [4, 4, 4], [0, 0, 0], [960, 0, 32], 960),
+    "group": (3, 2, 160, 128, (40,), F16, 1, [36, 0, 96], [32, 96, 160], [64, 64, 64], 64),
+}
+
+
+@pytest.mark.parametrize("interpret", implementations(pytest))
+@pytest.mark.parametrize("case", CASES)
+def test_is_bit_equal_to_xla(case, interpret):
+    batch, kv_heads, tokens, head_dim, kept, dtype, head_axis, first, start, held, rows = CASES[case]
+    rng = np.random.default_rng(1)
+    sources = [data(rng, (batch, kv_heads, tokens, head_dim), dtype) for _ in kept]
+    targets = [poisoned(rng, batch, kv_heads, max(rows, 160), head_dim, count, dtype) for count in kept]
+
+    @jax.jit
+    def run(sources, targets):
+        prunes = [Prune(x if head_axis == 1 else x.swapaxes(1, 2), t) for x, t in zip(sources, targets, strict=True)]
+        ranges = (jnp.array(x, jnp.int32) for x in (first, start, held))
+        return prune_pack(prunes, *ranges, rows=rows, head_axis=head_axis, interpret=interpret)
+
+    actual, again = run(sources, targets), run(sources, targets)
+    for i, (x, count) in enumerate(zip(sources, kept, strict=True)):
+        wanted = written(targets[i], x, mj.magnitude_mask(x, 1 - count / head_dim), first, start, held, rows)
+        np.testing.assert_array_equal(actual[i].bitmap, wanted.bitmap)
+        np.testing.assert_array_equal(bits(actual[i].values), wanted.values)
+        np.testing.assert_array_equal(again[i].bitmap, actual[i].bitmap)
+        np.testing.assert_array_equal(bits(again[i].values), wanted.values)
+
+
+def within_an_ulp(actual, expected):
+    """Where the bits of 16-bit floating-point entries agree but for the last one."""
+    return np.abs(actual.astype(np.int32) - expected.astype(np.int32)) <= 1
+
+
+HALF_INTERPRETED = [
+    pytest.param(128, BF16, True, marks=pytest.mark.slow, id="interpret"),
+    pytest.param(128, BF16, False, marks=pytest.mark.gpu, id="device-128"),
+    pytest.param(64, F16, False, marks=pytest.mark.gpu, id="device-64"),
+]
+FIRST, START, HELD = np.array([4, 8]), np.array([0, 32]), np.array([64, 64])
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
+def test_centred_keys_agree_but_for_ties(head_dim, dtype, interpret):
+    """Entries are held as they are; which ones may differ where their distances from the mean do by at most an ulp."""
+    rng = np.random.default_rng(7)
+    x = jnp.asarray(rng.standard_normal((2, 1, 72, head_dim)) + 1, dtype)
+    mean = Mean(
+        jnp.asarray(rng.standard_normal((2, 1, head_dim)), jnp.float32), jnp.asarray(rope_frequencies(head_dim)), 4
+    )
+    target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
+
+    @jax.jit
+    def run(x, target):
+        return prune_pack([Prune(x, target, mean)], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
+
+    [actual] = run(x, target)
+    position = jnp.arange(72) + (START - FIRST + 4)[:, None]
+    centred = (x.astype(jnp.float32) - rotate(mean.key[:, :, None], position[:, None], mean.inv_freq)).astype(dtype)
+    wanted = written(target, x, mj.magnitude_mask(centred, 0.75), FIRST, START, HELD, 64)
+    entries, expected = dense_bits(actual.bitmap, bits(actual.values)), dense_bits(*wanted)
+    same = (entries != 0) == (expected != 0)
+    assert same.mean() > 0.999
+    np.testing.assert_array_equal(entries[same], expected[same])
+    distance = np.zeros_like(expected)
+    for b in range(2):
+        distance[b, :, START[b] : START[b] + 64] = bits(centred)[b, :, FIRST[b] : FIRST[b] + 64] & 0x7FFF
+    smallest = np.where(expected != 0, distance, 0x7FFF).min(axis=-1, keepdims=True)
+    only_here = np.where(same, smallest, distance)  # of an entry that one of the two keeps
+    assert within_an_ulp(only_here, np.broadcast_to(smallest, only_here.shape)).all()
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
+def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
+    rng = np.random.default_rng(8)
+    x = jnp.asarray(rng.standard_normal((2, 1, 72, head_dim)), dtype)
+    x = x.at[0, 0, 5].set(0).at[0, 0, 6, 3].set(jnp.inf).at[0, 0, 7, 3].set(jnp.nan).at[0, 0, 8].multiply(2e4)
+    target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
+
+    @jax.jit
+    def run(x, target):
+        prune = Prune(x, target, rescale=True)
+        return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
+
+    [actual] = run(x, target)
+    mask = mj.magnitude_mask(x, 0.75)
+    wanted = written(target, rescale_to_norm(x, mask), mask, FIRST, START, HELD, 64)
+    np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
+    assert within_an_ulp(bits(actual.values), wanted.values).all()
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "interpret"),
+    [
+        pytest.param((0.5, 0), True, marks=pytest.mark.slow, id="interpret"),
+        pytest.param((0.5, 0), False, marks=pytest.mark.gpu, id="device-keys"),
+        pytest.param((0.7, 0.5), False, marks=pytest.mark.gpu, id="device-both"),
+    ],
+)
+def test_fills_a_cache_as_xla_does(sparsities, interpret, monkeypatch):
+    """Bit for bit, in prefill and while tokens are appended; sequences fill their groups at different steps."""
+    monkeypatch.setitem(cache._PACK, "triton", functools.partial(cache._pack_triton, interpret=interpret))
+    rng = np.random.default_rng(9)
+    config = mj.CompressionConfig(*sparsities, sink_tokens=2, group=64 if interpret else 128)
+    key, value = (data(rng, (3, 260, 1, 64), F16) for _ in range(2))
+    lengths, caches = jnp.array([1, 63, 200]), []
+    for name in ("triton", "xla"):
+        fill = jax.jit(functools.partial(mj.prefill, implementation=name))
+        append = jax.jit(functools.partial(mj.append, implementation=name), donate_argnums=0)
+        held = mj.LayerCache.init(config, batch=3, capacity=300, num_kv_heads=1, head_dim=64, dtype=F16)
+        held = fill(held, key[:, :200], value[:, :200], lengths)
+        for step in range(200, 260):
+            held = append(held, key[:, step], value[:, step])
+        caches.append(held)
+    for one, other in zip(*map(jax.tree.leaves, caches), strict=True):
+        as_bits = bits if one.dtype == F16 else np.asarray
+        np.testing.assert_array_equal(as_bits(one), as_bits(other))
+
+
+def test_a_step_decides_nothing_on_the_host():
+    """XLA's conditional waits for its predicate; the kernel itself passes over what is not full."""
+    held = jax.eval_shape(
+        lambda: mj.LayerCache.init(
+            mj.CompressionConfig(), batch=2, capacity=256, num_kv_heads=2, head_dim=64, dtype=BF16
+        )
+    )
+    token = jax.ShapeDtypeStruct((2, 2, 64), BF16)
+    by_kernel, by_xla = (
+        lower_for_cuda(functools.partial(mj.append, implementation=name), held, token, token)
+        for name in ("triton", "xla")
+    )
+    assert "triton" in by_kernel
+    whether_any = "applies stablehlo.or"  # the predicate, a reduction over the batch
+    assert whether_any in by_xla
+    assert whether_any not in by_kernel
+
+
+def test_falls_through_to_xla():
+    key = jnp.ones((1, 100, 1, 64), F16)
+    for config in (mj.CompressionConfig(), mj.CompressionConfig(v_method="think")):
+        held = mj.LayerCache.init(config, batch=1, capacity=128, num_kv_heads=1, head_dim=64, dtype=F16)
+        assert mj.prefill(held, key, key, implementation=("triton", "xla")).lengths == 100
+    with pytest.raises(NotImplementedError, match="by magnitude"):
+        jax.eval_shape(functools.partial(mj.prefill, implementation="triton"), held, key, key)
+    with pytest.raises(NotImplementedError, match="'cudnn' does not pack"):
+        mj.prefill(held, key, key, implementation="cudnn")
+    with pytest.raises(ValueError, match="implementation='fast' must be one of"):
+        mj.append(held, key[:, 0], key[:, 0], implementation="fast")
+
+
+def specs(batch, kv_heads, tokens, head_dim, kept, dtype, head_axis):
+    shape = [batch, tokens, kv_heads, head_dim] if head_axis == 2 else [batch, kv_heads, tokens, head_dim]
+    target = jax.eval_shape(lambda: bitmap.empty((batch, kv_heads), tokens, head_dim, kept, dtype))
+    return Prune(jax.ShapeDtypeStruct(shape, dtype), Packed(target.bitmap, target.values))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "kept", "dtype", "head_axis", "sides"),
+    [(128, 40, BF16, 2, 2), (128, 36, F16, 1, 2), (64, 20, BF16, 1, 1), (64, 64, F16, 2, 2), (128, 4, BF16, 1, 1)],
+)
+def test_lowers_for_cuda(head_dim, kept, dtype, head_axis, sides, centred):
+    prune = specs(2, 4, 128, head_dim, kept, dtype, head_axis)
+    mean = Mean(
+        jax.ShapeDtypeStruct((2, 4, head_dim), jnp.float32), jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32), 0
+    )
+
+    def call(prune, key, inv_freq, ranges):
+        keys = prune._replace(mean=Mean(key, inv_freq, 4) if centred else None)
+        both = [keys, prune._replace(rescale=centred)]
+        return prune_pack(both[:sides], *ranges, rows=64, head_axis=head_axis)
+
+    ranges = [jax.ShapeDtypeStruct((2,), jnp.int32)] * 3
+    plain = Prune(*prune[:2])
+
+    def flat(source, target, key, inv_freq, ranges):
+        return call(Prune(source, target), key, inv_freq, ranges)
+
+    assert "triton" in lower_for_cuda(flat, plain.source, plain.target, mean.key, mean.inv_freq, ranges)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["permute_bytes", "merge_bits", "as_words", "from_neighbour", "pack_pair", "shared"])
+def test_instructions_do_what_their_twins_do(name):
+    rng = np.random.default_rng(11)
+    a, b, c = (jnp.asarray(rng.integers(-(2**31), 2**31, 64), jnp.int32) for _ in range(3))
+    x = jnp.asarray(rng.standard_normal(64) * 1e4, jnp.float32)
+
+    def run(a, b, c, x, *, interpret):
+        if name == "permute_bytes":
+            return triton.permute_bytes(a, b, 0x7340, interpret=interpret)
+        if name == "merge_bits":
+            once = triton.merge_bits(a, b, c, interpret=interpret)
+            return triton.merge_bits(once, c, 0x33333333, interpret=interpret)
+        if name == "as_words":
+            return sum(triton.as_words(jnp.stack([a, b], axis=-1).astype(jnp.int16), interpret=interpret))
+        if name == "from_neighbour":
+            return triton.from_neighbour(a, interpret=interpret)
+        if name == "pack_pair":
+            return triton.pack_pair(x, -x, BF16, interpret=interpret) + triton.pack_pair(
+                -x, x, F16, interpret=interpret
+            )
+        lane = jnp.arange(64, dtype=jnp.int32)
+        memory = triton.shared_buffer(64 * 17, lane, interpret=interpret)
+        start = triton.shared_offset(memory, lane * 68, interpret=interpret)
+        for i in range(17):
+            memory = triton.shared_store_word(memory, start, 4 * i, a, interpret=interpret)
+        memory = triton.shared_append(memory, start + 2, [a + i for i in range(16)], b, interpret=interpret)
+        words = [triton.shared_load(memory, start, 4 * i, clear=False, interpret=interpret) for i in range(17)]
+        return functools.reduce(lambda total, word: total * 31 + word, words)
+
+    def kernel(*refs):
+        refs[-1][...] = run(*(ref[...] for ref in refs[:-1]), interpret=False)
+
+    shape = jax.ShapeDtypeStruct((64,), jnp.int32)
+    actual = triton.pallas_call(kernel, name=name, num_warps=2, out_shape=shape)(a, b, c, x)
+    np.testing.assert_array_equal(actual, run(a, b, c, x, interpret=True))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"), [(96, BF16, "head_dim=96"), (64, jnp.float32, "float32"), (256, F16, "256")]
+)
+def test_says_what_it_cannot_run(head_dim, dtype, message):
+    prune = specs(1, 1, 64, head_dim, 32, dtype, 2)
+    ranges = [jax.ShapeDtypeStruct((1,), jnp.int32)] * 3
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(lambda s, t, r: prune_pack([Prune(s, t)], *r, rows=32, head_axis=2), *prune[:2], ranges)
