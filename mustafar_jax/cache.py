@@ -454,28 +454,25 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
     config, mean = cache.config, None
     if cache.key_mean is not None:
         mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), config.sink_tokens)
-    rows = [cache.keys.packed, cache.values.packed]
-    prunes = {}
-    sides = ((leaving.key, mean, False), (leaving.value, None, config.rescale_values))
-    for i, (packed, (source, *how)) in enumerate(zip(rows, sides, strict=True)):
+    prunes = []
+    for packed, method, source, taken_off, rescale in (
+        (cache.keys.packed, config.k_method, leaving.key, mean, False),
+        (cache.values.packed, config.v_method, leaving.value, None, config.rescale_values),
+    ):
         if isinstance(packed, BitmapArray):
-            if (config.k_method, config.v_method)[i] != "magnitude":
-                raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {config}")
-            prunes[i] = Prune(source, Packed(packed.bitmap, packed.values), *how)
-        else:
-            rows[i] = write_rows(packed, leaving.taken(source), leaving.start, axis=2)
-    written = prune_pack(
-        [*prunes.values()],
-        leaving.first,
-        leaving.start,
-        leaving.held,
-        rows=leaving.rows,
-        head_axis=leaving.head_axis,
-        interpret=interpret,
-    )
-    for i, new in zip(prunes, written, strict=True):
-        rows[i] = dataclasses.replace(rows[i], bitmap=new.bitmap, values=new.values)
-    return rows[0], rows[1]
+            if method != "magnitude":
+                raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {method!r}")
+            prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale))
+    ranges = leaving.first, leaving.start, leaving.held
+    written = iter(prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret))
+
+    def place(packed: Rows, source: jax.Array) -> Rows:
+        if isinstance(packed, BitmapArray):
+            new = next(written)
+            return dataclasses.replace(packed, bitmap=new.bitmap, values=new.values)
+        return write_rows(packed, leaving.taken(source), leaving.start, axis=2)
+
+    return place(cache.keys.packed, leaving.key), place(cache.values.packed, leaving.value)
 
 
 _PACK: dict[str, Callable[[PackedCache, _Leaving], tuple[Rows, Rows]]] = {"triton": _pack_triton, "xla": _pack_xla}
