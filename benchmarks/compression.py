@@ -6,6 +6,7 @@ time where it fails. Writes benchmarks/results/<device>/compression.json.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -41,7 +42,10 @@ from mustafar_jax.pruning import keep_count, magnitude_mask, rescale_to_norm
 from mustafar_jax.rope import rotate
 
 INV_FREQ = (500000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype(np.float32)
-CONFIGS = {"published": mj.CompressionConfig, "recommended": mj.CompressionConfig.recommended}
+CONFIGS: dict[str, Callable[..., mj.CompressionConfig]] = {
+    "published": mj.CompressionConfig,
+    "recommended": mj.CompressionConfig.recommended,
+}
 
 
 def main() -> None:
@@ -82,7 +86,9 @@ def measure_prompt(shape: Shape, sparsity: float, name: str, bandwidth: float) -
         return prune_pack(prunes, zeros, zeros, zeros + shape.tokens, rows=shape.tokens, head_axis=2)
 
     nbytes = sum(x.nbytes for x in [*prompt, *jax.tree.leaves(empty_rows(shape, sparsity))])
-    error = prompt_error(pack(empty_rows(shape, sparsity), prompt), prompt, mean, sparsity, config.rescale_values)
+    packed = pack(empty_rows(shape, sparsity), prompt)
+    error = float(prompt_error(packed, prompt, mean, sparsity, config.rescale_values))
+    del packed
     microseconds = time_chain(pack, empty_rows(shape, sparsity), prompt) if error < TOLERANCE else None
     row = {"what": "prompt", "rule": name, "implementation": "triton", "sparsity": sparsity, "error": error}
     return describe(shape) | row | {"bytes": nbytes, "us": microseconds, "copy_us": nbytes / bandwidth * 1e6}
@@ -110,7 +116,9 @@ def prompt_error(
         value = rescale_to_norm(value, masks[1]) if rescale else value
         sums = []
         for rows, x, mask in zip(packed, (key, value), masks, strict=True):
-            dense = bitmap.unpack(mj.BitmapArray(*rows, jnp.zeros((), bool), x.shape[0])).astype(jnp.float32)
+            dense = bitmap.unpack(mj.BitmapArray(rows.bitmap, rows.values, jnp.zeros((), bool), x.shape[0])).astype(
+                jnp.float32
+            )
             wanted = jnp.where(mask, x, 0).astype(jnp.float32)
             sums.append(jnp.stack([jnp.sum((dense - wanted) ** 2), jnp.sum(wanted**2)]))
         return jnp.stack(sums)
@@ -144,10 +152,9 @@ def measure_appends(shape: Shape, name: str, implementation: str) -> dict[str, A
             dtype=DTYPE,
             inv_freq=INV_FREQ,
         )
-        # what is held does not matter to the time; the ring holds the tokens appended here
+        # older tokens may be anything; the group that is packed next is appended here
         lengths = jnp.full(shape.batch, length - config.group, jnp.int32)
-        cache = jax.tree.map(lambda x: x, cache)
-        return grow(_with_lengths(cache, lengths), tokens, steps=config.group, by="xla")
+        return grow(dataclasses.replace(cache, lengths=lengths), tokens, steps=config.group, by="xla")
 
     result, wanted = (grow(filled(), tokens, steps=config.group, by=by) for by in (implementation, "xla"))
     error = cache_error(result, wanted)
@@ -158,12 +165,6 @@ def measure_appends(shape: Shape, name: str, implementation: str) -> dict[str, A
         microseconds = time_fresh(run, filled, tokens) / steps if error < TOLERANCE else None
         row |= {field: microseconds}
     return describe(shape) | row | {"error": error}
-
-
-def _with_lengths(cache: mj.LayerCache, lengths: jax.Array) -> mj.LayerCache:
-    import dataclasses
-
-    return dataclasses.replace(cache, lengths=lengths)
 
 
 def cache_error(actual: mj.LayerCache, expected: mj.LayerCache) -> float:

@@ -310,7 +310,8 @@ def _mean_pairs(
         for pair, (cos, sin) in enumerate(zip(*turns, strict=True), 4 * quad):
             both = [load(constant=4 * pair), load(constant=4 * pair + 2 * plan.head_dim)]
             read += both
-            yield _rotate(*(lax.bitcast_convert_type(bits, jnp.float32) for bits in both), cos, sin)
+            x, y = (lax.bitcast_convert_type(bits, jnp.float32) for bits in both)
+            yield _rotate(x, y, cos, sin)
 
 
 def _rotate(x: jax.Array, y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
