@@ -551,32 +551,25 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
     config, mean = cache.config, None
     if cache.key_mean is not None:
         mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), config.sink_tokens)
-    keys, values = cache.keys.packed, cache.values.packed
     prunes = []
-    if isinstance(keys, BitmapArray):
-        _check_magnitude("k_method", config.k_method)
-        prunes.append(Prune(leaving.key, Packed(keys.bitmap, keys.values), mean))
-    if isinstance(values, BitmapArray):
-        _check_magnitude("v_method", config.v_method)
-        target = Packed(values.bitmap, values.values)
-        prunes.append(Prune(leaving.value, target, rescale=config.rescale_values))
-    ranges = leaving.first, leaving.start, leaving.held
-    written = iter(
-        prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret),
-    )
-
-    def new_rows(packed: Rows, source: jax.Array) -> Rows:
+    for packed, method, source, taken_off, rescale in (
+        (cache.keys.packed, config.k_method, leaving.key, mean, False),
+        (cache.values.packed, config.v_method, leaving.value, None, config.rescale_values),
+    ):
         if isinstance(packed, BitmapArray):
-            bitmap, values = next(written)
-            return dataclasses.replace(packed, bitmap=bitmap, values=values)
+            if method != "magnitude":
+                raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {method!r}")
+            prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale))
+    ranges = leaving.first, leaving.start, leaving.held
+    written = iter(prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret))
+
+    def place(packed: Rows, source: jax.Array) -> Rows:
+        if isinstance(packed, BitmapArray):
+            new = next(written)
+            return dataclasses.replace(packed, bitmap=new.bitmap, values=new.values)
         return write_rows(packed, leaving.taken(source), leaving.start, axis=2)
 
-    return new_rows(keys, leaving.key), new_rows(values, leaving.value)
-
-
-def _check_magnitude(name: str, method: str) -> None:
-    if method != "magnitude":
-        raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {name}={method!r}")
+    return place(cache.keys.packed, leaving.key), place(cache.values.packed, leaving.value)
 
 
 _PACK: dict[str, Callable[[PackedCache, _Leaving], tuple[Rows, Rows]]] = {"triton": _pack_triton, "xla": _pack_xla}

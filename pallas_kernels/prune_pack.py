@@ -29,11 +29,6 @@ _THREAD_WORDS = 2
 """Bitmap words per thread."""
 
 
-_Operand = tuple[jax.Array, pl.BlockSpec]
-_Targets = tuple[triton.Ref, triton.Ref]
-"""Of the target: bitmap and values."""
-
-
 class Prune(NamedTuple):
     """Dense keys or values, and where they go.
 
@@ -88,7 +83,7 @@ def prune_pack(
     plans = tuple(_Plan.of(prune, interpret) for prune in prunes)
     ranges = jnp.stack([first, start, held], axis=1).astype(jnp.int32)
     operands = [(ranges, pl.BlockSpec((None, 3), lambda head, block, sequence, side: (sequence, 0)))]
-    targets: list[_Operand] = []
+    targets: list[tuple[jax.Array, pl.BlockSpec]] = []
     aliases: dict[int, int] = {}
     for prune in prunes:
         operands += [_of_head(_bits(prune.source), head_axis), *_mean_operands(prune.mean)]
@@ -213,32 +208,22 @@ def _kernel(range_ref: triton.Ref, *refs: triton.Ref, plans: tuple[_Plan, ...]) 
         _ = next(inputs), next(inputs)
         targets = next(outputs), next(outputs)
         is_meant = (pl.program_id(3) == side) & (row < plan.rows)
-
-        @pl.when(is_meant & (offset < held))
-        def _(
-            plan: _Plan = plan,
-            source_ref: triton.Ref = source_ref,
-            mean_refs: list[triton.Ref] = mean_refs,
-            targets: _Targets = targets,
-        ) -> None:
-            _prune_block(source_ref, mean_refs, targets, first, row, plan)
-
-        @pl.when(is_meant & (offset >= held))
-        def _(plan: _Plan = plan, targets: _Targets = targets) -> None:
-            _clear_block(targets, row, plan)
+        prune = functools.partial(_prune_block, source_ref, tuple(mean_refs), *targets, first, row, plan)
+        pl.when(is_meant & (offset < held))(prune)
+        pl.when(is_meant & (offset >= held))(functools.partial(_clear_block, *targets, row, plan))
 
 
 def _prune_block(
     source_ref: triton.Ref,
-    mean_refs: list[triton.Ref],
-    targets: _Targets,
+    mean_refs: tuple[triton.Ref, ...],
+    bitmap_ref: triton.Ref,
+    values_ref: triton.Ref,
     first: jax.Array,
     row: jax.Array,
     plan: _Plan,
 ) -> None:
-    bitmap_ref, values_ref = targets
-    # a row is odd in words, and keeps tokens in different banks; there is also room for a mean key
-    memory = triton.shared_buffer(_BLOCK * plan.row_words, _lane(plan), interpret=plan.interpret)
+    words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
+    memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
     entries = ranked = _load(source_ref, first, plan)
     if plan.offset is not None:
         memory, ranked = _centre(memory, entries, mean_refs, row, plan)
@@ -250,8 +235,7 @@ def _prune_block(
     _store_values(values_ref, memory, row, plan)
 
 
-def _clear_block(targets: _Targets, row: jax.Array, plan: _Plan) -> None:
-    bitmap_ref, values_ref = targets
+def _clear_block(bitmap_ref: triton.Ref, values_ref: triton.Ref, row: jax.Array, plan: _Plan) -> None:
     nothing = jnp.zeros(plan.threads, jnp.int32)
     _store_bitmap(bitmap_ref, [nothing] * _THREAD_WORDS, row, plan)
     for place, is_piece in _pieces(plan):
@@ -283,41 +267,52 @@ def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
 
 
 def _centre(
-    memory: triton.Memory, entries: list[jax.Array], refs: list[triton.Ref], row: jax.Array, plan: _Plan
+    memory: triton.Memory, entries: list[jax.Array], refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan
 ) -> tuple[triton.Memory, list[jax.Array]]:
     """The entries less the mean key, rotated to each token's position.
 
     R_{s + j} m = R_j R_s m: a thread rotates one pair of channels to the position s of the block's first token, and
-    hands it on through shared memory; a table holds the angles from there to token j.
+    hands it on through shared memory; a table holds the turn from there to token j.
     """
     mean_ref, inv_freq_ref, turn_ref = refs
     assert plan.offset is not None
     pair, half = _lane(plan), plan.head_dim // 2
     angle = (row + plan.offset).astype(jnp.float32) * inv_freq_ref[pair]
     start = rotate_pair(mean_ref[pair], mean_ref[pair + half], jnp.cos(angle), jnp.sin(angle))
-    own = triton.shared_offset(memory, 4 * pair, interpret=plan.interpret)
+    place = triton.shared_offset(memory, 4 * pair, interpret=plan.interpret)
     for i, x in enumerate(start):
         bits = lax.bitcast_convert_type(x, jnp.int32)
-        memory = triton.shared_store_word(memory, own, 4 * half * i, bits, interpret=plan.interpret)
+        memory = triton.shared_store_word(memory, place, 4 * half * i, bits, interpret=plan.interpret)
     memory = triton.synchronise(memory, interpret=plan.interpret)
-    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
     read: list[jax.Array] = []
-    centred: list[list[jax.Array]] = [[], []]
-    for quad in range(8):
-        where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
-        cos, sin = (triton.unstack(triton.load(turn_ref.at[i, quad, *where])) for i in range(2))
-        for i in range(0, 4, 2):
-            word, halves = (4 * quad + i) // 2, []
-            whole = zip(*(_float32(entries[w], plan) for w in (word, WORD // 2 + word)), strict=True)
-            for j, keys in enumerate(whole, i):
-                offsets = [4 * (4 * quad + j + half * k) for k in range(2)]
-                read += [triton.shared_load(memory, place, o, clear=False, interpret=plan.interpret) for o in offsets]
-                x, y = (lax.bitcast_convert_type(bits, jnp.float32) for bits in read[-2:])
-                mean = rotate_pair(x, y, cos[j], sin[j])
-                halves.append([key - of_mean for key, of_mean in zip(keys, mean, strict=True)])
-            for k, (low, high) in enumerate(zip(*halves, strict=True)):
-                centred[k].append(triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret))
+    mean = _mean_pairs(memory, turn_ref, read, plan)
+    centred: tuple[list[jax.Array], ...] = ([], [])
+    for word in range(WORD // 2):
+        neighbours = [next(mean), next(mean)]
+        for i, words in enumerate(centred):
+            keys = _float32(entries[i * WORD // 2 + word], plan)
+            low, high = (x - m[i] for x, m in zip(keys, neighbours, strict=True))
+            words.append(triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret))
     return triton.synchronise(memory, read, interpret=plan.interpret), centred[0] + centred[1]
+
+
+def _mean_pairs(
+    memory: triton.Memory, turn_ref: triton.Ref, read: list[jax.Array], plan: _Plan
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The rotated mean key of a thread's token, pair of channels after pair; what is `read` of shared memory is noted.
+
+    One after the other, so that few are held at a time.
+    """
+    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
+    load = functools.partial(triton.shared_load, memory, place, clear=False, interpret=plan.interpret)
+    where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
+    for quad in range(WORD // 4):
+        turns = (triton.unstack(triton.load(turn_ref.at[i, quad, *where])) for i in range(2))
+        for pair, (cos, sin) in enumerate(zip(*turns, strict=True), 4 * quad):
+            both = [load(constant=4 * pair), load(constant=4 * pair + 2 * plan.head_dim)]
+            read += both
+            x, y = (lax.bitcast_convert_type(bits, jnp.float32) for bits in both)
+            yield rotate_pair(x, y, cos, sin)
 
 
 def _float32(word: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
