@@ -51,7 +51,7 @@ def caches_table(results: Results) -> list[str]:
     """A line for each cache: bytes, loss and divergence from dense on texts, and needles."""
     lines = [
         "| rule | of | true sparsity | bytes of dense | at the masks' own count (not held) | loss over dense, nats "
-        "| KL to dense, nats | median window's KL | needle: probability of a digit | needle: all digits likeliest |",
+        "| KL to dense, nats | median window's KL | needle: probability of a token | needle: all tokens likeliest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
