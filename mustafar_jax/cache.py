@@ -195,7 +195,8 @@ def append(cache: LayerCache, key: jax.Array, value: jax.Array, *, query: jax.Ar
     """
     _check_kv(cache, key, value, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
     _check_query(cache, query, key.shape[:1], "[B, N, H]")
-    return cache._append(key, value, query)
+    with jax.named_scope("append"):  # a profile shows it by this name
+        return cache._append(key, value, query)
 
 
 @_register(data_fields=["key", "value", *_COUNTS], meta_fields=_STATIC)
@@ -265,7 +266,7 @@ class PackedCache(LayerCache):
     Attributes:
         keys, values: what is held of each.
         key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
-            centred. Packed keys are what is left of a key after this mean, rotated to its position, was taken off.
+            centred. An entry that a packed key does not hold stands for this mean's, rotated to the key's position.
         queries: [B, N, 32, H], the most recent queries, each in slot position % 32; None unless a method scores with
             them.
         inv_freq: the RoPE frequencies that rotate `key_mean`; static.
@@ -292,9 +293,15 @@ class PackedCache(LayerCache):
         return jnp.concatenate([first, recent], axis=1)
 
     def mean_key(self, positions: jax.Array) -> jax.Array:
-        """What was taken off packed keys: the mean key rotated to positions [B, n]; float32 [B, K, n, H]."""
+        """The mean key rotated to positions [B or 1, n]; float32 [B, K, n, H]."""
         assert self.key_mean is not None
         return rotate(self.key_mean[:, :, None], positions[:, None], jnp.asarray(self.inv_freq))
+
+    def unpack_keys(self, packed: Rows, positions: jax.Array) -> jax.Array:
+        """Packed keys [B, K, n, H] at positions [B or 1, n] as attention sees them; float32 where they are centred."""
+        if self.key_mean is None or not isinstance(packed, BitmapArray):
+            return to_array(packed)
+        return jnp.where(bitmap.held(packed), bitmap.unpack(packed), self.mean_key(positions))
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
@@ -313,11 +320,9 @@ class PackedCache(LayerCache):
             tokens = jnp.take_along_axis(both, place[..., None, None], axis=1, mode="clip")
             return jnp.where(held, tokens, 0)
 
-        packed_keys = _to_array(self.keys.packed)
-        if self.key_mean is not None:
-            mean = self.mean_key(jnp.arange(packed_keys.shape[2])[None] + sinks)
-            packed_keys = (packed_keys.astype(jnp.float32) + mean).astype(self.dtype)
-        values = gather(self.values.dense, _to_array(self.values.packed))
+        positions = sinks + jnp.arange(self.keys.packed.shape[2])[None]
+        packed_keys = self.unpack_keys(self.keys.packed, positions).astype(self.dtype)
+        values = gather(self.values.dense, to_array(self.values.packed))
         return gather(self.keys.dense, packed_keys), values
 
     def _slot(self, position: jax.Array) -> jax.Array:
@@ -399,11 +404,21 @@ class PackedCache(LayerCache):
     def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, context: Context) -> tuple[Rows, Rows]:
         """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
         config = self.config
+        ranked = key
         if self.key_mean is not None:
-            key = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
+            ranked = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
         return (
-            _prune(key, context, config.key_method, config.k_sparsity, config.slots(self.head_dim)[0], rescale=False),
             _prune(
+                key,
+                ranked,
+                context,
+                config.key_method,
+                config.k_sparsity,
+                config.slots(self.head_dim)[0],
+                rescale=False,
+            ),
+            _prune(
+                value,
                 value,
                 context,
                 config.value_method,
@@ -430,11 +445,16 @@ class PackedCache(LayerCache):
         return last - (last - jnp.arange(RECENT)) % RECENT
 
 
-def _prune(x: jax.Array, context: Context, method: Method, sparsity: float, slots: int, *, rescale: bool) -> Rows:
-    """Prune and pack [B, K, n, H], holding nothing of the tokens that are not valid [B, n]; as it is at sparsity 0."""
+def _prune(
+    x: jax.Array, ranked: jax.Array, context: Context, method: Method, sparsity: float, slots: int, *, rescale: bool
+) -> Rows:
+    """Prune and pack x [B, K, n, H], keeping the entries where `ranked`, of its shape, is foremost.
+
+    Nothing is held of the tokens that are not valid [B, n]; at sparsity 0, x comes as it is.
+    """
     if sparsity == 0:
         return x
-    mask = method.mask(x, sparsity, context)
+    mask = method.mask(ranked, sparsity, context)
     x = rescale_to_norm(x, mask) if rescale else x
     return bitmap.pack(x, mask & context.valid[:, None, :, None], slots=slots)
 
@@ -613,5 +633,6 @@ def _put(packed: Rows, update: Rows, start: jax.Array) -> Rows:
     return write_rows(packed, update, start, axis=2)
 
 
-def _to_array(packed: Rows) -> jax.Array:
+def to_array(packed: Rows) -> jax.Array:
+    """Rows as an ordinary array [B, K, S, H]."""
     return bitmap.unpack(packed) if isinstance(packed, BitmapArray) else packed

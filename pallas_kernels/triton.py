@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend import core
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 WARP = 32
 MIN_COMPUTE_CAPABILITY = 8.0
@@ -55,11 +55,22 @@ def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> 
 
 
 @functools.cache
-def _compute_capability() -> float | None:
-    """Of the first GPU; None where jax has none, or not a CUDA one."""
-    with contextlib.suppress(RuntimeError, ValueError):
-        return float(jax.devices("cuda")[0].compute_capability)
+def _first_gpu() -> Any:
+    """None where jax has no CUDA GPU."""
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("cuda")[0]
     return None
+
+
+def device_kind() -> str | None:
+    """The first GPU's name; None where jax has none."""
+    gpu = _first_gpu()
+    return None if gpu is None else gpu.device_kind
+
+
+def _compute_capability() -> float | None:
+    gpu = _first_gpu()
+    return None if gpu is None else float(gpu.compute_capability)
 
 
 def pallas_call(
@@ -99,6 +110,7 @@ def _lower_for_cuda(_context: Any, x: Any) -> list[Any]:
     return [x]
 
 
+batching.defvectorized(_cuda_only_p)
 mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
 mlir.register_lowering(_cuda_only_p, _lower_for_cuda, platform="cuda")
 
@@ -147,6 +159,16 @@ def pick_halves(a: jax.Array, b: jax.Array, half: int, *, interpret: bool) -> ja
     return _asm(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", a, b)
 
 
+def pack_pair(low: jax.Array, high: jax.Array, dtype: Any, *, interpret: bool) -> jax.Array:
+    """int32: two float32 rounded to a 16-bit dtype, `low` in the low half."""
+    if interpret:
+        bits = (lax.bitcast_convert_type(x.astype(dtype), jnp.int16).astype(jnp.int32) for x in (low, high))
+        first, second = bits
+        return (first & 0xFFFF) | (second << 16)
+    name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    return _asm(f"cvt.rn.{name}.f32 $0, $2, $1;", low, high, constraints="=r,f,f")
+
+
 def shared_zeros(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
     """A zeroed buffer of 32-bit words in shared memory, a multiple of the block's threads.
 
@@ -170,17 +192,28 @@ def shared_offset(memory: Memory, offset: jax.Array, *, interpret: bool) -> jax.
     return offset if interpret else memory + offset
 
 
-def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax.Array, *, interpret: bool) -> Memory:
-    """Write int16 values at offsets, multiples of 2, in the lanes where int32 `where` is not 0."""
+def shared_store_half(
+    memory: Memory, offset: jax.Array, word: jax.Array, half: int, where: jax.Array, *, interpret: bool
+) -> Memory:
+    """Write the low (0) or high (1) half of int32 words at offsets, multiples of 2, where int32 `where` is not 0."""
     if interpret:
         place = jnp.where(where != 0, offset // 2, memory.size)
-        return memory.at[place].set(value, mode="drop")
-    code = "{ .reg .pred p; setp.ne.u32 p, $4, 0; @p st.shared.b16 [$2], $3; mov.b32 $0, $1; }"
-    return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
+        return memory.at[place].set((word >> np.int32(16 * half)).astype(jnp.int16), mode="drop")
+    code = f"setp.ne.u32 p, $4, 0; mov.b32 {{h0, h1}}, $3; @p st.shared.b16 [$2], h{half}; mov.b32 $0, $1;"
+    return _asm(f"{{ .reg .pred p; .reg .b16 h0, h1; {code} }}", memory, offset, word, where)
 
 
-def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: bool) -> jax.Array:
-    """Read int32 words at `offset + constant`, multiples of 4, and clear them.
+def shared_store_word(memory: Memory, offset: jax.Array, constant: int, value: jax.Array, *, interpret: bool) -> Memory:
+    """Write int32 words at `offset + constant`, multiples of 4."""
+    if interpret:
+        place = (offset + constant) // 2
+        low, high = value.astype(jnp.int16), lax.shift_right_logical(value, np.int32(16)).astype(jnp.int16)
+        return memory.at[place].set(low).at[place + 1].set(high)
+    return _asm(f"st.shared.b32 [$2 + {constant}], $3; mov.b32 $0, $1;", memory, offset, value)
+
+
+def shared_load(memory: Memory, offset: jax.Array, constant: int, *, clear: bool = True, interpret: bool) -> jax.Array:
+    """Read int32 words at `offset + constant`, multiples of 4, and clear them if asked to.
 
     Interpreted, the clearing happens in `synchronise`: every word must be read before it, by exactly one lane.
     """
@@ -188,7 +221,7 @@ def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: 
         place = (offset + constant) // 2
         low, high = memory[place].astype(jnp.int32), memory[place + 1].astype(jnp.int32)
         return (low & 0xFFFF) | (high << 16)
-    code = f"ld.shared.b32 $0, [$2 + {constant}]; st.shared.b32 [$2 + {constant}], 0;"
+    code = f"ld.shared.b32 $0, [$2 + {constant}];" + (f" st.shared.b32 [$2 + {constant}], 0;" if clear else "")
     return _asm(code, memory, offset, constraints="=&r,r,r")
 
 
@@ -200,7 +233,7 @@ def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bo
 
 
 def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
-    """Inline assembly on int32 operands of one shape; Pallas lowers it with one int32 result."""
+    """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; its result is int32."""
     [result] = plgpu.elementwise_inline_asm(
         code,
         args=args,
