@@ -51,12 +51,12 @@ def caches_table(results: Results) -> list[str]:
     """A line for each cache: bytes, loss and divergence from dense on texts, and needles."""
     lines = [
         "| rule | of | true sparsity | bytes of dense | at the masks' own count (not held) | loss over dense, nats "
-        "| KL to dense, nats | needle: probability of a digit | needle: all digits likeliest |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| KL to dense, nats | median window's KL | needle: probability of a token | needle: all tokens likeliest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         cells = [row["rule"], row["pruned"], _sparsity(row), *_bytes(row)]
-        cells += [_cell(row, "perplexity", name, 4) for name in ("increase", "kl")]
+        cells += [_cell(row, "perplexity", name, 4) for name in ("increase", "kl")] + [_median(row)]
         cells += [_cell(row, "needle", name, 3) for name in ("probability", "exact")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -165,6 +165,12 @@ def _cell(row: Row, test: str, name: str, digits: int) -> str:
         return "0"
     found = bootstrap(row["tests"][test]["scores"][name])
     return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def _median(row: Row) -> str:
+    if "perplexity" not in row["tests"]:
+        return "not measured"
+    return f"{np.median(row['tests']['perplexity']['scores']['kl']):.4f}"
 
 
 def _sparsity(row: Row) -> str:

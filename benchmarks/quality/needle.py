@@ -1,8 +1,8 @@
 """A needle in a haystack, and the passkey: one sentence to be remembered from a long text.
 
 The needle test hides a fact in a text of the user's; the passkey (arXiv 2305.16300, section 4.2) hides it in a few
-sentences that are repeated. Both score the digits of the answer under teacher forcing: the mean probability of a digit,
-and whether each is the likeliest token, which is to say that greedy decoding writes the answer.
+sentences that are repeated. Both score the tokens of the answer, a blank and seven digits, under teacher forcing: their
+mean probability, and whether each is the likeliest, which is to say that greedy decoding writes the answer.
 """
 
 import bisect

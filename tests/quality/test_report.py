@@ -37,7 +37,7 @@ def test_tables(results):
     lines = quality_report.caches_table(results)
     assert lines[2] == (
         "| magnitude | K | 0.5 | 40.0% | 30.0% | 4.0000 (2.0000 to 6.0000) | 2.0000 (1.0000 to 3.0000) "
-        "| not measured | not measured |"
+        "| 2.0000 | not measured | not measured |"
     )
     assert lines[3].endswith("| 0.500 (0.500 to 0.500) | 1.000 (1.000 to 1.000) |")
     assert quality_report.comparisons_table(results)[2:] == ["| ThinK K 0.5 | magnitude K 0.5 | 2.00 (2.00 to 2.00) |"]
