@@ -26,3 +26,28 @@ def decode_params(*, heads: int, rows: int) -> DecodeParams:
     """
     tiles = max(1, -(-rows // 128))
     return DecodeParams(splits=max(1, min(tiles, TARGET_BLOCKS // heads)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicParams:
+    """How decode attention through Mosaic GPU is launched.
+
+    Attributes:
+        splits: blocks that share the tokens of one KV head.
+        warps: per block, a multiple of 4; each takes 32 tokens at a time.
+    """
+
+    splits: int
+    warps: int = 4
+
+
+def mosaic_params(*, heads: int, rows: int, group: int) -> MosaicParams:
+    """Launch parameters from static shapes alone.
+
+    Args:
+        heads: sequences times KV heads.
+        rows: packed rows per sequence.
+        group: query heads per KV head.
+    """
+    units = max(1, rows // 32)
+    return MosaicParams(splits=max(1, min(units // 4, 132 * 4 * 2 // heads)))

@@ -1,0 +1,630 @@
+"""Split-K flash decoding over packed keys and values on Hopper GPUs, through Pallas Mosaic GPU.
+
+Each warp works alone on 32 tokens at a time, a unit: it holds one tile in shared memory, into which it scatters the
+keys' entries and, once their product is taken, the values'. docs/kernels.md draws the tile and says who owns what.
+
+Lanes stand for tokens while entries are scattered and scores become weights. In matrix products lane 4 g + t holds
+what `ptx.Warp.multiply_add` says; g and t below are these two.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mustafar_jax.pallas_kernels import launch, mosaic_gpu
+from mustafar_jax.pallas_kernels.decode_attention import Mean, merge_splits
+from mustafar_jax.pallas_kernels.rows import WORD, Packed, Rows, row_count
+
+TOKENS = 32
+"""Tokens of a unit, one per lane."""
+_ROW = 4 * TOKENS
+"""Bytes of a pair of channels in a tile: a word for each token."""
+_LOWEST = float(np.finfo(np.float32).min)
+
+Warp = Any
+"""`ptx.Warp` or `simt.Warp`; both have the same methods."""
+Register = Any
+"""A value in each of a warp's lanes."""
+
+
+def decode_attention(
+    query: jax.Array,
+    key: Rows,
+    value: Rows,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    scale: float,
+    mean: Mean | None = None,
+    params: launch.MosaicParams | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attend one query per head to the rows first <= row < last of each sequence.
+
+    Args:
+        query: [B, K, G, H], G from 1 to 16.
+        key, value: packed rows [B, K, S, H] of the query's dtype; rows outside first .. last may hold anything.
+        first, last: int32 [B]; a sequence with last <= first sees nothing.
+        scale: factor on the scores.
+        mean: must be None.
+        params: launch parameters; a heuristic if None.
+        interpret: run as numpy, anywhere.
+
+    Returns:
+        Float32 (out [B, K, G, H], m [B, K, G], l [B, K, G]): unnormalised sums, the largest score so far seen by a
+        warp (the lowest float32 where nothing was visible) and the sum of exp(score - m).
+
+    Raises:
+        NotImplementedError: see `mosaic_gpu.check_supported`; also for dense rows, for centred keys, and for rows of
+            another dtype than the query's.
+
+    Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
+    if mean is not None:
+        raise NotImplementedError("the Mosaic GPU kernels do not add a mean key back")
+    packed = [_check_rows(rows, query.dtype) for rows in (key, value)]
+    heads, rows = batch * kv_heads, row_count(key)
+    slots = [x.values.shape[-3] * x.values.shape[-1] for x in packed]
+    params = params or launch.mosaic_params(heads=heads, rows=rows, group=group)
+    plan = Plan(head_dim, group, kv_heads, rows, *slots, params.splits, params.warps, scale * math.log2(math.e))
+    arrays = [jnp.clip(jnp.stack([first, last], axis=1), 0, rows).astype(jnp.int32), query]
+    arrays += [array for x in packed for array in x]
+    shapes = [(head_dim,), (), ()]
+    out, m, l = mosaic_gpu.kernel_call(  # noqa: E741
+        functools.partial(attend_split, plan=plan),
+        *(x.reshape(-1) for x in arrays),
+        out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
+        blocks=heads * params.splits,
+        warps=params.warps,
+        shared_bytes=params.warps * plan.warp_bytes,
+        dtype=query.dtype,
+        interpret=interpret,
+    )
+    out, m, l = merge_splits(out, m, l)  # noqa: E741
+    leading = (batch, kv_heads, group)
+    return out.reshape(*leading, head_dim), m.reshape(leading), l.reshape(leading)
+
+
+def _check_rows(rows: Rows, dtype: Any) -> Packed:
+    if not isinstance(rows, Packed):
+        raise NotImplementedError("the Mosaic GPU kernels take packed keys and packed values; got dense rows")
+    if rows.values.dtype != dtype:
+        raise NotImplementedError(f"the Mosaic GPU kernels take one dtype; got {dtype} and rows of {rows.values.dtype}")
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the kernel is compiled for. Sizes in bytes and tokens; scores are taken to base 2."""
+
+    head_dim: int
+    group: int
+    kv_heads: int
+    rows: int
+    key_slots: int
+    value_slots: int
+    splits: int
+    warps: int
+    scale: float
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels (p, p + pairs) that share a word of a tile."""
+        return self.head_dim // 2
+
+    @property
+    def words(self) -> int:
+        """Words of a row's bitmap."""
+        return self.head_dim // WORD
+
+    @property
+    def units_per_split(self) -> int:
+        """Units that a block takes."""
+        return -(-(self.rows // TOKENS) // self.splits)
+
+    @property
+    def octets(self) -> int:
+        """Groups of up to 8 query heads."""
+        return -(-self.group // 8)
+
+    @property
+    def parities(self) -> int:
+        """Classes of tokens that a product with values keeps apart, where its 8 columns outnumber the heads."""
+        return 2 if self.group <= 4 else 1
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of one tile."""
+        return self.pairs * _ROW
+
+    @property
+    def scores_bytes(self) -> int:
+        """Of the parts of scores [G, 4, TOKENS], float32."""
+        return self.group * 4 * TOKENS * 4
+
+    @property
+    def warp_bytes(self) -> int:
+        """A warp's share of memory: its tile, parts of scores, and weights [heads, TOKENS] of 16 bits."""
+        return self.tile_bytes + self.scores_bytes + 8 * self.octets * TOKENS * 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Addresses that a warp uses throughout.
+
+    Attributes:
+        tile, scores, weights: where its shared memory begins: see `Plan.warp_bytes`.
+        lane, g, t: numbers of this lane.
+    """
+
+    tile: Register
+    scores: Register
+    weights: Register
+    lane: Register
+    g: Register
+    t: Register
+
+    def set_of_heads(self, n: int) -> Register:
+        """Whether this lane holds the queries of heads 2 n and 2 n + 1 of an octet: see `load_query`."""
+        return ((self.t + 4 - (self.g >> 1)) & 3) == n
+
+    @staticmethod
+    def of(w: Warp, shared: Register, plan: Plan) -> "Places":
+        """Places of warp w in memory that begins at `shared`."""
+        lane = w.lane()
+        tile = shared + w.warp() * plan.warp_bytes
+        scores = tile + plan.tile_bytes
+        return Places(tile, scores, scores + plan.scores_bytes, lane, lane >> 2, lane & 3)
+
+
+@dataclasses.dataclass
+class State:
+    """Softmax so far, in registers.
+
+    Attributes:
+        m: the largest score of each head, the same in all lanes.
+        l: this lane's sum of weights of each head.
+        out: sums [pairs / 8][octets][4], a product's accumulators: see `add_values`.
+    """
+
+    m: list[Register]
+    l: list[Register]
+    out: list[list[list[Register]]]
+
+    def flat(self) -> list[Register]:
+        """All registers in order."""
+        return [*self.m, *self.l, *(x for block in self.out for part in block for x in part)]
+
+    @staticmethod
+    def from_flat(registers: list[Register], plan: Plan) -> "State":
+        """The inverse of `flat`."""
+        m, l, rest = registers[: plan.group], registers[plan.group : 2 * plan.group], registers[2 * plan.group :]  # noqa: E741
+        parts = [rest[i : i + 4] for i in range(0, len(rest), 4)]
+        return State(m, l, [parts[i : i + plan.octets] for i in range(0, len(parts), plan.octets)])
+
+
+def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
+    """One split of one KV head: a block, whose warps take every `warps`-th unit.
+
+    refs: range int32 [B, 2], query [B, K, G, H], bitmap and values of keys, of values; out [heads, splits, G, H], m and
+    l [heads, splits, G].
+    """
+    ranges, query, *rows, out, m, l = refs  # noqa: E741
+    block = w.block()
+    head, split = block // plan.splits, block % plan.splits
+    key = Source(w, *rows[:2], head, plan.key_slots, plan)
+    value = Source(w, *rows[2:], head, plan.value_slots, plan)
+    first, last = w.load(w.row(ranges, head // plan.kv_heads, 8), w.integer(0), 2)
+    begin = split * plan.units_per_split
+    end = _smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)
+    begin = _larger(w, begin, first >> 5) + w.warp()
+    at = Places.of(w, shared, plan)
+    fragments = load_query(w, query, head, at, plan)
+    clear_tile(w, at, plan)
+    state = State(
+        [w.number(_LOWEST)] * plan.group,
+        [w.number(0)] * plan.group,
+        [[[w.number(0)] * 4 for _ in range(plan.octets)] for _ in range(plan.pairs // 8)],
+    )
+
+    def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
+        loaded_key, loaded_value = key.entries(carry), value.entries(carry[key.registers :])
+        state = State.from_flat(carry[key.registers + value.registers :], plan)
+        token = unit * TOKENS + at.lane
+        seen = w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
+        ahead = unit + plan.warps
+        scatter(w, loaded_key, seen, at, plan)
+        next_key = key.load(w, ahead, at, ahead < end)
+        w.sync_warp()
+        multiply_keys(w, fragments, at, plan)
+        w.sync_warp()
+        weigh(w, state, seen, at, plan)
+        scatter(w, loaded_value, seen, at, plan)
+        next_value = value.load(w, ahead, at, ahead < end)
+        w.sync_warp()
+        add_values(w, state, at, plan)
+        w.sync_warp()
+        return [*next_key, *next_value, *state.flat()]
+
+    ahead = begin < end
+    start = [*key.load(w, begin, at, ahead), *value.load(w, begin, at, ahead), *state.flat()]
+    carry = w.loop(begin, end, plan.warps, start, attend_unit)
+    state = State.from_flat(carry[key.registers + value.registers :], plan)
+    publish(w, state, at, plan)
+    w.sync_block()
+    merge_warps(w, shared, out, m, l, plan)
+
+
+def _smaller(w: Warp, a: Register, b: Register) -> Register:
+    return w.select(a < b, a, b)
+
+
+def _larger(w: Warp, a: Register, b: Register) -> Register:
+    return w.select(a < b, b, a)
+
+
+@dataclasses.dataclass
+class Entries:
+    """A unit's rows, one per lane.
+
+    Attributes:
+        words: of the bitmap.
+        values: the slots in order, two to a register.
+    """
+
+    words: list[Register]
+    values: list[Register]
+
+
+class Source:
+    """Packed rows of one KV head in global memory. A lane reads its token's row in pieces of one chunk of slots."""
+
+    def __init__(self, w: Warp, bitmap: Any, values: Any, head: Register, slots: int, plan: Plan) -> None:
+        self.words, self.slots = plan.words, slots
+        self.chunk = 8 if slots % 8 == 0 else 4
+        self.bitmap = w.row(bitmap, head, plan.rows * plan.words * 4)
+        self.values = w.row(values, head, plan.rows * slots * 2)
+        self.registers = plan.words + slots // 2
+
+    def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
+        """Begin to load a unit's rows; undefined where not `where`."""
+        words = w.load(self.bitmap, (unit * TOKENS + at.lane) * (4 * self.words), self.words, where=where)
+        offset = unit * (TOKENS * self.slots * 2) + at.lane * (2 * self.chunk)
+        for i in range(self.slots // self.chunk):
+            words += w.load(self.values, offset, self.chunk // 2, i * TOKENS * self.chunk * 2, where=where)
+        return words
+
+    def entries(self, registers: list[Register]) -> Entries:
+        """What was loaded."""
+        return Entries(registers[: self.words], registers[self.words : self.registers])
+
+
+def load_query(w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> list[list[list[Register]]]:
+    """The queries as `multiply_keys` wants them: [octets][steps of 8 pairs][2].
+
+    Lane (g, t) holds head g % 2 of heads 2 n, 2 n + 1 with n = (t - g / 2) % 4, at pairs 8 step + t and 8 step + 4 + t.
+    """
+    row = w.row(query, head, plan.group * plan.head_dim * 2)
+    pair_of_heads = (at.t + 4 - (at.g >> 1)) & 3  # as `Places.set_of_heads`
+    fragments = []
+    for octet in range(plan.octets):
+        number = pair_of_heads * 2 + (at.g & 1) + 8 * octet
+        there = number < plan.group
+        steps = []
+        for step in range(plan.pairs // 8):
+            words = []
+            for half in range(2):
+                pair = at.t + (8 * step + 4 * half)
+                low = load_half(w, row, number * plan.head_dim + pair, there)
+                high = load_half(w, row, number * plan.head_dim + pair + plan.pairs, there)
+                words.append(w.select(there, low | high << 16, w.integer(0)))
+            steps.append(words)
+        fragments.append(steps)
+    return fragments
+
+
+def load_half(w: Warp, ref: Any, index: Register, where: Register) -> Register:
+    """Element `index` of 16 bits, in the low half."""
+    [word] = w.load(ref, (index >> 1) << 2, 1, where=where)
+    return (word >> ((index & 1) << 4)) & 0xFFFF
+
+
+def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
+    """Fill the tile with zeros."""
+    zeros = [w.integer(0)] * 4
+    for start in range(0, plan.tile_bytes, 16 * TOKENS):
+        w.store_shared(at.tile + (at.lane << 4), zeros, start)
+    w.sync_warp()
+
+
+def scatter(w: Warp, entries: Entries, seen: Register, at: Places, plan: Plan) -> None:
+    """Store the entries of the tokens that are seen in the empty tile.
+
+    The word of pair p and token t stands at byte (32 p + t) * 4 of the tile, so a lane has a bank of its own and no
+    two stores meet. The fast way needs rows as magnitude pruning leaves them; one row that is not sends its unit the
+    general way.
+    """
+    words = [w.select(seen, x, w.integer(0)) for x in entries.words]
+    column = at.tile + (at.lane << 2)
+    # the words' first channels, as places in the tile
+    places = [column + 32 * i % plan.pairs * _ROW + 32 * i // plan.pairs * 2 for i in range(plan.words)]
+    slots = 2 * len(entries.values)
+    guess = Guess.of(slots, plan.words)
+
+    def fast(carry: list[Register]) -> list[Register]:
+        scatter_from_both_ends(w, words, places, entries.values, guess)
+        return carry
+
+    def general(carry: list[Register]) -> list[Register]:
+        scatter_upwards(w, words, places, entries.values)
+        return carry
+
+    w.branch(guess.fails(w, words), [], general, fast)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """What the fast way takes for granted of a row. Static.
+
+    Attributes:
+        slots: entries it holds.
+        outer: entries in its first word, and in its last, at least.
+        pair: entries in its first two words together, and in its last two, at least.
+    """
+
+    slots: int
+    outer: int
+    pair: int
+
+    @staticmethod
+    def of(slots: int, words: int) -> "Guess":
+        """Far enough from what is expected that one random row in thousands fails."""
+        return Guess(slots, max(1, slots // (4 * words)), max(1, slots // 4) if words > 2 else slots)
+
+    def fails(self, w: Warp, words: list[Register]) -> Register:
+        """Whether any lane's row is not so. No word may be empty, and half of the slots must lie in three words."""
+        counts = [w.count_bits(x) for x in words]
+        total = functools.reduce(lambda a, b: a + b, counts)
+        wrong = [counts[0] < self.outer, counts[-1] < self.outer, total < self.slots]
+        if len(words) > 2:
+            wrong += [x == 0 for x in words[1:-1]]
+            wrong += [counts[0] + counts[1] < self.pair, counts[2] + counts[3] < self.pair]
+            wrong += [x > self.slots // 2 for x in (counts[0], counts[-1])]
+        return w.any(functools.reduce(lambda a, b: a | b, wrong))
+
+
+def scatter_from_both_ends(
+    w: Warp, words: list[Register], places: list[Register], values: list[Register], guess: Guess
+) -> None:
+    """The fast way: half of the entries from channel 0 up, half from the last one down, two chains at a time."""
+    top = WORD - 1
+    up = Chain([w.reverse_bits(x) for x in words[:3]], [x + top * _ROW for x in places[:3]], -_ROW)
+    down = Chain(words[:-4:-1], places[:-4:-1], _ROW)
+    half = guess.slots // 2
+    for taken in range(half):
+        for chain, slot in ((up, taken), (down, guess.slots - 1 - taken)):
+            w.store_shared_half(chain.take(w), values[slot // 2], slot % 2)
+            chain.advance(w, taken + 1, half, guess)
+
+
+class Chain:
+    """A walk along a row's entries, the highest bits of the first word first.
+
+    Attributes:
+        words: what is left, in order.
+        places: in the tile, of each word's bit 0.
+        stride: from one bit's place to the next one's.
+    """
+
+    def __init__(self, words: list[Register], places: list[Register], stride: int) -> None:
+        self.words, self.places, self.stride = words, places, stride
+
+    def take(self, w: Warp) -> Register:
+        """The place of the next entry."""
+        bit = w.highest_bit(self.words[0])
+        self.words[0] = w.clear_bit(self.words[0], bit)
+        return self.places[0] + bit * (self.stride % 2**32)
+
+    def advance(self, w: Warp, taken: int, half: int, guess: Guess) -> None:
+        """Go on to the next word where this one is used up, with as few instructions as the guess allows."""
+        if taken < guess.outer or taken == half:
+            return  # no lane has used its first word up, or none needs another
+        if len(self.words) == 2 or taken < guess.pair:
+            self._next(w, 2)  # the second word lasts
+            return
+        if taken == guess.pair:  # from here on the second register is the word to come, whichever that is
+            moved = self.places[0] == self.places[1]
+            for queue in (self.words, self.places):
+                queue[1] = w.select(moved, queue[2], queue[1])
+        self._next(w, 3)
+
+    def _next(self, w: Warp, count: int) -> None:
+        words, places = w.shift_if_empty([self.words[:count], self.places[:count]])
+        self.words[:count], self.places[:count] = words, places
+
+
+def scatter_upwards(w: Warp, words: list[Register], places: list[Register], values: list[Register]) -> None:
+    """The general way: any row, its entries in order from channel 0 up."""
+    words = [w.reverse_bits(x) for x in words] + [w.integer(0)]
+    places = [x + (WORD - 1) * _ROW for x in places]
+    places.append(places[-1])
+    for begin in reversed(range(len(words) - 2)):  # move empty words behind the others
+        words[begin:], places[begin:] = w.shift_if_empty([words[begin:], places[begin:]])
+    chain = Chain(words, places, -_ROW)
+    for slot in range(2 * len(values)):
+        there = chain.words[0] > 0
+        w.store_shared_half(chain.take(w), values[slot // 2], slot % 2, where=there)
+        chain._next(w, len(words))
+
+
+def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, plan: Plan) -> None:
+    """Multiply the queries with the tile of keys, empty it, and leave parts of scores in shared memory.
+
+    A product's 16 rows are tokens, its inner axis 8 pairs of channels, its columns (class j, head) = 2 j + head for 4
+    classes and 2 heads. A lane reads four neighbouring tokens, quad (g + 2 t) % 8, of one pair, so that the 8 lanes of
+    a phase meet all banks. A row thus mixes the quads of 4 classes of pairs; the queries are zero but for one class in
+    each column, which keeps them apart. The part of (head, class t) for quad n goes to word 4 n of scores[head][t].
+    """
+    read = at.tile + at.t * _ROW + (((at.g + at.t * 2) & 7) << 4)
+    zeros = [w.integer(0)] * 4
+    for octet, steps in enumerate(fragments):
+        heads = range(8 * octet, min(plan.group, 8 * octet + 8), 2)
+        even = [[w.number(0)] * 4 for _ in heads]  # of each two heads, tokens 0 and 1 of a quad
+        odd = [[w.number(0)] * 4 for _ in heads]  # tokens 2 and 3
+        for step, operand in enumerate(steps):
+            starts = [8 * step * _ROW, (8 * step + 4) * _ROW]
+            low, high = (w.load_shared(read, 4, start) for start in starts)
+            if octet == plan.octets - 1:
+                for start in starts:
+                    w.store_shared(read, zeros, start)
+            for n in range(len(heads)):
+                columns = operand if len(heads) == 1 else [w.select(at.set_of_heads(n), x, zeros[0]) for x in operand]
+                even[n] = w.multiply_add([low[0], low[1], high[0], high[1]], columns, even[n])
+                odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
+        for n, head in enumerate(heads):
+            quad = (at.g + ((at.t + n) & 3) * 2) & 7
+            place = at.scores + at.t * _ROW + (quad << 4)
+            for i in range(min(2, plan.group - head)):
+                part = [even[n][i], even[n][i + 2], odd[n][i], odd[n][i + 2]]
+                w.store_shared(place, part, (head + i) * 4 * _ROW)
+
+
+def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None:
+    """Turn scores into weights, one token per lane, and leave them in shared memory; update the statistics."""
+    column = at.scores + (at.lane << 2)
+    scores = []
+    for head in range(plan.group):
+        parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * _ROW)[0]) for j in range(4)]
+        score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * plan.scale
+        scores.append(w.select(seen, score, w.number(-math.inf)))
+    larger = functools.reduce(lambda a, b: a | b, [s > m for s, m in zip(scores, state.m, strict=True)])
+
+    def rescale(carry: list[Register]) -> list[Register]:
+        old = State.from_flat(carry, plan)
+        m = [w.maximum(a, over_lanes(w, s, at, w.maximum)) for a, s in zip(old.m, scores, strict=True)]
+        decay = [w.exp2(a - b) for a, b in zip(old.m, m, strict=True)]
+        l = [a * d for a, d in zip(old.l, decay, strict=True)]  # noqa: E741
+        factors = [of_columns(w, decay, octet, at, plan) for octet in range(plan.octets)]
+        out = [
+            [[x * f for x, f in zip(part, factor * 2, strict=True)] for part, factor in zip(block, factors, strict=True)]
+            for block in old.out
+        ]
+        return State(m, l, out).flat()
+
+    new = State.from_flat(w.branch(w.any(larger), state.flat(), rescale), plan)
+    weights = [w.exp2(s - m) for s, m in zip(scores, new.m, strict=True)]
+    state.m, state.out = new.m, new.out
+    state.l = [a + b for a, b in zip(new.l, weights, strict=True)]
+    place = at.weights + (at.lane << 1)
+    for head in range(0, plan.group, 2):
+        pair = w.pack_pair(weights[head], weights[min(head + 1, plan.group - 1)])
+        for i in range(min(2, plan.group - head)):
+            w.store_shared_half(place + (head + i) * 2 * TOKENS, pair, i)
+    w.sync_warp()
+
+
+def over_lanes(
+    w: Warp, x: Register, at: Places, combine: Callable[[Register, Register], Register]
+) -> Register:
+    """x of all lanes combined, in all lanes."""
+    for distance in (1, 2, 4, 8, 16):
+        x = combine(x, w.shuffle(x, at.lane ^ distance))
+    return x
+
+
+def of_columns(w: Warp, heads: list[Register], octet: int, at: Places, plan: Plan) -> list[Register]:
+    """What belongs to the heads of a lane's two columns of a product with values, of one number for each head."""
+
+    def by_t(numbers: list[Register]) -> Register:
+        picked = numbers[0]
+        for i, x in enumerate(numbers[1:], start=1):
+            picked = w.select(at.t == i, x, picked)
+        return picked
+
+    if plan.parities == 2:
+        return [by_t(heads)] * 2
+    octet_heads = heads[8 * octet : 8 * octet + 8]
+    return [by_t(octet_heads[i::2] or octet_heads) for i in range(2)]
+
+
+def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
+    """Add the product of the weights with the tile of values to the sums, and empty the tile.
+
+    A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads. A lane reads
+    quads of tokens 2 t + i, i = 0 and 1, of pair g. Where there are at most 4 heads, lanes of odd g read the odd quad
+    first, so that the 8 lanes of a phase meet all banks; the columns are then (head, parity of the quad), of which a
+    row uses the one of its own parity, and the other is dropped in the end.
+    """
+    quad = (at.t << 1) | (at.g & 1 if plan.parities == 2 else w.integer(0))
+    read = at.tile + at.g * _ROW + (quad << 4)
+    reads = [read, at.tile + at.g * _ROW + ((quad ^ 1) << 4)]
+    row = (at.g >> 1) * (2 * TOKENS) if plan.parities == 2 else at.g * (2 * TOKENS)
+    weights = [
+        [w.load_shared(at.weights + row + ((quad ^ i) << 3), 2, 8 * octet * 2 * TOKENS) for octet in range(plan.octets)]
+        for i in range(2)
+    ]
+    zeros = [w.integer(0)] * 4
+    for block in range(plan.pairs // 8):
+        for i in range(2):
+            words = w.load_shared(reads[i], 4, 8 * block * _ROW)
+            w.store_shared(reads[i], zeros, 8 * block * _ROW)
+            operand = [w.pick_halves(words[n], words[n + 1], half) for n in (0, 2) for half in (0, 1)]
+            for octet in range(plan.octets):
+                state.out[block][octet] = w.multiply_add(operand, weights[i][octet], state.out[block][octet])
+
+
+def publish(w: Warp, state: State, at: Places, plan: Plan) -> None:
+    """Leave a warp's result in its shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
+    odd = (at.g & 1) > 0
+    for octet in range(plan.octets):
+        for block in range(plan.pairs // 8):
+            part = state.out[block][octet]
+            for half in range(2):
+                a, b = part[2 * half : 2 * half + 2]
+                channel = at.g + (8 * block + half * plan.pairs)
+                if plan.parities == 2:
+                    w.store_shared(at.tile + (at.t * plan.head_dim + channel) * 4, [w.select(odd, b, a)])
+                else:
+                    place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
+                    w.store_shared(place, [a])
+                    w.store_shared(place, [b], plan.head_dim * 4)
+    for head in range(plan.group):
+        w.store_shared(at.scores, [state.m[head]], 4 * head)
+        w.store_shared(at.scores, [over_lanes(w, state.l[head], at, lambda a, b: a + b)], 4 * (16 + head))
+
+
+def merge_warps(w: Warp, shared: Register, out: Any, m: Any, l: Any, plan: Plan) -> None:  # noqa: E741
+    """Merge what the block's warps have published, and write it to global memory."""
+    block, threads, size = w.block(), plan.warps * TOKENS, plan.group * plan.head_dim
+    out, m, l = (w.row(x, block, 4 * n) for x, n in ((out, size), (m, plan.group), (l, plan.group)))  # noqa: E741
+    for start in range(0, size, threads):
+        element = w.warp() * TOKENS + w.lane() + start
+        there = element < size
+        element = w.select(there, element, w.integer(0))
+        head = element // plan.head_dim
+        sums, statistics = shared + (element << 2), shared + (head << 2)
+
+        def read(address: Register, constant: int, warp: int) -> Register:
+            return w.as_float(w.load_shared(address, 1, warp * plan.warp_bytes + constant)[0])
+
+        warps = range(plan.warps)
+        largest = [read(statistics, plan.tile_bytes, warp) for warp in warps]
+        top = functools.reduce(w.maximum, largest)
+        weights = [w.exp2(x - top) for x in largest]
+        total, part = w.number(0), w.number(0)
+        for warp, weight in enumerate(weights):
+            total = total + weight * read(statistics, plan.tile_bytes + 64, warp)
+            part = part + weight * read(sums, 0, warp)
+        natural = w.select(top > _LOWEST, top * math.log(2), w.number(_LOWEST))
+        w.store(out, element << 2, w.as_bits(part), where=there)
+        first = w.select(there, element % plan.head_dim, w.integer(1)) == 0
+        w.store(m, head << 2, w.as_bits(natural), where=first)
+        w.store(l, head << 2, w.as_bits(total), where=first)
