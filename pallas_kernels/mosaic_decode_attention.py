@@ -376,28 +376,41 @@ class Guess:
 
     Attributes:
         slots: entries it holds.
-        outer: entries in its first word, and in its last, at least.
+        least: entries in its first word, and in its last, at least.
+        most: the same, at most.
         pair: entries in its first two words together, and in its last two, at least.
     """
 
     slots: int
-    outer: int
+    least: int
+    most: int
     pair: int
 
     @staticmethod
     def of(slots: int, words: int) -> "Guess":
-        """Far enough from what is expected that one random row in thousands fails."""
-        return Guess(slots, max(1, slots // (4 * words)), max(1, slots // 4) if words > 2 else slots)
+        """So that a row with its entries at random places fails once in a thousand times."""
+
+        def spread(n: int) -> tuple[float, float]:
+            """Mean and 3.5 standard deviations of the entries in n words."""
+            share = n / words
+            channels = words * WORD
+            variance = slots * share * (1 - share) * (channels - slots) / (channels - 1)
+            return slots * share, 3.5 * variance**0.5
+
+        (one, margin), (two, margin_of_two) = spread(1), spread(min(2, words))
+        half = slots // 2
+        least, most = max(1, math.floor(one - margin)), min(half, math.ceil(one + margin))
+        return Guess(slots, min(least, half), most, max(1, math.floor(two - margin_of_two)))
 
     def fails(self, w: Warp, words: list[Register]) -> Register:
         """Whether any lane's row is not so. No word may be empty, and half of the slots must lie in three words."""
         counts = [w.count_bits(x) for x in words]
         total = functools.reduce(lambda a, b: a + b, counts)
-        wrong = [counts[0] < self.outer, counts[-1] < self.outer, total < self.slots]
+        wrong = [counts[0] < self.least, counts[-1] < self.least, total < self.slots]
         if len(words) > 2:
             wrong += [x == 0 for x in words[1:-1]]
             wrong += [counts[0] + counts[1] < self.pair, counts[2] + counts[3] < self.pair]
-            wrong += [x > self.slots // 2 for x in (counts[0], counts[-1])]
+            wrong += [counts[0] > self.most, counts[-1] > self.most]
         return w.any(functools.reduce(lambda a, b: a | b, wrong))
 
 
@@ -412,7 +425,8 @@ def scatter_from_both_ends(
     for taken in range(half):
         for chain, slot in ((up, taken), (down, guess.slots - 1 - taken)):
             w.store_shared_half(chain.take(w), values[slot // 2], slot % 2)
-            chain.advance(w, taken + 1, half, guess)
+            if taken + 1 < half:
+                chain.advance(w, taken + 1, guess)
 
 
 class Chain:
@@ -433,22 +447,36 @@ class Chain:
         self.words[0] = w.clear_bit(self.words[0], bit)
         return self.places[0] + bit * (self.stride % 2**32)
 
-    def advance(self, w: Warp, taken: int, half: int, guess: Guess) -> None:
-        """Go on to the next word where this one is used up, with as few instructions as the guess allows."""
-        if taken < guess.outer or taken == half:
-            return  # no lane has used its first word up, or none needs another
-        if len(self.words) == 2 or taken < guess.pair:
-            self._next(w, 2)  # the second word lasts
+    def next_word(self, w: Warp, *, among: int | None = None, drop: bool = False) -> None:
+        """Where the first word is used up, move the others one place ahead.
+
+        Args:
+            w: the warp.
+            among: how many words move; all if None. The last one of them stays in its place as well.
+            drop: leave out the second word.
+        """
+        chosen = [i for i in range(len(self.words)) if not (drop and i == 1)][:among]
+        words, places = w.shift_if_empty([[queue[i] for i in chosen] for queue in (self.words, self.places)])
+        for i, word, place in zip(chosen, words, places, strict=True):
+            self.words[i], self.places[i] = word, place
+
+    def advance(self, w: Warp, taken: int, guess: Guess) -> None:
+        """Go on to the next word where this one is used up, with as few instructions as the guess allows.
+
+        Until `guess.pair` entries are taken the second word lasts; after `guess.most` the first one is behind. Between
+        the two, the words' second register is the word to come, whichever that is.
+        """
+        before_third, past_first = len(self.words) == 2 or taken < guess.pair, taken > guess.most
+        if taken < guess.least or (before_third and past_first):
             return
-        if taken == guess.pair:  # from here on the second register is the word to come, whichever that is
+        if before_third or past_first:
+            self.next_word(w, among=2, drop=past_first)
+            return
+        if taken == guess.pair:
             moved = self.places[0] == self.places[1]
             for queue in (self.words, self.places):
                 queue[1] = w.select(moved, queue[2], queue[1])
-        self._next(w, 3)
-
-    def _next(self, w: Warp, count: int) -> None:
-        words, places = w.shift_if_empty([self.words[:count], self.places[:count]])
-        self.words[:count], self.places[:count] = words, places
+        self.next_word(w)
 
 
 def scatter_upwards(w: Warp, words: list[Register], places: list[Register], values: list[Register]) -> None:
@@ -462,7 +490,7 @@ def scatter_upwards(w: Warp, words: list[Register], places: list[Register], valu
     for slot in range(2 * len(values)):
         there = chain.words[0] > 0
         w.store_shared_half(chain.take(w), values[slot // 2], slot % 2, where=there)
-        chain._next(w, len(words))
+        chain.next_word(w)
 
 
 def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, plan: Plan) -> None:
@@ -514,7 +542,10 @@ def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None
         l = [a * d for a, d in zip(old.l, decay, strict=True)]  # noqa: E741
         factors = [of_columns(w, decay, octet, at, plan) for octet in range(plan.octets)]
         out = [
-            [[x * f for x, f in zip(part, factor * 2, strict=True)] for part, factor in zip(block, factors, strict=True)]
+            [
+                [x * f for x, f in zip(part, factor * 2, strict=True)]
+                for part, factor in zip(block, factors, strict=True)
+            ]
             for block in old.out
         ]
         return State(m, l, out).flat()
@@ -531,9 +562,7 @@ def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None
     w.sync_warp()
 
 
-def over_lanes(
-    w: Warp, x: Register, at: Places, combine: Callable[[Register, Register], Register]
-) -> Register:
+def over_lanes(w: Warp, x: Register, at: Places, combine: Callable[[Register, Register], Register]) -> Register:
     """x of all lanes combined, in all lanes."""
     for distance in (1, 2, 4, 8, 16):
         x = combine(x, w.shuffle(x, at.lane ^ distance))

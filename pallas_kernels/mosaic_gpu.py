@@ -68,7 +68,9 @@ def kernel_call(
         interpret: run as numpy, anywhere.
     """
     if interpret:
-        return _interpret(body, *arguments, out_shape=out_shape, blocks=blocks, warps=warps, shared_bytes=shared_bytes, dtype=dtype)
+        return _interpret(
+            body, *arguments, out_shape=out_shape, blocks=blocks, warps=warps, shared_bytes=shared_bytes, dtype=dtype
+        )
     count = len(arguments) + len(out_shape)
 
     def kernel(*refs: Any) -> None:

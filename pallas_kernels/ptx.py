@@ -104,6 +104,8 @@ class Warp:
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = "bf16" if dtype == jnp.bfloat16 else "f16"
+        # grids have one dimension, which the assembler cannot know: see `shift_if_empty`
+        self._one = self._pure("mov.u32 $0, %nctaid.y;", [])
 
     # Numbers and where we are
 
@@ -187,12 +189,16 @@ class Warp:
         def source(q: int, i: int) -> int:
             return place[q, i] if (q, i) in place else last[q]
 
-        code = "".join(f" @p mov.b32 ${source(q, i)}, ${source(q, i + 1)};" for q, i in moved)
-        constraints = ["=r"] * n + ["r"] * len(queues) + [str(k) for k in range(n)]
-        arguments = [queue[-1] for queue in queues] + [queues[q][i] for q, i in moved]
-        results = self._asm(
-            f"{{ .reg .pred p; setp.eq.u32 p, $0, 0;{code} }}", constraints, [_u32()] * n, arguments, effects=False
-        )
+        # moves, written as products with 1: as such they would become selections, which take turns with the other
+        # instructions of a walk through bits, while multipliers are idle
+        one = n + len(queues)
+        code = "".join(f" @p mad.lo.u32 ${source(q, i)}, ${source(q, i + 1)}, ${one}, 0;" for q, i in moved)
+        constraints = ["r"] * (len(queues) + 1) + [
+            str(k) for k in range(n)
+        ]  # a digit: the same register as that result
+        arguments = [queue[-1] for queue in queues] + [self._one] + [queues[q][i] for q, i in moved]
+        code = f"{{ .reg .pred p; setp.eq.u32 p, $0, 0;{code} }}"
+        results = self._asm(code, ["r"] * n, constraints, arguments, effects=False)
         return [[results[place[q, i]] for i in range(len(queue) - 1)] + [queue[-1]] for q, queue in enumerate(queues)]
 
     # The other lanes, and the other warps
@@ -302,9 +308,10 @@ class Warp:
         otherwise: Callable[[list[Register]], Sequence[Register]] = lambda carry: carry,
     ) -> list[Register]:
         """then(carry) where a predicate holds, else otherwise(carry)."""
-        operation = scf.IfOp(where.value, [x.value.type for x in carry], hasElse=True)
-        for block, function in ((operation.then_block, then), (operation.else_block, otherwise)):
-            with ir.InsertionPoint(block):
+        operation = scf.IfOp(where.value, [x.value.type for x in carry])
+        operation.regions[1].blocks.append()  # versions of jax spell the argument for an else block differently
+        for region, function in zip(operation.regions, (then, otherwise), strict=True):
+            with ir.InsertionPoint(region.blocks[0]):
                 scf.yield_([x.value for x in function(list(carry))])
         return [Register(x) for x in operation.results]
 
@@ -312,36 +319,31 @@ class Warp:
 
     def _pure(self, code: str, arguments: list[Register], result: str = "r") -> Register:
         """An instruction of one result that nothing but its operands decides."""
-        constraints = [f"={result}", *(_letter(x.value) for x in arguments)]
-        return self._asm(code, constraints, [_type(result)], arguments, effects=False)[0]
+        return self._asm(code, [result], None, arguments, effects=False)[0]
 
     def _effect(self, code: str, arguments: Sequence[Any], results: list[str]) -> list[Register]:
         """An instruction that reads or writes memory, or waits for others: kept in order with its like."""
-        values = [x.value if isinstance(x, Register) else x for x in arguments]
-        constraints = [f"={r}" for r in results] + [_letter(x) for x in values]
-        return self._asm(code, constraints, [_type(r) for r in results], values, effects=True)
+        return self._asm(code, results, None, arguments, effects=True)
 
     def _asm(
-        self, code: str, constraints: list[str], types: list[ir.Type], arguments: Sequence[Any], *, effects: bool
+        self, code: str, results: list[str], constraints: list[str] | None, arguments: Sequence[Any], *, effects: bool
     ) -> list[Register]:
+        """Inline assembly; results and constraints (of the arguments; by their types if None) are letters: r, f."""
         values = [x.value if isinstance(x, Register) else x for x in arguments]
-        text = ",".join(constraints)
-        if not types:
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), values, code, text, has_side_effects=effects)
-            return []
-        if len(types) == 1:
-            return [Register(llvm.inline_asm(types[0], values, code, text, has_side_effects=effects))]
-        struct = llvm.StructType.get_literal(types)
-        result = llvm.inline_asm(struct, values, code, text, has_side_effects=effects)
-        return [Register(llvm.extractvalue(t, result, [i])) for i, t in enumerate(types)]
+        text = ",".join([f"={r}" for r in results] + (constraints or [_letter(x) for x in values]))
+        types = [ir.F32Type.get() if r == "f" else _u32() for r in results]
+        if len(types) > 1:
+            struct = llvm.StructType.get_literal(types)
+            result = llvm.inline_asm(struct, values, code, text, has_side_effects=effects)
+            return [Register(llvm.extractvalue(t, result, [i])) for i, t in enumerate(types)]
+        result = llvm.inline_asm(
+            types[0] if types else ir.Type.parse("!llvm.void"), values, code, text, has_side_effects=effects
+        )
+        return [Register(result)] if types else []
 
 
 def _u32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
-
-
-def _type(letter: str) -> ir.Type:
-    return ir.F32Type.get() if letter == "f" else _u32()
 
 
 def _letter(x: ir.Value) -> str:

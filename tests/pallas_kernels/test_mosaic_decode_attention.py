@@ -1,0 +1,167 @@
+"""Decode attention through Mosaic GPU against attention on the pruned tensors in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mustafar_jax.pallas_kernels import mosaic_decode_attention as kernels
+from mustafar_jax.pallas_kernels.launch import MosaicParams
+from mustafar_jax.pallas_kernels.rows import Packed
+from tests.helpers import bits, rms_error_ratio
+from tests.pallas_kernels.data import TOLERANCE, attend, mask_like, pack_rows, poison, rows_of
+from tests.pallas_kernels.lowering import lower_for_cuda
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+WHERE = [
+    pytest.param(True, id="interpret"),
+    pytest.param(False, marks=pytest.mark.gpu, id="device"),
+]
+
+
+def run(query, key, value, first, last, *, params=MosaicParams(splits=2, warps=4), interpret, times=1):
+    first, last = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
+    compiled = jax.jit(
+        functools.partial(kernels.decode_attention, scale=query.shape[-1] ** -0.5, params=params, interpret=interpret)
+    )
+    results = [jax.block_until_ready(compiled(query, key, value, first, last)) for _ in range(times)]
+    return results[0] if times == 1 else results
+
+
+def check(actual, expected, dtype):
+    out, m, l = actual  # noqa: E741
+    wanted_out, wanted_m, wanted_l = expected
+    seen = np.asarray(wanted_l) > 0
+    assert np.all(np.asarray(l)[~seen] == 0)
+    assert np.all(np.asarray(out)[~seen] == 0)
+    normalised, wanted = (
+        np.asarray(o)[seen] / np.asarray(n)[seen][:, None] for o, n in ((out, l), (wanted_out, wanted_l))
+    )
+    assert rms_error_ratio(normalised, wanted) < TOLERANCE[jnp.dtype(dtype)]
+    np.testing.assert_allclose(np.asarray(m)[seen], np.asarray(wanted_m)[seen], rtol=1e-4, atol=1e-4)
+
+
+# (batch, kv heads, query heads per KV head, rows, head_dim, k_sparsity, v_sparsity, dtype, mask)
+CASES = [
+    (2, 1, 1, 160, 128, 0.7, 0.7, BF16, "magnitude"),
+    (1, 2, 4, 288, 64, 0.7, 0.5, F16, "magnitude"),
+    (1, 1, 3, 96, 128, 0.7, 0.9, BF16, "skewed"),
+    (1, 1, 16, 160, 64, 0.5, 0.5, F16, "unequal"),
+    (1, 1, 8, 96, 128, 0.5, 0.7, F16, "unequal"),
+    (1, 2, 2, 64, 128, 0.72, 0.96, F16, "magnitude"),
+]
+
+
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(getattr(x, "__name__", str(x)) for x in case))
+def test_agrees_with_dense_attention(case, interpret):
+    batch, kv_heads, group, rows, head_dim, k_sparsity, v_sparsity, dtype, kind = case
+    rng = np.random.default_rng(1)
+    query = jnp.asarray(rng.standard_normal((batch, kv_heads, group, head_dim)), dtype)
+    shape = (batch, kv_heads, rows, head_dim)
+    key, dense_key = rows_of(rng, shape, dtype, k_sparsity, kind)
+    value, dense_value = rows_of(rng, shape, dtype, v_sparsity, kind)
+    first, last = jnp.zeros(batch, jnp.int32), jnp.full(batch, rows, jnp.int32)
+    actual, again = run(query, key, value, first, last, interpret=interpret, times=2)
+    check(actual, attend(query, dense_key, dense_value, first, last, head_dim**-0.5), dtype)
+    for one, other in zip(actual, again, strict=True):
+        np.testing.assert_array_equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize("params", [MosaicParams(1, 4), MosaicParams(3, 4), MosaicParams(2, 8)])
+def test_rows_outside_the_range_have_no_effect(params, interpret):
+    rng = np.random.default_rng(2)
+    first, last = np.array([0, 0, 130, 40, 7]), np.array([0, 63, 200, 41, 7])
+    query = jnp.asarray(rng.standard_normal((5, 1, 2, 64)), BF16)
+    (key, dense_key), (value, dense_value) = (rows_of(rng, (5, 1, 288, 64), BF16, s) for s in (0.7, 0.5))
+    row = np.arange(288)
+    outside = (row < first[:, None]) | (row >= last[:, None])
+    actual = run(query, poison(key, outside), poison(value, outside), first, last, params=params, interpret=interpret)
+    expected = attend(query, dense_key, dense_value, jnp.asarray(first), jnp.asarray(last), 64**-0.5)
+    check(actual, expected, BF16)
+
+
+def boundary_masks(rng, rows, slots):
+    """Rows of 4 words on and beside the edges of what the fast way takes for granted."""
+    guess = kernels.Guess.of(slots, 4)
+    masks = np.zeros((rows, 128), bool)
+    for row in masks:
+        outer = rng.choice([guess.least - 1, guess.least, guess.most - 1, guess.most, guess.most + 1, slots // 4])
+        inner = rng.choice([1, max(guess.pair - outer, 0), max(guess.pair - outer - 1, 0), slots // 4])
+        counts = [outer, inner, slots // 4]
+        counts = np.minimum([*counts, max(0, slots - sum(counts))], 32)
+        counts[2] += slots - counts.sum()
+        for word, count in enumerate(np.clip(counts[:: rng.choice([-1, 1])], 0, 32)):
+            row[32 * word + rng.permutation(32)[:count]] = True
+    return masks
+
+
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize("slots", [20, 40, 64])
+def test_masks_on_the_edge_of_the_fast_way(slots, interpret):
+    rng = np.random.default_rng(slots)
+    shape = (1, 1, 32 * 24, 128)
+    # a unit takes the fast way only if all of its rows may: the same mask for all rows of most units
+    masks = np.repeat(boundary_masks(rng, 24, slots), 32, axis=0)[None, None]
+    key, value = (jnp.asarray(rng.standard_normal(shape), F16) for _ in range(2))
+    query = jnp.asarray(rng.standard_normal((1, 1, 1, 128)), F16)
+    (key, dense_key), (value, dense_value) = (pack_rows(x, masks) for x in (key, value))
+    first, last = jnp.zeros(1, jnp.int32), jnp.full(1, shape[2], jnp.int32)
+    actual = run(query, key, value, first, last, interpret=interpret)
+    check(actual, attend(query, dense_key, dense_value, first, last, 128**-0.5), F16)
+
+
+def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
+    """Argument shapes; 0 slots: dense."""
+
+    def rows_spec(slots):
+        if slots == 0:
+            return jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim), dtype)
+        chunk = 8 if slots % 8 == 0 else 4
+        values = (batch, kv_heads, rows // 32, slots // chunk, 32, chunk)
+        bitmap = jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim // 32), jnp.uint32)
+        return Packed(bitmap, jax.ShapeDtypeStruct(values, dtype))
+
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    query = jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype)
+    return query, rows_spec(k_slots), rows_spec(v_slots), lengths, lengths
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 2, 1, 4096, 128, 40, 40, BF16),
+        (1, 2, 4, 1024, 128, 64, 40, F16),
+        (1, 1, 16, 160, 64, 20, 32, BF16),
+        (1, 1, 7, 160, 128, 128, 36, BF16),
+        (1, 1, 1, 32, 128, 4, 4, BF16),
+    ],
+)
+def test_lowers_for_cuda(sizes):
+    call = functools.partial(kernels.decode_attention, scale=0.1)
+    assert "mosaic_gpu" in lower_for_cuda(call, *specs(*sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 1, 1, 64, 128, 40, 40, jnp.float32), "float32"),
+        ((1, 1, 1, 64, 96, 40, 40, BF16), "head_dim=96"),
+        ((1, 1, 17, 64, 128, 40, 40, BF16), "16 query heads"),
+        ((1, 1, 1, 64, 128, 0, 40, BF16), "dense rows"),
+        ((1, 1, 1, 64, 128, 40, 0, BF16), "dense rows"),
+    ],
+)
+def test_says_what_it_cannot_run(sizes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(functools.partial(kernels.decode_attention, scale=0.1), *specs(*sizes))
+
+
+def test_refuses_to_lower_for_the_cpu():
+    call = jax.jit(functools.partial(kernels.decode_attention, scale=0.1))
+    traced = call.trace(*specs(1, 1, 1, 64, 128, 40, 40, BF16))
+    with pytest.raises(NotImplementedError, match="CUDA"):
+        traced.lower(lowering_platforms=("cpu",))
