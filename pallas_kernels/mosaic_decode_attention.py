@@ -70,13 +70,22 @@ def decode_attention(
     mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
     if mean is not None:
         raise NotImplementedError("the Mosaic GPU kernels do not add a mean key back")
-    packed = [_check_rows(rows, query.dtype) for rows in (key, value)]
+    key, value = (_check_rows(rows, query.dtype) for rows in (key, value))
     heads, rows = batch * kv_heads, row_count(key)
-    slots = [x.values.shape[-3] * x.values.shape[-1] for x in packed]
     params = params or launch.mosaic_params(heads=heads, rows=rows, group=group)
-    plan = Plan(head_dim, group, kv_heads, rows, *slots, params.splits, params.warps, scale * math.log2(math.e))
+    plan = Plan(
+        head_dim=head_dim,
+        group=group,
+        kv_heads=kv_heads,
+        rows=rows,
+        key_slots=_slots(key),
+        value_slots=_slots(value),
+        splits=params.splits,
+        warps=params.warps,
+        scale=scale * math.log2(math.e),
+    )
     arrays = [jnp.clip(jnp.stack([first, last], axis=1), 0, rows).astype(jnp.int32), query]
-    arrays += [array for x in packed for array in x]
+    arrays += [*key, *value]
     shapes = [(head_dim,), (), ()]
     out, m, l = mosaic_gpu.kernel_call(  # noqa: E741
         functools.partial(attend_split, plan=plan),
@@ -99,6 +108,10 @@ def _check_rows(rows: Rows, dtype: Any) -> Packed:
     if rows.values.dtype != dtype:
         raise NotImplementedError(f"the Mosaic GPU kernels take one dtype; got {dtype} and rows of {rows.values.dtype}")
     return rows
+
+
+def _slots(rows: Packed) -> int:
+    return rows.values.shape[-3] * rows.values.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +209,7 @@ class State:
     """
 
     m: list[Register]
-    l: list[Register]
+    l: list[Register]  # noqa: E741
     out: list[list[list[Register]]]
 
     def flat(self) -> list[Register]:
@@ -217,11 +230,11 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     refs: range int32 [B, 2], query [B, K, G, H], bitmap and values of keys, of values; out [heads, splits, G, H], m and
     l [heads, splits, G].
     """
-    ranges, query, *rows, out, m, l = refs  # noqa: E741
+    ranges, query, key_bitmap, key_values, value_bitmap, value_values, out, m, l = refs  # noqa: E741
     block = w.block()
     head, split = block // plan.splits, block % plan.splits
-    key = Source(w, *rows[:2], head, plan.key_slots, plan)
-    value = Source(w, *rows[2:], head, plan.value_slots, plan)
+    key = Source(w, key_bitmap, key_values, head, plan.key_slots, plan)
+    value = Source(w, value_bitmap, value_values, head, plan.value_slots, plan)
     first, last = w.load(w.row(ranges, head // plan.kv_heads, 8), w.integer(0), 2)
     begin = split * plan.units_per_split
     end = _smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)

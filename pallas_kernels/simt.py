@@ -4,7 +4,9 @@ Warps are threads that meet at barriers, lanes are elements of arrays of 32. A m
 error: an access outside of its memory or unaligned, a branch whose condition differs between lanes. Every word of
 shared memory starts as NaN.
 """
+# ruff: noqa: D102  (the methods are described in ptx.Warp)
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +29,8 @@ class Block:
 def run(body: Callable[["Warp"], None], *, blocks: int, warps: int, shared_bytes: int, dtype: Any) -> None:
     """Run a kernel's blocks one after the other; an error in a warp is raised."""
     for number in range(blocks):
-        block, errors = Block(warps, shared_bytes), []
+        block = Block(warps, shared_bytes)
+        errors: list[BaseException] = []
 
         def work(warp: int, number: int = number, block: Block = block, errors: list[BaseException] = errors) -> None:
             try:
@@ -110,7 +113,7 @@ class Warp:
 
     def shift_if_empty(self, queues: Sequence[Sequence[Register]]) -> list[list[Register]]:
         empty = queues[0][0] == 0
-        return [[*(np.where(empty, b, a) for a, b in zip(q, q[1:], strict=False)), q[-1]] for q in queues]
+        return [[*(np.where(empty, b, a) for a, b in itertools.pairwise(q)), q[-1]] for q in queues]
 
     def shuffle(self, x: Register, source: Register) -> Register:
         return x[source & 31]

@@ -11,17 +11,18 @@ from mustafar_jax.pallas_kernels import mosaic_decode_attention as kernels
 from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.rows import Packed
 from tests.helpers import bits, rms_error_ratio
-from tests.pallas_kernels.data import TOLERANCE, attend, mask_like, pack_rows, poison, rows_of
+from tests.pallas_kernels.data import TOLERANCE, attend, pack_rows, poison, rows_of
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 BF16, F16 = jnp.bfloat16, jnp.float16
+TWO_SPLITS = MosaicParams(splits=2, warps=4)
 WHERE = [
     pytest.param(True, id="interpret"),
     pytest.param(False, marks=pytest.mark.gpu, id="device"),
 ]
 
 
-def run(query, key, value, first, last, *, params=MosaicParams(splits=2, warps=4), interpret, times=1):
+def run(query, key, value, first, last, *, params=TWO_SPLITS, interpret, times=1):
     first, last = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
     compiled = jax.jit(
         functools.partial(kernels.decode_attention, scale=query.shape[-1] ** -0.5, params=params, interpret=interpret)
