@@ -41,13 +41,16 @@ class MosaicParams:
     warps: int = 4
 
 
-def mosaic_params(*, heads: int, rows: int, group: int) -> MosaicParams:
+BLOCKS_AT_ONCE = 132 * 2
+"""Blocks of `MosaicParams.warps` warps that a Hopper GPU holds: one wave of them, since each starts and ends slowly."""
+
+
+def mosaic_params(*, heads: int, rows: int) -> MosaicParams:
     """Launch parameters from static shapes alone.
 
     Args:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
-        group: query heads per KV head.
     """
     units = max(1, rows // 32)
-    return MosaicParams(splits=max(1, min(units // 4, 132 * 4 * 2 // heads)))
+    return MosaicParams(splits=max(1, min(units // 4, BLOCKS_AT_ONCE // heads)))

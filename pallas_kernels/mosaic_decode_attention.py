@@ -25,6 +25,8 @@ TOKENS = 32
 """Tokens of a unit, one per lane."""
 _ROW = 4 * TOKENS
 """Bytes of a pair of channels in a tile: a word for each token."""
+_SLACK = 8.0
+"""How far scores, to base 2, may exceed the one that weights are relative to, before all sums are rescaled."""
 _LOWEST = float(np.finfo(np.float32).min)
 
 Warp = Any
@@ -57,8 +59,8 @@ def decode_attention(
         interpret: run as numpy, anywhere.
 
     Returns:
-        Float32 (out [B, K, G, H], m [B, K, G], l [B, K, G]): unnormalised sums, the largest score so far seen by a
-        warp (the lowest float32 where nothing was visible) and the sum of exp(score - m).
+        Float32 (out [B, K, G, H], m [B, K, G], l [B, K, G]): unnormalised sums, a score that is among the largest (the
+        lowest float32 where nothing was visible) and the sum of exp(score - m).
 
     Raises:
         NotImplementedError: see `mosaic_gpu.check_supported`; also for dense rows, for centred keys, and for rows of
@@ -72,7 +74,7 @@ def decode_attention(
         raise NotImplementedError("the Mosaic GPU kernels do not add a mean key back")
     key, value = (_check_rows(rows, query.dtype) for rows in (key, value))
     heads, rows = batch * kv_heads, row_count(key)
-    params = params or launch.mosaic_params(heads=heads, rows=rows, group=group)
+    params = params or launch.mosaic_params(heads=heads, rows=rows)
     plan = Plan(
         head_dim=head_dim,
         group=group,
@@ -84,8 +86,7 @@ def decode_attention(
         warps=params.warps,
         scale=scale * math.log2(math.e),
     )
-    arrays = [jnp.clip(jnp.stack([first, last], axis=1), 0, rows).astype(jnp.int32), query]
-    arrays += [*key, *value]
+    arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *key, *value]
     shapes = [(head_dim,), (), ()]
     out, m, l = mosaic_gpu.kernel_call(  # noqa: E741
         functools.partial(attend_split, plan=plan),
@@ -185,9 +186,10 @@ class Places:
     g: Register
     t: Register
 
-    def set_of_heads(self, n: int) -> Register:
-        """Whether this lane holds the queries of heads 2 n and 2 n + 1 of an octet: see `load_query`."""
-        return ((self.t + 4 - (self.g >> 1)) & 3) == n
+    @property
+    def pair_of_heads(self) -> Register:
+        """N where this lane holds queries of heads 2 n and 2 n + 1 of an octet: see `load_query`."""
+        return (self.t + 4 - (self.g >> 1)) & 3
 
     @staticmethod
     def of(w: Warp, shared: Register, plan: Plan) -> "Places":
@@ -203,7 +205,7 @@ class State:
     """Softmax so far, in registers.
 
     Attributes:
-        m: the largest score of each head, the same in all lanes.
+        m: a score of each head, the same in all lanes, that none so far exceeds by more than `_SLACK`.
         l: this lane's sum of weights of each head.
         out: sums [pairs / 8][octets][4], a product's accumulators: see `add_values`.
     """
@@ -227,19 +229,22 @@ class State:
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """One split of one KV head: a block, whose warps take every `warps`-th unit.
 
-    refs: range int32 [B, 2], query [B, K, G, H], bitmap and values of keys, of values; out [heads, splits, G, H], m and
+    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values; out [heads, splits, G, H], m and
     l [heads, splits, G].
     """
-    ranges, query, key_bitmap, key_values, value_bitmap, value_values, out, m, l = refs  # noqa: E741
+    firsts, lasts, query, key_bitmap, key_values, value_bitmap, value_values, out, m, l = refs  # noqa: E741
     block = w.block()
     head, split = block // plan.splits, block % plan.splits
     key = Source(w, key_bitmap, key_values, head, plan.key_slots, plan)
     value = Source(w, value_bitmap, value_values, head, plan.value_slots, plan)
-    first, last = w.load(w.row(ranges, head // plan.kv_heads, 8), w.integer(0), 2)
+    first, last = (w.load(x, (head // plan.kv_heads) << 2, 1)[0] for x in (firsts, lasts))
+    last = _smaller(w, last, w.integer(plan.rows))
     begin = split * plan.units_per_split
     end = _smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)
     begin = _larger(w, begin, first >> 5) + w.warp()
     at = Places.of(w, shared, plan)
+    # in flight while the rest is made ready
+    loaded = [x for source in (key, value) for x in source.load(w, begin, at, begin < end)]
     fragments = load_query(w, query, head, at, plan)
     clear_tile(w, at, plan)
     state = State(
@@ -267,9 +272,7 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
         w.sync_warp()
         return [*next_key, *next_value, *state.flat()]
 
-    ahead = begin < end
-    start = [*key.load(w, begin, at, ahead), *value.load(w, begin, at, ahead), *state.flat()]
-    carry = w.loop(begin, end, plan.warps, start, attend_unit)
+    carry = w.loop(begin, end, plan.warps, [*loaded, *state.flat()], attend_unit)
     state = State.from_flat(carry[key.registers + value.registers :], plan)
     publish(w, state, at, plan)
     w.sync_block()
@@ -326,28 +329,19 @@ def load_query(w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> l
     Lane (g, t) holds head g % 2 of heads 2 n, 2 n + 1 with n = (t - g / 2) % 4, at pairs 8 step + t and 8 step + 4 + t.
     """
     row = w.row(query, head, plan.group * plan.head_dim * 2)
-    pair_of_heads = (at.t + 4 - (at.g >> 1)) & 3  # as `Places.set_of_heads`
+    odd = (at.t & 1) > 0
     fragments = []
     for octet in range(plan.octets):
-        number = pair_of_heads * 2 + (at.g & 1) + 8 * octet
+        number = at.pair_of_heads * 2 + (at.g & 1) + 8 * octet
         there = number < plan.group
-        steps = []
-        for step in range(plan.pairs // 8):
-            words = []
-            for half in range(2):
-                pair = at.t + (8 * step + 4 * half)
-                low = load_half(w, row, number * plan.head_dim + pair, there)
-                high = load_half(w, row, number * plan.head_dim + pair + plan.pairs, there)
-                words.append(w.select(there, low | high << 16, w.integer(0)))
-            steps.append(words)
-        fragments.append(steps)
+        start = number * (plan.head_dim * 2) + ((at.t >> 1) << 2)
+        words = []
+        for pair in range(0, plan.pairs, 4):  # channels pair + t and pair + t + pairs, each with a neighbour
+            low, high = (w.load(row, start, 1, 2 * (pair + i * plan.pairs), where=there)[0] for i in range(2))
+            word = w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0))
+            words.append(w.select(there, word, w.integer(0)))
+        fragments.append([words[i : i + 2] for i in range(0, len(words), 2)])
     return fragments
-
-
-def load_half(w: Warp, ref: Any, index: Register, where: Register) -> Register:
-    """Element `index` of 16 bits, in the low half."""
-    [word] = w.load(ref, (index >> 1) << 2, 1, where=where)
-    return (word >> ((index & 1) << 4)) & 0xFFFF
 
 
 def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
@@ -527,7 +521,9 @@ def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, pl
                 for start in starts:
                     w.store_shared(read, zeros, start)
             for n in range(len(heads)):
-                columns = operand if len(heads) == 1 else [w.select(at.set_of_heads(n), x, zeros[0]) for x in operand]
+                columns = (
+                    operand if len(heads) == 1 else [w.select(at.pair_of_heads == n, x, zeros[0]) for x in operand]
+                )
                 even[n] = w.multiply_add([low[0], low[1], high[0], high[1]], columns, even[n])
                 odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
         for n, head in enumerate(heads):
@@ -546,7 +542,7 @@ def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None
         parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * _ROW)[0]) for j in range(4)]
         score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * plan.scale
         scores.append(w.select(seen, score, w.number(-math.inf)))
-    larger = functools.reduce(lambda a, b: a | b, [s > m for s, m in zip(scores, state.m, strict=True)])
+    larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(scores, state.m, strict=True)])
 
     def rescale(carry: list[Register]) -> list[Register]:
         old = State.from_flat(carry, plan)
