@@ -229,8 +229,8 @@ class State:
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """One split of one KV head: a block, whose warps take every `warps`-th unit.
 
-    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values; out [heads, splits, G, H], m and
-    l [heads, splits, G].
+    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values; out [heads, splits, G, H],
+    m and l [heads, splits, G].
     """
     firsts, lasts, query, key_bitmap, key_values, value_bitmap, value_values, out, m, l = refs  # noqa: E741
     block = w.block()
@@ -356,46 +356,53 @@ def scatter(w: Warp, entries: Entries, seen: Register, at: Places, plan: Plan) -
     """Store the entries of the tokens that are seen in the empty tile.
 
     The word of pair p and token t stands at byte (32 p + t) * 4 of the tile, so a lane has a bank of its own and no
-    two stores meet. The fast way needs rows as magnitude pruning leaves them; one row that is not sends its unit the
-    general way.
+    two stores meet. There are three ways, of which a unit takes the first that suits all of its rows: rows with their
+    entries spread as in most rows; full rows; any rows.
     """
     words = [w.select(seen, x, w.integer(0)) for x in entries.words]
     column = at.tile + (at.lane << 2)
-    # the words' first channels, as places in the tile
-    places = [column + 32 * i % plan.pairs * _ROW + 32 * i // plan.pairs * 2 for i in range(plan.words)]
+    # of the words' first channels
+    places = [column + (32 * i % plan.pairs * _ROW + 32 * i // plan.pairs * 2) for i in range(plan.words)]
     slots = 2 * len(entries.values)
     guess = Guess.of(slots, plan.words)
+    counts = [w.count_bits(x) for x in words]
+    total = functools.reduce(lambda a, b: a + b, counts)
 
-    def fast(carry: list[Register]) -> list[Register]:
+    def usual(_: list[Register]) -> list[Register]:
         scatter_from_both_ends(w, words, places, entries.values, guess)
-        return carry
+        return []
 
-    def general(carry: list[Register]) -> list[Register]:
-        scatter_upwards(w, words, places, entries.values)
-        return carry
+    def full(_: list[Register]) -> list[Register]:
+        scatter_from_both_ends(w, words, places, entries.values, None)
+        return []
 
-    w.branch(guess.fails(w, words), [], general, fast)
+    def any_rows(_: list[Register]) -> list[Register]:
+        scatter_upwards(w, words, places, entries.values, total)
+        return []
+
+    def unusual(_: list[Register]) -> list[Register]:
+        return w.branch(w.any(total < slots), [], any_rows, full)
+
+    w.branch(w.any((total < slots) | guess.fails(words, counts)), [], unusual, usual)
 
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """What the fast way takes for granted of a row. Static.
+    """How a full row's entries are spread over its words, if it is a usual one. Static.
 
     Attributes:
-        slots: entries it holds.
         least: entries in its first word, and in its last, at least.
         most: the same, at most.
         pair: entries in its first two words together, and in its last two, at least.
     """
 
-    slots: int
     least: int
     most: int
     pair: int
 
     @staticmethod
     def of(slots: int, words: int) -> "Guess":
-        """So that a row with its entries at random places fails once in a thousand times."""
+        """So that of rows with their entries at random places less than one in a thousand is not so."""
 
         def spread(n: int) -> tuple[float, float]:
             """Mean and 3.5 standard deviations of the entries in n words."""
@@ -407,33 +414,47 @@ class Guess:
         (one, margin), (two, margin_of_two) = spread(1), spread(min(2, words))
         half = slots // 2
         least, most = max(1, math.floor(one - margin)), min(half, math.ceil(one + margin))
-        return Guess(slots, min(least, half), most, max(1, math.floor(two - margin_of_two)))
+        return Guess(min(least, half), most, max(1, math.floor(two - margin_of_two)))
 
-    def fails(self, w: Warp, words: list[Register]) -> Register:
-        """Whether any lane's row is not so. No word may be empty, and half of the slots must lie in three words."""
-        counts = [w.count_bits(x) for x in words]
-        total = functools.reduce(lambda a, b: a + b, counts)
-        wrong = [counts[0] < self.least, counts[-1] < self.least, total < self.slots]
+    def fails(self, words: list[Register], counts: list[Register]) -> Register:
+        """Whether a full row is not so, or has an empty word, or less than half of its entries in any three words."""
+        wrong = [counts[0] < self.least, counts[-1] < self.least]
         if len(words) > 2:
             wrong += [x == 0 for x in words[1:-1]]
             wrong += [counts[0] + counts[1] < self.pair, counts[2] + counts[3] < self.pair]
             wrong += [counts[0] > self.most, counts[-1] > self.most]
-        return w.any(functools.reduce(lambda a, b: a | b, wrong))
+        return functools.reduce(lambda a, b: a | b, wrong)
 
 
 def scatter_from_both_ends(
-    w: Warp, words: list[Register], places: list[Register], values: list[Register], guess: Guess
+    w: Warp, words: list[Register], places: list[Register], values: list[Register], guess: Guess | None
 ) -> None:
-    """The fast way: half of the entries from channel 0 up, half from the last one down, two chains at a time."""
-    top = WORD - 1
-    up = Chain([w.reverse_bits(x) for x in words[:3]], [x + top * _ROW for x in places[:3]], -_ROW)
-    down = Chain(words[:-4:-1], places[:-4:-1], _ROW)
-    half = guess.slots // 2
+    """Full rows: half of the entries from channel 0 up, half from the last one down, two chains at a time."""
+    slots = 2 * len(values)
+    up = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * _ROW for x in places], -_ROW)
+    down = Chain(words[::-1], places[::-1], _ROW)
+    for chain in (up, down):
+        if guess is None:
+            chain.skip_empty(w)
+        else:
+            chain.keep(3)  # half of the entries reach no further
+    half = slots // 2
     for taken in range(half):
-        for chain, slot in ((up, taken), (down, guess.slots - 1 - taken)):
+        for chain, slot in ((up, taken), (down, slots - 1 - taken)):
             w.store_shared_half(chain.take(w), values[slot // 2], slot % 2)
             if taken + 1 < half:
                 chain.advance(w, taken + 1, guess)
+
+
+def scatter_upwards(
+    w: Warp, words: list[Register], places: list[Register], values: list[Register], total: Register
+) -> None:
+    """Any rows: their entries, `total` of them, in order from channel 0 up."""
+    chain = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * _ROW for x in places], -_ROW)
+    chain.skip_empty(w)
+    for slot in range(2 * len(values)):
+        w.store_shared_half(chain.take(w), values[slot // 2], slot % 2, where=total > slot)
+        chain.next_word(w)
 
 
 class Chain:
@@ -454,6 +475,16 @@ class Chain:
         self.words[0] = w.clear_bit(self.words[0], bit)
         return self.places[0] + bit * (self.stride % 2**32)
 
+    def keep(self, count: int) -> None:
+        """Forget all words but the first ones."""
+        self.words, self.places = self.words[:count], self.places[:count]
+
+    def skip_empty(self, w: Warp) -> None:
+        """Move empty words behind the others; what stands there then is never taken."""
+        for begin in reversed(range(len(self.words) - 1)):
+            words, places = w.shift_if_empty([self.words[begin:], self.places[begin:]])
+            self.words[begin:], self.places[begin:] = words, places
+
     def next_word(self, w: Warp, *, among: int | None = None, drop: bool = False) -> None:
         """Where the first word is used up, move the others one place ahead.
 
@@ -467,12 +498,15 @@ class Chain:
         for i, word, place in zip(chosen, words, places, strict=True):
             self.words[i], self.places[i] = word, place
 
-    def advance(self, w: Warp, taken: int, guess: Guess) -> None:
+    def advance(self, w: Warp, taken: int, guess: Guess | None) -> None:
         """Go on to the next word where this one is used up, with as few instructions as the guess allows.
 
         Until `guess.pair` entries are taken the second word lasts; after `guess.most` the first one is behind. Between
         the two, the words' second register is the word to come, whichever that is.
         """
+        if guess is None:
+            self.next_word(w)
+            return
         before_third, past_first = len(self.words) == 2 or taken < guess.pair, taken > guess.most
         if taken < guess.least or (before_third and past_first):
             return
@@ -484,20 +518,6 @@ class Chain:
             for queue in (self.words, self.places):
                 queue[1] = w.select(moved, queue[2], queue[1])
         self.next_word(w)
-
-
-def scatter_upwards(w: Warp, words: list[Register], places: list[Register], values: list[Register]) -> None:
-    """The general way: any row, its entries in order from channel 0 up."""
-    words = [w.reverse_bits(x) for x in words] + [w.integer(0)]
-    places = [x + (WORD - 1) * _ROW for x in places]
-    places.append(places[-1])
-    for begin in reversed(range(len(words) - 2)):  # move empty words behind the others
-        words[begin:], places[begin:] = w.shift_if_empty([words[begin:], places[begin:]])
-    chain = Chain(words, places, -_ROW)
-    for slot in range(2 * len(values)):
-        there = chain.words[0] > 0
-        w.store_shared_half(chain.take(w), values[slot // 2], slot % 2, where=there)
-        chain.next_word(w)
 
 
 def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, plan: Plan) -> None:
