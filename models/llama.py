@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import Implementation, decode_attention, prefill_attention
@@ -23,6 +24,9 @@ from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.rope import rotate
+
+FEED_FORWARD_TOKENS = 16384
+"""Tokens of a batch of prompts that the feed-forward network, several times as wide as the rest, takes at a time."""
 
 
 class Attention(nnx.Module):
@@ -89,7 +93,7 @@ class Layer(nnx.Module):
     def __call__(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
         """Whole sequences from position 0 on, without a cache: hidden [B, S, D], lengths int32 [B] -> [B, S, D]."""
         attended, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward(hidden + attended)
+        return self._feed_forward_in_chunks(hidden + attended)
 
     def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
         """Run right-padded prompts, with dense attention, and put their keys and values into an empty cache.
@@ -103,7 +107,7 @@ class Layer(nnx.Module):
             The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
         """
         attended, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward(hidden + attended), prefill(cache, key, value, lengths)
+        return self._feed_forward_in_chunks(hidden + attended), prefill(cache, key, value, lengths)
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None
@@ -120,6 +124,21 @@ class Layer(nnx.Module):
         """
         attended, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, implementation)
         return self._feed_forward(hidden + attended), cache
+
+    def _feed_forward_in_chunks(self, hidden: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, D], some tokens at a time, each chunk in the place of its input."""
+        batch, length, _ = hidden.shape
+        chunk = min(length, max(1, FEED_FORWARD_TOKENS // batch))
+
+        def run(hidden: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+            part = lax.dynamic_slice_in_dim(hidden, start, size, axis=1)
+            return lax.dynamic_update_slice_in_dim(hidden, self._feed_forward(part), start, axis=1)
+
+        if chunk == length:
+            return self._feed_forward(hidden)
+        chunks, rest = divmod(length, chunk)
+        hidden = lax.fori_loop(0, chunks, lambda i, hidden: run(hidden, i * chunk, chunk), hidden)
+        return run(hidden, chunks * chunk, rest) if rest else hidden
 
     def _feed_forward(self, hidden: jax.Array) -> jax.Array:
         return hidden + self.mlp(self.post_attention_layernorm(hidden))

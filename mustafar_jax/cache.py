@@ -185,7 +185,8 @@ def append(cache: LayerCache, key: jax.Array, value: jax.Array) -> LayerCache:
         TypeError: another dtype than the cache's.
     """
     _check_kv(cache, key, value, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
-    return cache._append(key, value)
+    with jax.named_scope("append"):  # a profile shows it by this name
+        return cache._append(key, value)
 
 
 @_register(data_fields=["key", "value", *_COUNTS], meta_fields=_STATIC)
@@ -255,7 +256,7 @@ class PackedCache(LayerCache):
     Attributes:
         keys, values: what is held of each.
         key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
-            centred. Packed keys are what is left of a key after this mean, rotated to its position, was taken off.
+            centred. An entry that a packed key does not hold stands for this mean's, rotated to the key's position.
         inv_freq: the RoPE frequencies that rotate `key_mean`; static.
     """
 
@@ -279,9 +280,15 @@ class PackedCache(LayerCache):
         return jnp.concatenate([first, recent], axis=1)
 
     def mean_key(self, positions: jax.Array) -> jax.Array:
-        """What was taken off packed keys: the mean key rotated to positions [B, n]; float32 [B, K, n, H]."""
+        """The mean key rotated to positions [B or 1, n]; float32 [B, K, n, H]."""
         assert self.key_mean is not None
         return rotate(self.key_mean[:, :, None], positions[:, None], jnp.asarray(self.inv_freq))
+
+    def unpack_keys(self, packed: Rows, positions: jax.Array) -> jax.Array:
+        """Packed keys [B, K, n, H] at positions [B or 1, n] as attention sees them; float32 where they are centred."""
+        if self.key_mean is None or not isinstance(packed, BitmapArray):
+            return to_array(packed)
+        return jnp.where(bitmap.held(packed), bitmap.unpack(packed), self.mean_key(positions))
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
@@ -296,11 +303,9 @@ class PackedCache(LayerCache):
             tokens = jnp.take_along_axis(both, place[..., None, None], axis=1, mode="clip")
             return jnp.where(held, tokens, 0)
 
-        packed_keys = _to_array(self.keys.packed)
-        if self.key_mean is not None:
-            mean = self.mean_key(jnp.arange(packed_keys.shape[2])[None] + sinks)
-            packed_keys = (packed_keys.astype(jnp.float32) + mean).astype(self.dtype)
-        values = gather(self.values.dense, _to_array(self.values.packed))
+        positions = sinks + jnp.arange(self.keys.packed.shape[2])[None]
+        packed_keys = self.unpack_keys(self.keys.packed, positions).astype(self.dtype)
+        values = gather(self.values.dense, to_array(self.values.packed))
         return gather(self.keys.dense, packed_keys), values, self.lengths
 
     def _slot(self, position: jax.Array) -> jax.Array:
@@ -366,19 +371,23 @@ class PackedCache(LayerCache):
     def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, valid: jax.Array) -> tuple[Rows, Rows]:
         """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
         config = self.config
+        ranked = key
         if self.key_mean is not None:
-            key = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
+            ranked = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
         return (
-            _prune(key, valid, config.k_method, config.k_sparsity, rescale=False),
-            _prune(value, valid, config.v_method, config.v_sparsity, rescale=config.rescale_values),
+            _prune(key, ranked, valid, config.k_method, config.k_sparsity, rescale=False),
+            _prune(value, value, valid, config.v_method, config.v_sparsity, rescale=config.rescale_values),
         )
 
 
-def _prune(x: jax.Array, valid: jax.Array, method: str, sparsity: float, *, rescale: bool) -> Rows:
-    """Prune and pack [B, K, n, H], holding nothing of the tokens that are not valid [B, n]; as it is at sparsity 0."""
+def _prune(x: jax.Array, ranked: jax.Array, valid: jax.Array, method: str, sparsity: float, *, rescale: bool) -> Rows:
+    """Prune and pack x [B, K, n, H], keeping the entries where `ranked`, of its shape, is foremost.
+
+    Nothing is held of the tokens that are not valid [B, n]; at sparsity 0, x comes as it is.
+    """
     if sparsity == 0:
         return x
-    mask = METHODS[method](x, sparsity)
+    mask = METHODS[method](ranked, sparsity)
     x = rescale_to_norm(x, mask) if rescale else x
     return bitmap.pack(x, mask & valid[:, None, :, None], slots=keep_count(x.shape[-1], sparsity))
 
@@ -497,5 +506,6 @@ def _put(packed: Rows, update: Rows, start: jax.Array) -> Rows:
     return write_rows(packed, update, start, axis=2)
 
 
-def _to_array(packed: Rows) -> jax.Array:
+def to_array(packed: Rows) -> jax.Array:
+    """Rows as an ordinary array [B, K, S, H]."""
     return bitmap.unpack(packed) if isinstance(packed, BitmapArray) else packed

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import os
 import sys
 import time
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     """Load a model, continue a prompt, and say how fast and with how large a cache."""
     from mustafar_jax import models
+    from mustafar_jax.models import memory
 
     config, prompt = _compression(options), _prompt(options)
     with _progress() as progress:
@@ -70,19 +72,23 @@ def generate(options: argparse.Namespace) -> None:
         )
         first = next(pieces)
     rate = _print_pieces(first, pieces, flush=options.stream)
-    caches = _abstract_caches(model.config, config, tokens.shape[1] + options.max_new_tokens, dtype=model.dtype)
+    capacity = tokens.shape[1] + options.max_new_tokens
+    caches = memory.abstract_caches(model.config, config, capacity, dtype=model.dtype)
     print(_summary(rate, caches, config, model.config.head_dim), file=sys.stderr)
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print a model's shape and what its cache costs, dense and compressed."""
+    """Print a model's shape, what its cache costs, and how many sequences fit in a device, dense and compressed."""
     from mustafar_jax import models
 
     config = models.load_config(options.model)
     compression = _compression(options)
     console = Console()
     console.print(_shape_table(options.model, config))
-    console.print(_cost_table(config, compression, options.dtype or "bfloat16"))
+    dtype = options.dtype or "bfloat16"
+    console.print(_cost_table(config, compression, dtype))
+    if options.memory is not None:
+        console.print(_memory_table(config, compression, dtype, options.memory))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     shows = commands.add_parser("info", help="a model's shape and its cache's costs")
     shows.set_defaults(run=info)
     shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
+    shows.add_argument("--memory", type=parse_size, help="of a device, such as 80GB: how many sequences fit in it")
     for command, default in ((writes, "the checkpoint's"), (shows, "bfloat16")):
         command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {default} unless given")
         _add_compression(command)
@@ -200,14 +207,15 @@ def _shape_table(name: str, config: "ModelConfig") -> Table:
 
 def _cost_table(config: "ModelConfig", compression: CompressionConfig, dtype: str) -> Table:
     """Bytes of one sequence's cache, all layers, at a few context lengths."""
+    from mustafar_jax.models import memory
+
     keys, values = compression.true_sparsity(config.head_dim)
     table = Table(title=f"KV cache of one sequence, {dtype}; true sparsity {keys:.4g} (keys), {values:.4g} (values)")
     for column in ("context", "dense", "compressed", "of dense", "dense/token", "compressed/token"):
         table.add_column(column, justify="right")
-    lengths = {length for length in CONTEXTS if length < config.max_position_embeddings}
-    for length in sorted(lengths | {config.max_position_embeddings}):
+    for length in _contexts(config):
         dense, held = (
-            sum(cache.nbytes for cache in _abstract_caches(config, how, length, dtype=dtype))
+            sum(cache.nbytes for cache in memory.abstract_caches(config, how, length, dtype=dtype))
             for how in (DENSE, compression)
         )
         per_token = (_bytes(dense / length), _bytes(held / length))
@@ -215,24 +223,42 @@ def _cost_table(config: "ModelConfig", compression: CompressionConfig, dtype: st
     return table
 
 
-def _abstract_caches(
-    config: "ModelConfig", compression: CompressionConfig, capacity: int, *, dtype: Any
-) -> list[LayerCache]:
-    """The caches of all layers for one sequence, as shapes: nothing is allocated."""
-    from mustafar_jax.models.config import rope_frequencies
+def _memory_table(config: "ModelConfig", compression: CompressionConfig, dtype: str, size: float) -> Table:
+    """How many sequences fit in a device's memory, dense and compressed, at a few context lengths."""
+    from mustafar_jax.models import memory
 
-    cache = jax.eval_shape(
-        lambda: LayerCache.init(
-            compression,
-            batch=1,
-            capacity=capacity,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-            inv_freq=rope_frequencies(config),
+    usable, weights = memory.USABLE * size, memory.weight_nbytes(config, dtype)
+    title = f"Sequences that fit in {_bytes(size)}, {memory.USABLE:.0%} of it used; weights {_bytes(weights)}, {dtype}"
+    table = Table(title=title)
+    for column in ("context", "dense", "compressed", "times dense", "set aside"):
+        table.add_column(column, justify="right")
+    for length in _contexts(config):
+        dense, held = (
+            memory.largest_batch(usable, config, how, capacity=length, dtype=dtype) for how in (DENSE, compression)
         )
-    )
-    return [cache] * config.num_layers
+        full = memory.plan(config, compression, batch=max(held, 1), capacity=length, dtype=dtype)
+        working = _bytes(full.working + full.fragments)
+        table.add_row(f"{length:,}", f"{dense:,}", f"{held:,}", f"{held / dense:.2f}" if dense else "", working)
+    return table
+
+
+def _contexts(config: "ModelConfig") -> list[int]:
+    """Context lengths to show: those of `CONTEXTS` below the model's own, and that one."""
+    longest = config.max_position_embeddings
+    return [length for length in CONTEXTS if length < longest] + [longest]
+
+
+def parse_size(text: str) -> float:
+    """Bytes of a size such as 80GB, 79.6GiB or 24e9."""
+    units = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    number = text.rstrip("kMGTiB")
+    try:
+        size = float(number) * units[text[len(number) :]]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted one such as 80GB, 79.6GiB or 24e9")
+    return size
 
 
 def _bytes(size: float) -> str:

@@ -23,8 +23,8 @@ class CompressionConfig:
         residual_length: the most recent tokens that are always dense.
         group: tokens that are pruned and packed at once, a multiple of 32.
         sink_tokens: the first tokens of a sequence that stay dense.
-        center_keys: prune what is left of a key after its sequence's mean key, rotated to the token's position, is
-            taken off; attention adds that mean's score back. Needs the model's RoPE frequencies, in Hugging Face's
+        center_keys: keep the entries of a key that differ most from its sequence's mean key, rotated to the token's
+            position, and let that mean stand for the others. Needs the model's RoPE frequencies, in Hugging Face's
             half-split convention. Without effect where keys are dense, and for a prompt of at most sink_tokens +
             residual_length tokens, which has no mean.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm.

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mustafar_jax.pallas_kernels import launch, mosaic_gpu
-from mustafar_jax.pallas_kernels.decode_attention import Mean, merge_splits
-from mustafar_jax.pallas_kernels.rows import WORD, Packed, Rows, row_count
+from mustafar_jax.pallas_kernels.merge import merge
+from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed, Rows, Tail, check_dtype, row_count
 
 TOKENS = 32
 """Tokens of a unit, one per lane."""
@@ -39,28 +39,29 @@ def decode_attention(
     query: jax.Array,
     key: Rows,
     value: Rows,
-    first: jax.Array,
-    last: jax.Array,
+    tail: Tail,
+    lengths: jax.Array,
+    packed_lengths: jax.Array,
     *,
     scale: float,
+    window: int | None = None,
     mean: Mean | None = None,
     params: launch.MosaicParams | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attend one query per head to the rows first <= row < last of each sequence.
+) -> jax.Array:
+    """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
+
+    The packed rows are attended here; `merge`, a Triton kernel, merges the blocks' results and attends the rest.
 
     Args:
-        query: [B, K, G, H], G from 1 to 16.
-        key, value: packed rows [B, K, S, H] of the query's dtype; rows outside first .. last may hold anything.
-        first, last: int32 [B]; a sequence with last <= first sees nothing.
-        scale: factor on the scores.
+        query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
+        key, value: packed rows [B, K, S, H] of the query's dtype; what is not visible may hold anything.
         mean: must be None.
         params: launch parameters; a heuristic if None.
-        interpret: run as numpy, anywhere.
+        interpret: run as numpy and plain JAX, anywhere.
 
     Returns:
-        Float32 (out [B, K, G, H], m [B, K, G], l [B, K, G]): unnormalised sums, a score that is among the largest (the
-        lowest float32 where nothing was visible) and the sum of exp(score - m).
+        [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
         NotImplementedError: see `mosaic_gpu.check_supported`; also for dense rows, for centred keys, and for rows of
@@ -68,12 +69,43 @@ def decode_attention(
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
+    if mean is not None:
+        raise NotImplementedError("the Mosaic GPU kernels do not take centred keys")
+    for rows in (tail.key, tail.value):
+        check_dtype(rows, query.dtype)
+    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - tail.sinks, 0)
+    splits = attend_rows(query, key, value, first, packed_lengths, scale=scale, params=params, interpret=interpret)
+    return merge(query, splits, tail, lengths, packed_lengths, scale=scale, window=window, interpret=interpret)
+
+
+def attend_rows(
+    query: jax.Array,
+    key: Rows,
+    value: Rows,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    scale: float,
+    params: launch.MosaicParams | None = None,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Attend to the rows first <= row < last of each sequence, in splits.
+
+    Args:
+        query, key, value, scale, params, interpret: as in `decode_attention`.
+        first, last: int32 [B], at least 0; a sequence with last <= first sees nothing.
+
+    Returns:
+        Float32 out [B * K, splits, G, H], m and l [B * K, splits, G]: unnormalised sums, a score that is among the
+        largest (the lowest float32 where nothing was visible) and the sum of exp(score - m). No splits if there are no
+        rows.
+    """
     batch, kv_heads, group, head_dim = query.shape
     mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    if mean is not None:
-        raise NotImplementedError("the Mosaic GPU kernels do not add a mean key back")
     key, value = (_check_rows(rows, query.dtype) for rows in (key, value))
     heads, rows = batch * kv_heads, row_count(key)
+    if rows == 0:
+        return []
     params = params or launch.mosaic_params(heads=heads, rows=rows)
     plan = Plan(
         head_dim=head_dim,
@@ -88,7 +120,7 @@ def decode_attention(
     )
     arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *key, *value]
     shapes = [(head_dim,), (), ()]
-    out, m, l = mosaic_gpu.kernel_call(  # noqa: E741
+    return mosaic_gpu.kernel_call(
         functools.partial(attend_split, plan=plan),
         *(x.reshape(-1) for x in arrays),
         out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
@@ -98,16 +130,12 @@ def decode_attention(
         dtype=query.dtype,
         interpret=interpret,
     )
-    out, m, l = merge_splits(out, m, l)  # noqa: E741
-    leading = (batch, kv_heads, group)
-    return out.reshape(*leading, head_dim), m.reshape(leading), l.reshape(leading)
 
 
 def _check_rows(rows: Rows, dtype: Any) -> Packed:
     if not isinstance(rows, Packed):
         raise NotImplementedError("the Mosaic GPU kernels take packed keys and packed values; got dense rows")
-    if rows.values.dtype != dtype:
-        raise NotImplementedError(f"the Mosaic GPU kernels take one dtype; got {dtype} and rows of {rows.values.dtype}")
+    check_dtype(rows, dtype)
     return rows
 
 

@@ -11,8 +11,6 @@ buffer's contents. Use each `Memory` once for a change; reads belong before the 
 results.
 """
 
-import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,8 +21,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.extend import core
-from jax.interpreters import mlir
+
+from mustafar_jax.pallas_kernels import cuda
 
 WARP = 32
 MIN_COMPUTE_CAPABILITY = 8.0
@@ -49,17 +47,9 @@ def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> 
         raise NotImplementedError(f"the Triton kernels take head_dim 64 and 128; got {head_dim=}")
     if queries_per_head > 16:
         raise NotImplementedError(f"the Triton kernels take at most 16 query heads per KV head; got {queries_per_head}")
-    capability = _compute_capability()
+    capability = cuda.compute_capability()
     if capability is not None and capability < MIN_COMPUTE_CAPABILITY:
         raise NotImplementedError(f"the Triton kernels need compute capability 8.0; this GPU has {capability}")
-
-
-@functools.cache
-def _compute_capability() -> float | None:
-    """Of the first GPU; None where jax has none, or not a CUDA one."""
-    with contextlib.suppress(RuntimeError, ValueError):
-        return float(jax.devices("cuda")[0].compute_capability)
-    return None
 
 
 def pallas_call(
@@ -76,31 +66,17 @@ def pallas_call(
     call = pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **options)
 
     def run(first: jax.Array, *rest: jax.Array) -> Any:
-        return call(first if interpret else _cuda_only_p.bind(first), *rest)
+        return call(first if interpret else cuda.only(first, kernels="Triton", before=_silence_deprecation), *rest)
 
     return run
 
 
-# The identity. Pallas itself raises ValueError on a CPU; callers that fall back on NotImplementedError need that type.
-_cuda_only_p = core.Primitive("cuda_only")
-_cuda_only_p.def_abstract_eval(lambda x: x)
-_cuda_only_p.def_impl(lambda x: jax.jit(_cuda_only_p.bind)(x))
-
-
-def _lower_elsewhere(_context: Any, _x: Any) -> Any:
-    raise NotImplementedError("the Triton kernels lower for CUDA alone; elsewhere pass interpret=True, or use XLA")
-
-
-def _lower_for_cuda(_context: Any, x: Any) -> list[Any]:
-    # jax >= 0.11 announces that this backend will go. It warns when it lowers a kernel, which is next, so the filter
-    # is set here: one that was set at import may be gone by now.
+def _silence_deprecation() -> None:
+    # jax >= 0.11 announces that this backend will go. It warns when it lowers a kernel, so the filter is set right
+    # before: one that was set at import may be gone by then.
     message = "The Pallas Triton backend is deprecated"
     warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
-    return [x]
 
-
-mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
-mlir.register_lowering(_cuda_only_p, _lower_for_cuda, platform="cuda")
 
 load, store = plgpu.load, plgpu.store
 
@@ -147,6 +123,16 @@ def pick_halves(a: jax.Array, b: jax.Array, half: int, *, interpret: bool) -> ja
     return _asm(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", a, b)
 
 
+def pack_pair(low: jax.Array, high: jax.Array, dtype: Any, *, interpret: bool) -> jax.Array:
+    """int32: two float32 rounded to a 16-bit dtype, `low` in the low half."""
+    if interpret:
+        bits = (lax.bitcast_convert_type(x.astype(dtype), jnp.int16).astype(jnp.int32) for x in (low, high))
+        first, second = bits
+        return (first & 0xFFFF) | (second << 16)
+    name = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+    return _asm(f"cvt.rn.{name}.f32 $0, $2, $1;", low, high, constraints="=r,f,f")
+
+
 def shared_zeros(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
     """A zeroed buffer of 32-bit words in shared memory, a multiple of the block's threads.
 
@@ -170,17 +156,28 @@ def shared_offset(memory: Memory, offset: jax.Array, *, interpret: bool) -> jax.
     return offset if interpret else memory + offset
 
 
-def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax.Array, *, interpret: bool) -> Memory:
-    """Write int16 values at offsets, multiples of 2, in the lanes where int32 `where` is not 0."""
+def shared_store_half(
+    memory: Memory, offset: jax.Array, word: jax.Array, half: int, where: jax.Array, *, interpret: bool
+) -> Memory:
+    """Write the low (0) or high (1) half of int32 words at offsets, multiples of 2, where int32 `where` is not 0."""
     if interpret:
         place = jnp.where(where != 0, offset // 2, memory.size)
-        return memory.at[place].set(value, mode="drop")
-    code = "{ .reg .pred p; setp.ne.u32 p, $4, 0; @p st.shared.b16 [$2], $3; mov.b32 $0, $1; }"
-    return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
+        return memory.at[place].set((word >> np.int32(16 * half)).astype(jnp.int16), mode="drop")
+    code = f"setp.ne.u32 p, $4, 0; mov.b32 {{h0, h1}}, $3; @p st.shared.b16 [$2], h{half}; mov.b32 $0, $1;"
+    return _asm(f"{{ .reg .pred p; .reg .b16 h0, h1; {code} }}", memory, offset, word, where)
 
 
-def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: bool) -> jax.Array:
-    """Read int32 words at `offset + constant`, multiples of 4, and clear them.
+def shared_store_word(memory: Memory, offset: jax.Array, constant: int, value: jax.Array, *, interpret: bool) -> Memory:
+    """Write int32 words at `offset + constant`, multiples of 4."""
+    if interpret:
+        place = (offset + constant) // 2
+        low, high = value.astype(jnp.int16), lax.shift_right_logical(value, np.int32(16)).astype(jnp.int16)
+        return memory.at[place].set(low).at[place + 1].set(high)
+    return _asm(f"st.shared.b32 [$2 + {constant}], $3; mov.b32 $0, $1;", memory, offset, value)
+
+
+def shared_load(memory: Memory, offset: jax.Array, constant: int, *, clear: bool = True, interpret: bool) -> jax.Array:
+    """Read int32 words at `offset + constant`, multiples of 4, and clear them if asked to.
 
     Interpreted, the clearing happens in `synchronise`: every word must be read before it, by exactly one lane.
     """
@@ -188,7 +185,7 @@ def shared_load(memory: Memory, offset: jax.Array, constant: int, *, interpret: 
         place = (offset + constant) // 2
         low, high = memory[place].astype(jnp.int32), memory[place + 1].astype(jnp.int32)
         return (low & 0xFFFF) | (high << 16)
-    code = f"ld.shared.b32 $0, [$2 + {constant}]; st.shared.b32 [$2 + {constant}], 0;"
+    code = f"ld.shared.b32 $0, [$2 + {constant}];" + (f" st.shared.b32 [$2 + {constant}], 0;" if clear else "")
     return _asm(code, memory, offset, constraints="=&r,r,r")
 
 
@@ -200,7 +197,7 @@ def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bo
 
 
 def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
-    """Inline assembly on int32 operands of one shape; Pallas lowers it with one int32 result."""
+    """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; its result is int32."""
     [result] = plgpu.elementwise_inline_asm(
         code,
         args=args,

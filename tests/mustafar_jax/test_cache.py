@@ -42,8 +42,7 @@ def expected_tokens(config, key, value, prompt, length):
         shift = jnp.zeros_like(key)
         if config.center_keys:
             shift = rotate(mean_before_rope(config, key, prompt), position[:, None], jnp.asarray(INV_FREQ))
-        residual = key - shift
-        keys = jnp.where(magnitude_mask(residual, config.k_sparsity), residual, 0) + shift
+        keys = jnp.where(magnitude_mask(key - shift, config.k_sparsity), key, shift)
     if config.v_sparsity:
         mask = magnitude_mask(value, config.v_sparsity)
         values = jnp.where(mask, rescale_to_norm(value, mask) if config.rescale_values else value, 0)

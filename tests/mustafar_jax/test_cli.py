@@ -218,6 +218,9 @@ def test_a_model_without_a_tokenizer_cannot_write(run, folder, tmp_path):
         (["generate", "--model", "tiny"], "one of the arguments --prompt --prompt-file is required"),
         (["generate", "--model", "tiny", "--prompt", "x", "--prompt-file", "y"], "not allowed with argument"),
         (["info", "tiny", "--dtype", "float64"], "invalid choice: 'float64'"),
+        (["info", "tiny", "--memory", "80gigs"], "--memory: '80gigs' is no size; wanted one such as 80GB"),
+        (["info", "tiny", "--memory", "-1GB"], "--memory: expected one argument"),
+        (["info", "tiny", "--memory", "0"], "--memory: '0' is no size"),
     ],
 )
 def test_wrong_arguments_are_status_2(capsys, arguments, message):
@@ -314,6 +317,29 @@ def test_info_takes_the_same_compression_as_generate(run, tmp_path):
     held = 32 * 8 * (1952 * (128 * 4 + 64 * 4 + 16) + 64 * 128 * 4 * 2) / (32 * 8 * 2000 * 128 * 4 * 2)
     assert cells(out)[-1][3] == f"{held:.1%}"
     assert "float32; true sparsity 0 (keys), 0.5 (values)" in " ".join(out.split())
+
+
+def test_info_says_how_many_sequences_fit(run, tmp_path):
+    folder = write_config(tmp_path / "llama")
+    status, out, err = run("info", str(folder), "--memory", "80GB")
+    assert (status, err) == (0, "")
+    assert "fit in 80 GB, 95% of it used; weights 13.48 GB" in " ".join(out.split())
+    # Llama-2-7B: 6.738e9 weights. What is left of 76 GB is for the caches, all but the allowance.
+    room = 0.95 * 80e9 - 2 * 6_738_415_616
+    assert [row[0] for row in cells(out)[-2:]] == ["1,024", "4,096"]
+    for packed, (_, dense, compressed, ratio, working) in zip((960, 4032), cells(out)[-2:], strict=True):
+        sequence = 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 128 * 4 + 2) + 32 * 5
+        assert abs(int(compressed) - (room - float(working.removesuffix(" GB")) * 1e9) / sequence) < 1.5
+        assert float(ratio) == pytest.approx(int(compressed) / int(dense), abs=0.006)
+        assert 2.2 < float(ratio) < 2.7
+    assert "fit in" not in run("info", str(folder))[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80e9), ("79.6GiB", 79.6 * 2**30), ("24e9", 24e9), ("512MiB", 2**29), ("1B", 1)]
+)
+def test_sizes(text, size):
+    assert cli.parse_size(text) == pytest.approx(size)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mustafar_jax as mj
+from mustafar_jax import attention
 from mustafar_jax.pallas_kernels import mosaic_decode_attention as kernels
 from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.rows import Packed
-from tests.helpers import bits, rms_error_ratio
-from tests.pallas_kernels.data import TOLERANCE, attend, pack_rows, poison, rows_of
+from tests.helpers import bits, rms_error_ratio, rope_frequencies
+from tests.pallas_kernels.data import TOLERANCE, attend, merge_splits, pack_rows, poison, rows_of
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -23,12 +25,16 @@ WHERE = [
 
 
 def run(query, key, value, first, last, *, params=TWO_SPLITS, interpret, times=1):
+    """Results of the first and the last run."""
     first, last = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
-    compiled = jax.jit(
-        functools.partial(kernels.decode_attention, scale=query.shape[-1] ** -0.5, params=params, interpret=interpret)
-    )
-    results = [jax.block_until_ready(compiled(query, key, value, first, last)) for _ in range(times)]
-    return results[0], results[-1]
+
+    @jax.jit
+    def attend_rows(*arguments):
+        scale = query.shape[-1] ** -0.5
+        return merge_splits(*kernels.attend_rows(*arguments, scale=scale, params=params, interpret=interpret))
+
+    results = [jax.block_until_ready(attend_rows(query, key, value, first, last)) for _ in range(times)]
+    return [[x.reshape(*query.shape[:3], *x.shape[2:]) for x in result] for result in (results[0], results[-1])]
 
 
 def check(actual, expected, dtype):
@@ -119,6 +125,43 @@ def test_masks_on_the_edge_of_the_usual(slots, interpret):
     check(actual, attend(query, dense_key, dense_value, first, last, 128**-0.5), F16)
 
 
+CACHES = {  # config, capacity, lengths, window
+    "whole": (mj.CompressionConfig(0.7, 0.5), 224, [216, 90], None),
+    "window": (mj.CompressionConfig(0.5, 0.7, rescale_values=True, sink_tokens=3), 192, [190, 20], 100),
+    "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
+}
+
+
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize("name", CACHES)
+def test_attends_a_cache_as_xla_does(name, interpret, monkeypatch):
+    config, capacity, lengths, window = CACHES[name]
+    rng = np.random.default_rng(4)
+    cache = mj.LayerCache.init(config, batch=2, capacity=capacity, num_kv_heads=2, head_dim=64, dtype=F16)
+    key, value = (jnp.asarray(rng.standard_normal((2, capacity, 2, 64)) + 1, F16) for _ in range(2))
+    cache = mj.prefill(cache, key, value, jnp.array(lengths))
+    query = jnp.asarray(rng.standard_normal((2, 6, 64)), F16)
+    run_here = functools.partial(attention._attend_packed_mosaic_gpu, interpret=interpret)
+    monkeypatch.setitem(attention._PACKED, "mosaic_gpu", run_here)
+    actual, expected = (
+        mj.decode_attention(query, cache, sliding_window=window, implementation=name) for name in ("mosaic_gpu", "xla")
+    )
+    some = np.asarray(lengths) > 0
+    assert np.all(np.asarray(actual)[~some] == 0)
+    assert rms_error_ratio(actual[some], expected[some]) < TOLERANCE[jnp.dtype(F16)]
+
+
+def test_leaves_centred_keys_to_the_next_implementation():
+    config = mj.CompressionConfig.recommended(0.5, 0.5)
+    inv_freq = rope_frequencies(64)
+    cache = mj.LayerCache.init(config, batch=1, capacity=96, num_kv_heads=1, head_dim=64, dtype=F16, inv_freq=inv_freq)
+    query = jnp.ones((1, 1, 64), F16)
+    with pytest.raises(NotImplementedError, match="centred"):
+        mj.decode_attention(query, cache, implementation="mosaic_gpu")
+    out = mj.decode_attention(query, cache, implementation=("mosaic_gpu", "xla"))
+    np.testing.assert_array_equal(out, jnp.zeros_like(query))
+
+
 def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
     """Argument shapes; 0 slots: dense."""
 
@@ -146,7 +189,7 @@ def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
     ],
 )
 def test_lowers_for_cuda(sizes):
-    call = functools.partial(kernels.decode_attention, scale=0.1)
+    call = functools.partial(kernels.attend_rows, scale=0.1)
     assert "mosaic_gpu" in lower_for_cuda(call, *specs(*sizes))
 
 
@@ -162,11 +205,11 @@ def test_lowers_for_cuda(sizes):
 )
 def test_says_what_it_cannot_run(sizes, message):
     with pytest.raises(NotImplementedError, match=message):
-        jax.eval_shape(functools.partial(kernels.decode_attention, scale=0.1), *specs(*sizes))
+        jax.eval_shape(functools.partial(kernels.attend_rows, scale=0.1), *specs(*sizes))
 
 
 def test_refuses_to_lower_for_the_cpu():
-    call = jax.jit(functools.partial(kernels.decode_attention, scale=0.1))
+    call = jax.jit(functools.partial(kernels.attend_rows, scale=0.1))
     traced = call.trace(*specs(1, 1, 1, 64, 128, 40, 40, BF16))
     with pytest.raises(NotImplementedError, match="CUDA"):
         traced.lower(lowering_platforms=("cpu",))
