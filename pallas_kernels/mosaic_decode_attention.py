@@ -56,7 +56,7 @@ def decode_attention(
     Args:
         query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
         key, value: packed rows [B, K, S, H] of the query's dtype; what is not visible may hold anything.
-        mean: must be None.
+        mean: where keys are centred, what stands for the entries that they do not hold.
         params: launch parameters; a heuristic if None.
         interpret: run as numpy and plain JAX, anywhere.
 
@@ -64,17 +64,17 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `mosaic_gpu.check_supported`; also for dense rows, for centred keys, and for rows of
-            another dtype than the query's.
+        NotImplementedError: see `mosaic_gpu.check_supported`; also for dense rows, and for rows of another
+            dtype than the query's.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
-    if mean is not None:
-        raise NotImplementedError("the Mosaic GPU kernels do not take centred keys")
     for rows in (tail.key, tail.value):
         check_dtype(rows, query.dtype)
     first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - tail.sinks, 0)
-    splits = attend_rows(query, key, value, first, packed_lengths, scale=scale, params=params, interpret=interpret)
+    splits = attend_rows(
+        query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
+    )
     return merge(query, splits, tail, lengths, packed_lengths, scale=scale, window=window, interpret=interpret)
 
 
@@ -86,13 +86,14 @@ def attend_rows(
     last: jax.Array,
     *,
     scale: float,
+    mean: Mean | None = None,
     params: launch.MosaicParams | None = None,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Attend to the rows first <= row < last of each sequence, in splits.
 
     Args:
-        query, key, value, scale, params, interpret: as in `decode_attention`.
+        query, key, value, scale, mean, params, interpret: as in `decode_attention`.
         first, last: int32 [B], at least 0; a sequence with last <= first sees nothing.
 
     Returns:
@@ -117,8 +118,11 @@ def attend_rows(
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
+        centred=mean is not None,
     )
     arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *key, *value]
+    if mean is not None:
+        arrays += [mean.key.astype(jnp.float32), _turns(mean, plan)]
     shapes = [(head_dim,), (), ()]
     return mosaic_gpu.kernel_call(
         functools.partial(attend_split, plan=plan),
@@ -130,6 +134,17 @@ def attend_rows(
         dtype=query.dtype,
         interpret=interpret,
     )
+
+
+def _turns(mean: Mean, plan: "Plan") -> jax.Array:
+    """Cosines and sines of turns [units + 11, pairs, 2]: to each unit's first token; to a unit's 8 quads; 3 steps.
+
+    They are the same for every layer of a model, whose compiler keeps one.
+    """
+    starts = mean.offset + np.arange(plan.units) * TOKENS
+    steps = [4 * quad for quad in range(8)] + [1, 16, plan.warps * TOKENS]
+    angle = jnp.asarray(np.concatenate([starts, steps]), jnp.float32)[:, None] * mean.inv_freq
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 def _check_rows(rows: Rows, dtype: Any) -> Packed:
@@ -156,6 +171,7 @@ class Plan:
     splits: int
     warps: int
     scale: float
+    centred: bool = False
 
     @property
     def pairs(self) -> int:
@@ -168,9 +184,14 @@ class Plan:
         return self.head_dim // WORD
 
     @property
+    def units(self) -> int:
+        """Units of a KV head."""
+        return self.rows // TOKENS
+
+    @property
     def units_per_split(self) -> int:
         """Units that a block takes."""
-        return -(-(self.rows // TOKENS) // self.splits)
+        return -(-self.units // self.splits)
 
     @property
     def octets(self) -> int:
@@ -194,8 +215,13 @@ class Plan:
 
     @property
     def warp_bytes(self) -> int:
-        """A warp's share of memory: its tile, parts of scores, and weights [heads, TOKENS] of 16 bits."""
-        return self.tile_bytes + self.scores_bytes + 8 * self.octets * TOKENS * 2
+        """A warp's share of memory: its tile, parts of scores, weights [heads, TOKENS] of 16 bits, steps of means."""
+        return self.tile_bytes + self.scores_bytes + self.weights_bytes + self.centred * self.pairs * 32
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the weights [heads, TOKENS], 16 bits each."""
+        return 8 * self.octets * TOKENS * 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,16 +229,22 @@ class Places:
     """Addresses that a warp uses throughout.
 
     Attributes:
-        tile, scores, weights: where its shared memory begins: see `Plan.warp_bytes`.
+        tile, scores, weights, steps: where its parts of shared memory begin: see `Plan.warp_bytes`.
         lane, g, t: numbers of this lane.
     """
 
     tile: Register
     scores: Register
     weights: Register
+    steps: Register
     lane: Register
     g: Register
     t: Register
+
+    @property
+    def first_quad(self) -> Register:
+        """The first of the two quads of tokens that this lane fills with a mean: see `begin_mean`."""
+        return self.t + ((self.g & 1) << 2)
 
     @property
     def pair_of_heads(self) -> Register:
@@ -225,7 +257,8 @@ class Places:
         lane = w.lane()
         tile = shared + w.warp() * plan.warp_bytes
         scores = tile + plan.tile_bytes
-        return Places(tile, scores, scores + plan.scores_bytes, lane, lane >> 2, lane & 3)
+        weights = scores + plan.scores_bytes
+        return Places(tile, scores, weights, weights + plan.weights_bytes, lane, lane >> 2, lane & 3)
 
 
 @dataclasses.dataclass
@@ -257,10 +290,10 @@ class State:
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """One split of one KV head: a block, whose warps take every `warps`-th unit.
 
-    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values; out [heads, splits, G, H],
-    m and l [heads, splits, G].
+    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values; where keys are centred
+    mean [B, K, H] and turns (`_turns`); out [heads, splits, G, H], m and l [heads, splits, G].
     """
-    firsts, lasts, query, key_bitmap, key_values, value_bitmap, value_values, out, m, l = refs  # noqa: E741
+    firsts, lasts, query, key_bitmap, key_values, value_bitmap, value_values, *mean_refs, out, m, l = refs  # noqa: E741
     block = w.block()
     head, split = block // plan.splits, block % plan.splits
     key = Source(w, key_bitmap, key_values, head, plan.key_slots, plan)
@@ -274,7 +307,11 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     # in flight while the rest is made ready
     loaded = [x for source in (key, value) for x in source.load(w, begin, at, begin < end)]
     fragments = load_query(w, query, head, at, plan)
-    clear_tile(w, at, plan)
+    mean: list[Register] = []
+    if plan.centred:
+        mean = begin_mean(w, *mean_refs, head, begin, begin < end, at, plan)
+    else:
+        clear_tile(w, at, plan)
     state = State(
         [w.number(_LOWEST)] * plan.group,
         [w.number(0)] * plan.group,
@@ -283,7 +320,10 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
 
     def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
         loaded_key, loaded_value = key.entries(carry), value.entries(carry[key.registers :])
-        state = State.from_flat(carry[key.registers + value.registers :], plan)
+        state = State.from_flat(carry[key.registers + value.registers + len(mean) :], plan)
+        next_mean = carry[key.registers + value.registers :][: len(mean)]
+        if plan.centred:
+            next_mean = fill_tile(w, next_mean, at, plan)
         token = unit * TOKENS + at.lane
         seen = w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
         ahead = unit + plan.warps
@@ -298,10 +338,10 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
         w.sync_warp()
         add_values(w, state, at, plan)
         w.sync_warp()
-        return [*next_key, *next_value, *state.flat()]
+        return [*next_key, *next_value, *next_mean, *state.flat()]
 
-    carry = w.loop(begin, end, plan.warps, [*loaded, *state.flat()], attend_unit)
-    state = State.from_flat(carry[key.registers + value.registers :], plan)
+    carry = w.loop(begin, end, plan.warps, [*loaded, *mean, *state.flat()], attend_unit)
+    state = State.from_flat(carry[len(loaded) + len(mean) :], plan)
     publish(w, state, at, plan)
     w.sync_block()
     merge_warps(w, shared, out, m, l, plan)
@@ -380,8 +420,74 @@ def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
     w.sync_warp()
 
 
+def rotate(pair: list[Register], turn: list[Register]) -> list[Register]:
+    """Channels (p, p + pairs) turned by an angle, given as cosine and sine."""
+    (x, y), (cos, sin) = pair, turn
+    return [x * cos - y * sin, y * cos + x * sin]
+
+
+def begin_mean(
+    w: Warp, mean: Any, turns: Any, head: Register, unit: Register, where: Register, at: Places, plan: Plan
+) -> list[Register]:
+    """What `fill_tile` wants for the first unit; leaves the steps [pairs, 8] in shared memory.
+
+    A pair's steps are the turns by 1 token, 16 tokens and to the warp's next unit. A lane fills quads t and t + 4 of
+    pairs 8 i + g, t + 4 first where g is odd, so that the 8 lanes of a phase meet all banks.
+    """
+
+    def turn(row: Register, pair: Register) -> list[Register]:
+        return [w.as_float(x) for x in w.load(turns, (row * plan.pairs + pair) << 3, 2, where=where)]
+
+    for start in range(0, plan.pairs, TOKENS):
+        pair = at.lane + start
+        for i in range(3):
+            w.store_shared(at.steps + (pair << 5), turn(w.integer(plan.units + 8 + i), pair), 8 * i)
+    w.sync_warp()
+    row = w.row(mean, head, plan.head_dim * 4)
+    registers = []
+    for block in range(plan.pairs // 8):
+        pair = at.g + 8 * block
+        channels = [w.as_float(w.load(row, (pair + i * plan.pairs) << 2, 1, where=where)[0]) for i in range(2)]
+        channels = rotate(channels, turn(unit, pair))
+        registers += rotate(channels, turn(at.first_quad + plan.units, pair))
+    return registers
+
+
+def fill_tile(w: Warp, mean: list[Register], at: Places, plan: Plan) -> list[Register]:
+    """Fill the tile with the mean key, rotated to each token's position.
+
+    By the angle addition theorems x(s + 1) = 2 cos(w) x(s) - x(s - 1): one multiply-add per channel and token.
+
+    Args:
+        w: the warp.
+        mean: float32 [pairs / 8][2], the mean's channels (p, p + pairs), at the first token that this lane fills.
+        at: its places.
+        plan: the plan.
+
+    Returns:
+        The same for the warp's next unit.
+    """
+    backwards = (at.g & 1) > 0
+    ahead = []
+    for block in range(plan.pairs // 8):
+        steps = at.steps + (at.g << 5)
+        words = w.load_shared(steps, 4, 256 * block) + w.load_shared(steps, 2, 256 * block + 16)
+        one, sixteen, unit = ([w.as_float(x) for x in words[i : i + 2]] for i in (0, 2, 4))
+        sixteen[1] = w.select(backwards, w.number(0) - sixteen[1], sixteen[1])
+        first = mean[2 * block : 2 * block + 2]
+        for quad, start in ((at.first_quad, first), (at.first_quad ^ 4, rotate(first, sixteen))):
+            tokens = [start, rotate(start, one)]
+            for _ in range(2):
+                tokens.append([one[0] * 2.0 * b - a for a, b in zip(*tokens[-2:], strict=True)])
+            place = at.tile + at.g * _ROW + (quad << 4)
+            w.store_shared(place, [w.pack_pair(*pair) for pair in tokens], 8 * block * _ROW)
+        ahead += rotate(first, unit)
+    w.sync_warp()
+    return ahead
+
+
 def scatter(w: Warp, entries: Entries, seen: Register, at: Places, plan: Plan) -> None:
-    """Store the entries of the tokens that are seen in the empty tile.
+    """Store the entries of the tokens that are seen in the tile.
 
     The word of pair p and token t stands at byte (32 p + t) * 4 of the tile, so a lane has a bank of its own and no
     two stores meet. There are three ways, of which a unit takes the first that suits all of its rows: rows with their
@@ -642,7 +748,7 @@ def of_columns(w: Warp, heads: list[Register], octet: int, at: Places, plan: Pla
 
 
 def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
-    """Add the product of the weights with the tile of values to the sums, and empty the tile.
+    """Add the product of the weights with the tile of values to the sums, and empty the tile, unless it is then filled.
 
     A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads. A lane reads
     quads of tokens 2 t + i, i = 0 and 1, of pair g. Where there are at most 4 heads, lanes of odd g read the odd quad
@@ -661,7 +767,8 @@ def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
     for block in range(plan.pairs // 8):
         for i in range(2):
             words = w.load_shared(reads[i], 4, 8 * block * _ROW)
-            w.store_shared(reads[i], zeros, 8 * block * _ROW)
+            if not plan.centred:
+                w.store_shared(reads[i], zeros, 8 * block * _ROW)
             operand = [w.pick_halves(words[n], words[n + 1], half) for n in (0, 2) for half in (0, 1)]
             for octet in range(plan.octets):
                 state.out[block][octet] = w.multiply_add(operand, weights[i][octet], state.out[block][octet])

@@ -11,7 +11,8 @@ import mustafar_jax as mj
 from mustafar_jax import attention
 from mustafar_jax.pallas_kernels import mosaic_decode_attention as kernels
 from mustafar_jax.pallas_kernels.launch import MosaicParams
-from mustafar_jax.pallas_kernels.rows import Packed
+from mustafar_jax.pallas_kernels.rows import Mean, Packed
+from mustafar_jax.rope import rotate
 from tests.helpers import bits, rms_error_ratio, rope_frequencies
 from tests.pallas_kernels.data import TOLERANCE, attend, merge_splits, pack_rows, poison, rows_of
 from tests.pallas_kernels.lowering import lower_for_cuda
@@ -24,14 +25,14 @@ WHERE = [
 ]
 
 
-def run(query, key, value, first, last, *, params=TWO_SPLITS, interpret, times=1):
+def run(query, key, value, first, last, *, mean=None, params=TWO_SPLITS, interpret, times=1):
     """Results of the first and the last run."""
     first, last = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
 
     @jax.jit
     def attend_rows(*arguments):
-        scale = query.shape[-1] ** -0.5
-        return merge_splits(*kernels.attend_rows(*arguments, scale=scale, params=params, interpret=interpret))
+        options = {"scale": query.shape[-1] ** -0.5, "mean": mean, "params": params, "interpret": interpret}
+        return merge_splits(*kernels.attend_rows(*arguments, **options))
 
     results = [jax.block_until_ready(attend_rows(query, key, value, first, last)) for _ in range(times)]
     return [[x.reshape(*query.shape[:3], *x.shape[2:]) for x in result] for result in (results[0], results[-1])]
@@ -125,8 +126,27 @@ def test_masks_on_the_edge_of_the_usual(slots, interpret):
     check(actual, attend(query, dense_key, dense_value, first, last, 128**-0.5), F16)
 
 
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, F16), (128, BF16)])
+def test_a_mean_stands_for_what_keys_do_not_hold(head_dim, dtype, interpret):
+    rng = np.random.default_rng(3)
+    shape = (1, 2, 320, head_dim)
+    query = jnp.asarray(rng.standard_normal((1, 2, 2, head_dim)), dtype)
+    (key, dense_key), (value, dense_value) = (rows_of(rng, shape, dtype, 0.5) for _ in range(2))
+    mean = jnp.asarray(rng.standard_normal((1, 2, head_dim)), jnp.float32)
+    inv_freq = jnp.asarray(rope_frequencies(head_dim))
+    rotated = rotate(mean[:, :, None], 4 + jnp.arange(shape[2]), inv_freq)
+    held = mj.bitmap.held(mj.BitmapArray(*key, jnp.zeros(2, bool), shape[2]))
+    whole = jnp.where(held, dense_key, rotated.astype(dtype))  # as a tile holds it
+    first, last = jnp.array([40]), jnp.array([310])
+    params = MosaicParams(splits=1, warps=4)  # two and three units to a warp
+    actual, _ = run(query, key, value, first, last, mean=Mean(mean, inv_freq, 4), params=params, interpret=interpret)
+    check(actual, attend(query, whole, dense_value, first, last, head_dim**-0.5), dtype)
+
+
 CACHES = {  # config, capacity, lengths, window
     "whole": (mj.CompressionConfig(0.7, 0.5), 224, [216, 90], None),
+    "centred": (mj.CompressionConfig.recommended(0.5, 0.5), 128, [128, 70], None),
     "window": (mj.CompressionConfig(0.5, 0.7, rescale_values=True, sink_tokens=3), 192, [190, 20], 100),
     "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
 }
@@ -137,7 +157,9 @@ CACHES = {  # config, capacity, lengths, window
 def test_attends_a_cache_as_xla_does(name, interpret, monkeypatch):
     config, capacity, lengths, window = CACHES[name]
     rng = np.random.default_rng(4)
-    cache = mj.LayerCache.init(config, batch=2, capacity=capacity, num_kv_heads=2, head_dim=64, dtype=F16)
+    cache = mj.LayerCache.init(
+        config, batch=2, capacity=capacity, num_kv_heads=2, head_dim=64, dtype=F16, inv_freq=rope_frequencies(64)
+    )
     key, value = (jnp.asarray(rng.standard_normal((2, capacity, 2, 64)) + 1, F16) for _ in range(2))
     cache = mj.prefill(cache, key, value, jnp.array(lengths))
     query = jnp.asarray(rng.standard_normal((2, 6, 64)), F16)
@@ -151,12 +173,11 @@ def test_attends_a_cache_as_xla_does(name, interpret, monkeypatch):
     assert rms_error_ratio(actual[some], expected[some]) < TOLERANCE[jnp.dtype(F16)]
 
 
-def test_leaves_centred_keys_to_the_next_implementation():
-    config = mj.CompressionConfig.recommended(0.5, 0.5)
-    inv_freq = rope_frequencies(64)
-    cache = mj.LayerCache.init(config, batch=1, capacity=96, num_kv_heads=1, head_dim=64, dtype=F16, inv_freq=inv_freq)
+def test_leaves_dense_rows_to_the_next_implementation():
+    config = mj.CompressionConfig(0, 0.5)
+    cache = mj.LayerCache.init(config, batch=1, capacity=96, num_kv_heads=1, head_dim=64, dtype=F16)
     query = jnp.ones((1, 1, 64), F16)
-    with pytest.raises(NotImplementedError, match="centred"):
+    with pytest.raises(NotImplementedError, match="dense rows"):
         mj.decode_attention(query, cache, implementation="mosaic_gpu")
     out = mj.decode_attention(query, cache, implementation=("mosaic_gpu", "xla"))
     np.testing.assert_array_equal(out, jnp.zeros_like(query))
@@ -188,8 +209,12 @@ def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
         (1, 1, 1, 32, 128, 4, 4, BF16),
     ],
 )
-def test_lowers_for_cuda(sizes):
-    call = functools.partial(kernels.attend_rows, scale=0.1)
+@pytest.mark.parametrize("centred", [False, True])
+def test_lowers_for_cuda(sizes, centred):
+    def call(query, *arguments):
+        mean = Mean(jnp.zeros((*query.shape[:2], query.shape[3])), jnp.ones(query.shape[3] // 2), 4)
+        return kernels.attend_rows(query, *arguments, scale=0.1, mean=mean if centred else None)
+
     assert "mosaic_gpu" in lower_for_cuda(call, *specs(*sizes))
 
 
