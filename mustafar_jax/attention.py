@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -264,13 +265,20 @@ def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, windo
     return _normalise(_over_tiles(attend_tile, see, -(-rows // tile), dense))
 
 
-def _attend_packed_triton(
-    query: jax.Array, cache: PackedCache, scale: float, window: int | None, *, interpret: bool = False
+def _attend_packed_kernels(
+    query: jax.Array,
+    cache: PackedCache,
+    scale: float,
+    window: int | None,
+    *,
+    module: str,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Attention over a packed cache, by the Pallas kernels that lower through Triton."""
+    """Attention over a packed cache by Pallas kernels, those of the module `mustafar_jax.pallas_kernels.<module>`."""
     # Imported here: Pallas takes a while to import, and most who import this package attend through XLA.
-    from mustafar_jax.pallas_kernels import decode_attention as kernels
     from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
+
+    kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
 
     def kernel_rows(packed: Rows) -> Any:
         return Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
@@ -279,7 +287,7 @@ def _attend_packed_triton(
     mean = None
     if cache.key_mean is not None:
         mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
-    return kernels.decode_attention(
+    out: jax.Array = kernels.decode_attention(
         query,
         kernel_rows(cache.keys.packed),
         kernel_rows(cache.values.packed),
@@ -291,6 +299,11 @@ def _attend_packed_triton(
         mean=mean,
         interpret=interpret,
     )
+    return out
+
+
+_attend_packed_triton = functools.partial(_attend_packed_kernels, module="decode_attention")
+_attend_packed_mosaic_gpu = functools.partial(_attend_packed_kernels, module="mosaic_decode_attention")
 
 
 def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
@@ -328,6 +341,7 @@ def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, windo
 
 
 _PACKED: dict[str, Callable[[jax.Array, PackedCache, float, int | None], jax.Array]] = {
+    "mosaic_gpu": _attend_packed_mosaic_gpu,
     "triton": _attend_packed_triton,
     "xla": _attend_packed_xla,
 }

@@ -6,7 +6,7 @@ import importlib.resources
 import json
 import math
 
-from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels import cuda
 
 TILE = 128
 """Tokens that a block takes at a time."""
@@ -45,7 +45,7 @@ def decode_params(*, heads: int, rows: int) -> DecodeParams:
     def distance(entry: dict[str, int]) -> float:
         return abs(math.log(entry["heads"] / heads)) + abs(math.log(entry["tiles"] / tiles))
 
-    nearest = min(_tuned(triton.device_kind()), key=distance, default=None)
+    nearest = min(_tuned(cuda.device_kind()), key=distance, default=None)
     if nearest is not None and distance(nearest) <= _NEAR:
         return DecodeParams(min(nearest["splits"], tiles))
     return DecodeParams(min(range(1, tiles + 1), key=lambda splits: _cost(heads, tiles, splits)))
@@ -66,3 +66,35 @@ def _tuned(device_kind: str | None) -> list[dict[str, int]]:
     text = importlib.resources.files(__package__).joinpath("tuned.json").read_text()
     found: list[dict[str, int]] = json.loads(text).get(device_kind, [])
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicParams:
+    """How decode attention through Mosaic GPU is launched.
+
+    Attributes:
+        splits: blocks that share the tokens of one KV head.
+        warps: per block, a multiple of 4; each takes 32 tokens at a time.
+    """
+
+    splits: int
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.splits < 1 or self.warps < 4 or self.warps % 4:
+            raise ValueError(f"{self} must have at least one split, and a multiple of 4 warps")
+
+
+BLOCKS_AT_ONCE = 132 * 2
+"""Blocks of `MosaicParams.warps` warps that a Hopper GPU holds: one wave of them, since each starts and ends slowly."""
+
+
+def mosaic_params(*, heads: int, rows: int) -> MosaicParams:
+    """Launch parameters from static shapes alone.
+
+    Args:
+        heads: sequences times KV heads.
+        rows: packed rows per sequence.
+    """
+    units = max(1, rows // 32)
+    return MosaicParams(splits=max(1, min(units // 4, BLOCKS_AT_ONCE // heads)))

@@ -67,7 +67,7 @@ def check_dtype(rows: Rows, dtype: Any) -> None:
     """Raise NotImplementedError where rows are of another dtype than what they are multiplied with."""
     held = rows.values.dtype if isinstance(rows, Packed) else rows.dtype
     if held != dtype:
-        raise NotImplementedError(f"the Triton kernels take one dtype; got {dtype} and rows of {held}")
+        raise NotImplementedError(f"the kernels take one dtype; got {dtype} and rows of {held}")
 
 
 def flat(rows: Rows) -> list[jax.Array]:

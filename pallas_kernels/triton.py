@@ -11,8 +11,6 @@ buffer's contents. Use each `Memory` once for a change; reads belong before the 
 results.
 """
 
-import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,8 +21,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jax.extend import core
-from jax.interpreters import batching, mlir
+
+from mustafar_jax.pallas_kernels import cuda
 
 WARP = 32
 MIN_COMPUTE_CAPABILITY = 8.0
@@ -49,28 +47,9 @@ def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> 
         raise NotImplementedError(f"the Triton kernels take head_dim 64 and 128; got {head_dim=}")
     if queries_per_head > 16:
         raise NotImplementedError(f"the Triton kernels take at most 16 query heads per KV head; got {queries_per_head}")
-    capability = _compute_capability()
+    capability = cuda.compute_capability()
     if capability is not None and capability < MIN_COMPUTE_CAPABILITY:
         raise NotImplementedError(f"the Triton kernels need compute capability 8.0; this GPU has {capability}")
-
-
-@functools.cache
-def _first_gpu() -> Any:
-    """None where jax has no CUDA GPU."""
-    with contextlib.suppress(RuntimeError):
-        return jax.devices("cuda")[0]
-    return None
-
-
-def device_kind() -> str | None:
-    """The first GPU's name; None where jax has none."""
-    gpu = _first_gpu()
-    return None if gpu is None else gpu.device_kind
-
-
-def _compute_capability() -> float | None:
-    gpu = _first_gpu()
-    return None if gpu is None else float(gpu.compute_capability)
 
 
 def pallas_call(
@@ -87,32 +66,17 @@ def pallas_call(
     call = pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **options)
 
     def run(first: jax.Array, *rest: jax.Array) -> Any:
-        return call(first if interpret else _cuda_only_p.bind(first), *rest)
+        return call(first if interpret else cuda.only(first, kernels="Triton", before=_silence_deprecation), *rest)
 
     return run
 
 
-# The identity. Pallas itself raises ValueError on a CPU; callers that fall back on NotImplementedError need that type.
-_cuda_only_p = core.Primitive("cuda_only")
-_cuda_only_p.def_abstract_eval(lambda x: x)
-_cuda_only_p.def_impl(lambda x: jax.jit(_cuda_only_p.bind)(x))
-
-
-def _lower_elsewhere(_context: Any, _x: Any) -> Any:
-    raise NotImplementedError("the Triton kernels lower for CUDA alone; elsewhere pass interpret=True, or use XLA")
-
-
-def _lower_for_cuda(_context: Any, x: Any) -> list[Any]:
-    # jax >= 0.11 announces that this backend will go. It warns when it lowers a kernel, which is next, so the filter
-    # is set here: one that was set at import may be gone by now.
+def _silence_deprecation() -> None:
+    # jax >= 0.11 announces that this backend will go. It warns when it lowers a kernel, so the filter is set right
+    # before: one that was set at import may be gone by then.
     message = "The Pallas Triton backend is deprecated"
     warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
-    return [x]
 
-
-batching.defvectorized(_cuda_only_p)
-mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
-mlir.register_lowering(_cuda_only_p, _lower_for_cuda, platform="cuda")
 
 load, store = plgpu.load, plgpu.store
 

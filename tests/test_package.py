@@ -75,8 +75,10 @@ class G:
 
 @pytest.mark.parametrize("file", files("mustafar_jax.pallas_kernels"), ids=lambda file: file.name)
 def test_the_kernels_depend_on_jax_alone(file):
+    # jaxlib, jax's other half, holds the MLIR that Mosaic GPU kernels are written in
+    allowed = {"jax", "numpy"} | ({"jaxlib"} if file.name in ("mosaic_gpu.py", "ptx.py") else set())
     for module in imports(file, lazy=True):
-        assert not is_third_party(module) or module.split(".")[0] in ("jax", "numpy")
+        assert not is_third_party(module) or module.split(".")[0] in allowed
         assert not within(module, "mustafar_jax") or within(module, "mustafar_jax.pallas_kernels")
 
 

@@ -24,10 +24,13 @@ def mask_like(rng, x, sparsity, kind):
 def rows_of(rng, shape, dtype, sparsity, kind="magnitude"):
     """(rows as a kernel takes them, the same dense [B, K, S, H]); S is rounded up to a multiple of 32."""
     x = jnp.asarray(rng.standard_normal(shape), dtype)
-    if sparsity == 0:
-        return x, x
-    packed = mj.pack(x, mask_like(rng, x, sparsity, kind))
-    padding = packed.bitmap.shape[2] - shape[2]
+    return (x, x) if sparsity == 0 else pack_rows(x, mask_like(rng, x, sparsity, kind))
+
+
+def pack_rows(x, mask):
+    """As `rows_of`, for [B, K, S, H] and a mask."""
+    packed = mj.pack(x, mask)
+    padding = packed.bitmap.shape[2] - x.shape[2]
     return Packed(packed.bitmap, packed.values), jnp.pad(mj.unpack(packed), [(0, 0), (0, 0), (0, padding), (0, 0)])
 
 

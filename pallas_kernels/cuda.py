@@ -1,0 +1,62 @@
+"""What all kernels for NVIDIA GPUs ask of jax, whichever backend lowers them."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+
+@functools.cache
+def _first_gpu() -> Any:
+    """None where jax has no CUDA GPU."""
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("cuda")[0]
+    return None
+
+
+def device_kind() -> str | None:
+    """The first GPU's name; None where jax has none."""
+    gpu = _first_gpu()
+    return None if gpu is None else gpu.device_kind
+
+
+def compute_capability() -> float | None:
+    """Of the first GPU; None where jax has none."""
+    gpu = _first_gpu()
+    return None if gpu is None else float(gpu.compute_capability)
+
+
+def only(x: jax.Array, *, kernels: str, before: Callable[[], None] = lambda: None) -> jax.Array:
+    """The identity; lowering it for another platform than CUDA raises NotImplementedError.
+
+    Pallas itself raises ValueError on a CPU; callers that fall back on NotImplementedError need that type.
+
+    Args:
+        x: what the kernels are to take.
+        kernels: which ones, in words.
+        before: called when it is lowered, which is right before the kernels are.
+    """
+    return _only_p.bind(x, kernels=kernels, before=before)
+
+
+_only_p = core.Primitive("cuda_only")
+_only_p.def_abstract_eval(lambda x, **_: x)
+_only_p.def_impl(lambda x, **options: jax.jit(functools.partial(_only_p.bind, **options))(x))
+
+
+def _lower_elsewhere(_context: Any, _x: Any, *, kernels: str, before: Callable[[], None]) -> Any:
+    raise NotImplementedError(f"the {kernels} kernels lower for CUDA alone; elsewhere pass interpret=True, or use XLA")
+
+
+def _lower_for_cuda(_context: Any, x: Any, *, kernels: str, before: Callable[[], None]) -> list[Any]:
+    before()
+    return [x]
+
+
+batching.defvectorized(_only_p)
+mlir.register_lowering(_only_p, _lower_elsewhere)
+mlir.register_lowering(_only_p, _lower_for_cuda, platform="cuda")

@@ -1,0 +1,823 @@
+"""Split-K flash decoding over packed keys and values on Hopper GPUs, through Pallas Mosaic GPU.
+
+Each warp works alone on 32 tokens at a time, a unit: it holds one tile in shared memory, into which it scatters the
+keys' entries and, once their product is taken, the values'. docs/kernels.md draws the tile and says who owns what.
+
+Lanes stand for tokens while entries are scattered and scores become weights. In matrix products lane 4 g + t holds
+what `ptx.Warp.multiply_add` says; g and t below are these two.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mustafar_jax.pallas_kernels import launch, mosaic_gpu
+from mustafar_jax.pallas_kernels.merge import merge
+from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed, Rows, Tail, check_dtype, row_count
+
+TOKENS = 32
+"""Tokens of a unit, one per lane."""
+_ROW = 4 * TOKENS
+"""Bytes of a pair of channels in a tile: a word for each token."""
+_SLACK = 8.0
+"""How far scores, to base 2, may exceed the one that weights are relative to, before all sums are rescaled."""
+_LOWEST = float(np.finfo(np.float32).min)
+
+Warp = Any
+"""`ptx.Warp` or `simt.Warp`; both have the same methods."""
+Register = Any
+"""A value in each of a warp's lanes."""
+
+
+def decode_attention(
+    query: jax.Array,
+    key: Rows,
+    value: Rows,
+    tail: Tail,
+    lengths: jax.Array,
+    packed_lengths: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    mean: Mean | None = None,
+    params: launch.MosaicParams | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
+
+    The packed rows are attended here; `merge`, a Triton kernel, merges the blocks' results and attends the rest.
+
+    Args:
+        query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
+        key, value: packed rows [B, K, S, H] of the query's dtype; what is not visible may hold anything.
+        mean: where keys are centred, what stands for the entries that they do not hold.
+        params: launch parameters; a heuristic if None.
+        interpret: run as numpy and plain JAX, anywhere.
+
+    Returns:
+        [B, K, G, H] of the query's dtype; zeros where nothing is visible.
+
+    Raises:
+        NotImplementedError: see `mosaic_gpu.check_supported`; also for dense rows, and for rows of another
+            dtype than the query's.
+
+    Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
+    """
+    for rows in (tail.key, tail.value):
+        check_dtype(rows, query.dtype)
+    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - tail.sinks, 0)
+    splits = attend_rows(
+        query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
+    )
+    return merge(query, splits, tail, lengths, packed_lengths, scale=scale, window=window, interpret=interpret)
+
+
+def attend_rows(
+    query: jax.Array,
+    key: Rows,
+    value: Rows,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    scale: float,
+    mean: Mean | None = None,
+    params: launch.MosaicParams | None = None,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Attend to the rows first <= row < last of each sequence, in splits.
+
+    Args:
+        query, key, value, scale, mean, params, interpret: as in `decode_attention`.
+        first, last: int32 [B], at least 0; a sequence with last <= first sees nothing.
+
+    Returns:
+        Float32 out [B * K, splits, G, H], m and l [B * K, splits, G]: unnormalised sums, a score that is among the
+        largest (the lowest float32 where nothing was visible) and the sum of exp(score - m). No splits if there are no
+        rows.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
+    key, value = (_check_rows(rows, query.dtype) for rows in (key, value))
+    heads, rows = batch * kv_heads, row_count(key)
+    if rows == 0:
+        return []
+    params = params or launch.mosaic_params(heads=heads, rows=rows)
+    plan = Plan(
+        head_dim=head_dim,
+        group=group,
+        kv_heads=kv_heads,
+        rows=rows,
+        key_slots=_slots(key),
+        value_slots=_slots(value),
+        splits=params.splits,
+        warps=params.warps,
+        scale=scale * math.log2(math.e),
+        centred=mean is not None,
+    )
+    arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *key, *value]
+    if mean is not None:
+        arrays += [mean.key.astype(jnp.float32), _turns(mean, plan)]
+    shapes = [(head_dim,), (), ()]
+    return mosaic_gpu.kernel_call(
+        functools.partial(attend_split, plan=plan),
+        *(x.reshape(-1) for x in arrays),
+        out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
+        blocks=heads * params.splits,
+        warps=params.warps,
+        shared_bytes=params.warps * plan.warp_bytes,
+        dtype=query.dtype,
+        interpret=interpret,
+    )
+
+
+def _turns(mean: Mean, plan: "Plan") -> jax.Array:
+    """Cosines and sines of turns [units + 11, pairs, 2]: to each unit's first token; to a unit's 8 quads; 3 steps.
+
+    They are the same for every layer of a model, whose compiler keeps one.
+    """
+    starts = mean.offset + np.arange(plan.units) * TOKENS
+    steps = [4 * quad for quad in range(8)] + [1, 16, plan.warps * TOKENS]
+    angle = jnp.asarray(np.concatenate([starts, steps]), jnp.float32)[:, None] * mean.inv_freq
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def _check_rows(rows: Rows, dtype: Any) -> Packed:
+    if not isinstance(rows, Packed):
+        raise NotImplementedError("the Mosaic GPU kernels take packed keys and packed values; got dense rows")
+    check_dtype(rows, dtype)
+    return rows
+
+
+def _slots(rows: Packed) -> int:
+    return rows.values.shape[-3] * rows.values.shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the kernel is compiled for. Sizes in bytes and tokens; scores are taken to base 2."""
+
+    head_dim: int
+    group: int
+    kv_heads: int
+    rows: int
+    key_slots: int
+    value_slots: int
+    splits: int
+    warps: int
+    scale: float
+    centred: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels (p, p + pairs) that share a word of a tile."""
+        return self.head_dim // 2
+
+    @property
+    def words(self) -> int:
+        """Words of a row's bitmap."""
+        return self.head_dim // WORD
+
+    @property
+    def units(self) -> int:
+        """Units of a KV head."""
+        return self.rows // TOKENS
+
+    @property
+    def units_per_split(self) -> int:
+        """Units that a block takes."""
+        return -(-self.units // self.splits)
+
+    @property
+    def octets(self) -> int:
+        """Groups of up to 8 query heads."""
+        return -(-self.group // 8)
+
+    @property
+    def parities(self) -> int:
+        """Classes of tokens that a product with values keeps apart, where its 8 columns outnumber the heads."""
+        return 2 if self.group <= 4 else 1
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of one tile."""
+        return self.pairs * _ROW
+
+    @property
+    def scores_bytes(self) -> int:
+        """Of the parts of scores [G, 4, TOKENS], float32."""
+        return self.group * 4 * TOKENS * 4
+
+    @property
+    def warp_bytes(self) -> int:
+        """A warp's share of memory: its tile, parts of scores, weights [heads, TOKENS] of 16 bits, steps of means."""
+        return self.tile_bytes + self.scores_bytes + self.weights_bytes + self.centred * self.pairs * 32
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the weights [heads, TOKENS], 16 bits each."""
+        return 8 * self.octets * TOKENS * 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Addresses that a warp uses throughout.
+
+    Attributes:
+        tile, scores, weights, steps: where its parts of shared memory begin: see `Plan.warp_bytes`.
+        lane, g, t: numbers of this lane.
+    """
+
+    tile: Register
+    scores: Register
+    weights: Register
+    steps: Register
+    lane: Register
+    g: Register
+    t: Register
+
+    @property
+    def first_quad(self) -> Register:
+        """The first of the two quads of tokens that this lane fills with a mean: see `begin_mean`."""
+        return self.t + ((self.g & 1) << 2)
+
+    @property
+    def pair_of_heads(self) -> Register:
+        """N where this lane holds queries of heads 2 n and 2 n + 1 of an octet: see `load_query`."""
+        return (self.t + 4 - (self.g >> 1)) & 3
+
+    @staticmethod
+    def of(w: Warp, shared: Register, plan: Plan) -> "Places":
+        """Places of warp w in memory that begins at `shared`."""
+        lane = w.lane()
+        tile = shared + w.warp() * plan.warp_bytes
+        scores = tile + plan.tile_bytes
+        weights = scores + plan.scores_bytes
+        return Places(tile, scores, weights, weights + plan.weights_bytes, lane, lane >> 2, lane & 3)
+
+
+@dataclasses.dataclass
+class State:
+    """Softmax so far, in registers.
+
+    Attributes:
+        m: a score of each head, the same in all lanes, that none so far exceeds by more than `_SLACK`.
+        l: this lane's sum of weights of each head.
+        out: sums [pairs / 8][octets][4], a product's accumulators: see `add_values`.
+    """
+
+    m: list[Register]
+    l: list[Register]  # noqa: E741
+    out: list[list[list[Register]]]
+
+    def flat(self) -> list[Register]:
+        """All registers in order."""
+        return [*self.m, *self.l, *(x for block in self.out for part in block for x in part)]
+
+    @staticmethod
+    def from_flat(registers: list[Register], plan: Plan) -> "State":
+        """The inverse of `flat`."""
+        m, l, rest = registers[: plan.group], registers[plan.group : 2 * plan.group], registers[2 * plan.group :]  # noqa: E741
+        parts = [rest[i : i + 4] for i in range(0, len(rest), 4)]
+        return State(m, l, [parts[i : i + plan.octets] for i in range(0, len(parts), plan.octets)])
+
+
+def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
+    """One split of one KV head: a block, whose warps take every `warps`-th unit.
+
+    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values; where keys are centred
+    mean [B, K, H] and turns (`_turns`); out [heads, splits, G, H], m and l [heads, splits, G].
+    """
+    firsts, lasts, query, key_bitmap, key_values, value_bitmap, value_values, *mean_refs, out, m, l = refs  # noqa: E741
+    block = w.block()
+    head, split = block // plan.splits, block % plan.splits
+    key = Source(w, key_bitmap, key_values, head, plan.key_slots, plan)
+    value = Source(w, value_bitmap, value_values, head, plan.value_slots, plan)
+    first, last = (w.load(x, (head // plan.kv_heads) << 2, 1)[0] for x in (firsts, lasts))
+    last = _smaller(w, last, w.integer(plan.rows))
+    begin = split * plan.units_per_split
+    end = _smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)
+    begin = _larger(w, begin, first >> 5) + w.warp()
+    at = Places.of(w, shared, plan)
+    # in flight while the rest is made ready
+    loaded = [x for source in (key, value) for x in source.load(w, begin, at, begin < end)]
+    fragments = load_query(w, query, head, at, plan)
+    mean: list[Register] = []
+    if plan.centred:
+        mean = begin_mean(w, *mean_refs, head, begin, begin < end, at, plan)
+    else:
+        clear_tile(w, at, plan)
+    state = State(
+        [w.number(_LOWEST)] * plan.group,
+        [w.number(0)] * plan.group,
+        [[[w.number(0)] * 4 for _ in range(plan.octets)] for _ in range(plan.pairs // 8)],
+    )
+
+    def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
+        loaded_key, loaded_value = key.entries(carry), value.entries(carry[key.registers :])
+        state = State.from_flat(carry[key.registers + value.registers + len(mean) :], plan)
+        next_mean = carry[key.registers + value.registers :][: len(mean)]
+        if plan.centred:
+            next_mean = fill_tile(w, next_mean, at, plan)
+        token = unit * TOKENS + at.lane
+        seen = w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
+        ahead = unit + plan.warps
+        scatter(w, loaded_key, seen, at, plan)
+        next_key = key.load(w, ahead, at, ahead < end)
+        w.sync_warp()
+        multiply_keys(w, fragments, at, plan)
+        w.sync_warp()
+        weigh(w, state, seen, at, plan)
+        scatter(w, loaded_value, seen, at, plan)
+        next_value = value.load(w, ahead, at, ahead < end)
+        w.sync_warp()
+        add_values(w, state, at, plan)
+        w.sync_warp()
+        return [*next_key, *next_value, *next_mean, *state.flat()]
+
+    carry = w.loop(begin, end, plan.warps, [*loaded, *mean, *state.flat()], attend_unit)
+    state = State.from_flat(carry[len(loaded) + len(mean) :], plan)
+    publish(w, state, at, plan)
+    w.sync_block()
+    merge_warps(w, shared, out, m, l, plan)
+
+
+def _smaller(w: Warp, a: Register, b: Register) -> Register:
+    return w.select(a < b, a, b)
+
+
+def _larger(w: Warp, a: Register, b: Register) -> Register:
+    return w.select(a < b, b, a)
+
+
+@dataclasses.dataclass
+class Entries:
+    """A unit's rows, one per lane.
+
+    Attributes:
+        words: of the bitmap.
+        values: the slots in order, two to a register.
+    """
+
+    words: list[Register]
+    values: list[Register]
+
+
+class Source:
+    """Packed rows of one KV head in global memory. A lane reads its token's row in pieces of one chunk of slots."""
+
+    def __init__(self, w: Warp, bitmap: Any, values: Any, head: Register, slots: int, plan: Plan) -> None:
+        self.words, self.slots = plan.words, slots
+        self.chunk = 8 if slots % 8 == 0 else 4
+        self.bitmap = w.row(bitmap, head, plan.rows * plan.words * 4)
+        self.values = w.row(values, head, plan.rows * slots * 2)
+        self.registers = plan.words + slots // 2
+
+    def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
+        """Begin to load a unit's rows; undefined where not `where`."""
+        words = w.load(self.bitmap, (unit * TOKENS + at.lane) * (4 * self.words), self.words, where=where)
+        offset = unit * (TOKENS * self.slots * 2) + at.lane * (2 * self.chunk)
+        for i in range(self.slots // self.chunk):
+            words += w.load(self.values, offset, self.chunk // 2, i * TOKENS * self.chunk * 2, where=where)
+        return words
+
+    def entries(self, registers: list[Register]) -> Entries:
+        """What was loaded."""
+        return Entries(registers[: self.words], registers[self.words : self.registers])
+
+
+def load_query(w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> list[list[list[Register]]]:
+    """The queries as `multiply_keys` wants them: [octets][steps of 8 pairs][2].
+
+    Lane (g, t) holds head g % 2 of heads 2 n, 2 n + 1 with n = (t - g / 2) % 4, at pairs 8 step + t and 8 step + 4 + t.
+    """
+    row = w.row(query, head, plan.group * plan.head_dim * 2)
+    odd = (at.t & 1) > 0
+    fragments = []
+    for octet in range(plan.octets):
+        number = at.pair_of_heads * 2 + (at.g & 1) + 8 * octet
+        there = number < plan.group
+        start = number * (plan.head_dim * 2) + ((at.t >> 1) << 2)
+        words = []
+        for pair in range(0, plan.pairs, 4):  # channels pair + t and pair + t + pairs, each with a neighbour
+            low, high = (w.load(row, start, 1, 2 * (pair + i * plan.pairs), where=there)[0] for i in range(2))
+            word = w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0))
+            words.append(w.select(there, word, w.integer(0)))
+        fragments.append([words[i : i + 2] for i in range(0, len(words), 2)])
+    return fragments
+
+
+def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
+    """Fill the tile with zeros."""
+    zeros = [w.integer(0)] * 4
+    for start in range(0, plan.tile_bytes, 16 * TOKENS):
+        w.store_shared(at.tile + (at.lane << 4), zeros, start)
+    w.sync_warp()
+
+
+def rotate(pair: list[Register], turn: list[Register]) -> list[Register]:
+    """Channels (p, p + pairs) turned by an angle, given as cosine and sine."""
+    (x, y), (cos, sin) = pair, turn
+    return [x * cos - y * sin, y * cos + x * sin]
+
+
+def begin_mean(
+    w: Warp, mean: Any, turns: Any, head: Register, unit: Register, where: Register, at: Places, plan: Plan
+) -> list[Register]:
+    """What `fill_tile` wants for the first unit; leaves the steps [pairs, 8] in shared memory.
+
+    A pair's steps are the turns by 1 token, 16 tokens and to the warp's next unit. A lane fills quads t and t + 4 of
+    pairs 8 i + g, t + 4 first where g is odd, so that the 8 lanes of a phase meet all banks.
+    """
+
+    def turn(row: Register, pair: Register) -> list[Register]:
+        return [w.as_float(x) for x in w.load(turns, (row * plan.pairs + pair) << 3, 2, where=where)]
+
+    for start in range(0, plan.pairs, TOKENS):
+        pair = at.lane + start
+        for i in range(3):
+            w.store_shared(at.steps + (pair << 5), turn(w.integer(plan.units + 8 + i), pair), 8 * i)
+    w.sync_warp()
+    row = w.row(mean, head, plan.head_dim * 4)
+    registers = []
+    for block in range(plan.pairs // 8):
+        pair = at.g + 8 * block
+        channels = [w.as_float(w.load(row, (pair + i * plan.pairs) << 2, 1, where=where)[0]) for i in range(2)]
+        channels = rotate(channels, turn(unit, pair))
+        registers += rotate(channels, turn(at.first_quad + plan.units, pair))
+    return registers
+
+
+def fill_tile(w: Warp, mean: list[Register], at: Places, plan: Plan) -> list[Register]:
+    """Fill the tile with the mean key, rotated to each token's position.
+
+    By the angle addition theorems x(s + 1) = 2 cos(w) x(s) - x(s - 1): one multiply-add per channel and token.
+
+    Args:
+        w: the warp.
+        mean: float32 [pairs / 8][2], the mean's channels (p, p + pairs), at the first token that this lane fills.
+        at: its places.
+        plan: the plan.
+
+    Returns:
+        The same for the warp's next unit.
+    """
+    backwards = (at.g & 1) > 0
+    ahead = []
+    for block in range(plan.pairs // 8):
+        steps = at.steps + (at.g << 5)
+        words = w.load_shared(steps, 4, 256 * block) + w.load_shared(steps, 2, 256 * block + 16)
+        one, sixteen, unit = ([w.as_float(x) for x in words[i : i + 2]] for i in (0, 2, 4))
+        sixteen[1] = w.select(backwards, w.number(0) - sixteen[1], sixteen[1])
+        first = mean[2 * block : 2 * block + 2]
+        for quad, start in ((at.first_quad, first), (at.first_quad ^ 4, rotate(first, sixteen))):
+            tokens = [start, rotate(start, one)]
+            for _ in range(2):
+                tokens.append([one[0] * 2.0 * b - a for a, b in zip(*tokens[-2:], strict=True)])
+            place = at.tile + at.g * _ROW + (quad << 4)
+            w.store_shared(place, [w.pack_pair(*pair) for pair in tokens], 8 * block * _ROW)
+        ahead += rotate(first, unit)
+    w.sync_warp()
+    return ahead
+
+
+def scatter(w: Warp, entries: Entries, seen: Register, at: Places, plan: Plan) -> None:
+    """Store the entries of the tokens that are seen in the tile.
+
+    The word of pair p and token t stands at byte (32 p + t) * 4 of the tile, so a lane has a bank of its own and no
+    two stores meet. There are three ways, of which a unit takes the first that suits all of its rows: rows with their
+    entries spread as in most rows; full rows; any rows.
+    """
+    words = [w.select(seen, x, w.integer(0)) for x in entries.words]
+    column = at.tile + (at.lane << 2)
+    # of the words' first channels
+    places = [column + (32 * i % plan.pairs * _ROW + 32 * i // plan.pairs * 2) for i in range(plan.words)]
+    slots = 2 * len(entries.values)
+    guess = Guess.of(slots, plan.words)
+    counts = [w.count_bits(x) for x in words]
+    total = functools.reduce(lambda a, b: a + b, counts)
+
+    def usual(_: list[Register]) -> list[Register]:
+        scatter_from_both_ends(w, words, places, entries.values, guess)
+        return []
+
+    def full(_: list[Register]) -> list[Register]:
+        scatter_from_both_ends(w, words, places, entries.values, None)
+        return []
+
+    def any_rows(_: list[Register]) -> list[Register]:
+        scatter_upwards(w, words, places, entries.values, total)
+        return []
+
+    def unusual(_: list[Register]) -> list[Register]:
+        return w.branch(w.any(total < slots), [], any_rows, full)
+
+    w.branch(w.any((total < slots) | guess.fails(words, counts)), [], unusual, usual)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """How a full row's entries are spread over its words, if it is a usual one. Static.
+
+    Attributes:
+        least: entries in its first word, and in its last, at least.
+        most: the same, at most.
+        pair: entries in its first two words together, and in its last two, at least.
+    """
+
+    least: int
+    most: int
+    pair: int
+
+    @staticmethod
+    def of(slots: int, words: int) -> "Guess":
+        """So that of rows with their entries at random places less than one in a thousand is not so."""
+
+        def spread(n: int) -> tuple[float, float]:
+            """Mean and 3.5 standard deviations of the entries in n words."""
+            share = n / words
+            channels = words * WORD
+            variance = slots * share * (1 - share) * (channels - slots) / (channels - 1)
+            return slots * share, 3.5 * variance**0.5
+
+        (one, margin), (two, margin_of_two) = spread(1), spread(min(2, words))
+        half = slots // 2
+        least, most = max(1, math.floor(one - margin)), min(half, math.ceil(one + margin))
+        return Guess(min(least, half), most, max(1, math.floor(two - margin_of_two)))
+
+    def fails(self, words: list[Register], counts: list[Register]) -> Register:
+        """Whether a full row is not so, or has an empty word, or less than half of its entries in any three words."""
+        wrong = [counts[0] < self.least, counts[-1] < self.least]
+        if len(words) > 2:
+            wrong += [x == 0 for x in words[1:-1]]
+            wrong += [counts[0] + counts[1] < self.pair, counts[2] + counts[3] < self.pair]
+            wrong += [counts[0] > self.most, counts[-1] > self.most]
+        return functools.reduce(lambda a, b: a | b, wrong)
+
+
+def scatter_from_both_ends(
+    w: Warp, words: list[Register], places: list[Register], values: list[Register], guess: Guess | None
+) -> None:
+    """Full rows: half of the entries from channel 0 up, half from the last one down, two chains at a time."""
+    slots = 2 * len(values)
+    up = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * _ROW for x in places], -_ROW)
+    down = Chain(words[::-1], places[::-1], _ROW)
+    for chain in (up, down):
+        if guess is None:
+            chain.skip_empty(w)
+        else:
+            chain.keep(3)  # half of the entries reach no further
+    half = slots // 2
+    for taken in range(half):
+        for chain, slot in ((up, taken), (down, slots - 1 - taken)):
+            w.store_shared_half(chain.take(w), values[slot // 2], slot % 2)
+            if taken + 1 < half:
+                chain.advance(w, taken + 1, guess)
+
+
+def scatter_upwards(
+    w: Warp, words: list[Register], places: list[Register], values: list[Register], total: Register
+) -> None:
+    """Any rows: their entries, `total` of them, in order from channel 0 up."""
+    chain = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * _ROW for x in places], -_ROW)
+    chain.skip_empty(w)
+    for slot in range(2 * len(values)):
+        w.store_shared_half(chain.take(w), values[slot // 2], slot % 2, where=total > slot)
+        chain.next_word(w)
+
+
+class Chain:
+    """A walk along a row's entries, the highest bits of the first word first.
+
+    Attributes:
+        words: what is left, in order.
+        places: in the tile, of each word's bit 0.
+        stride: from one bit's place to the next one's.
+    """
+
+    def __init__(self, words: list[Register], places: list[Register], stride: int) -> None:
+        self.words, self.places, self.stride = words, places, stride
+
+    def take(self, w: Warp) -> Register:
+        """The place of the next entry."""
+        bit = w.highest_bit(self.words[0])
+        self.words[0] = w.clear_bit(self.words[0], bit)
+        return self.places[0] + bit * (self.stride % 2**32)
+
+    def keep(self, count: int) -> None:
+        """Forget all words but the first ones."""
+        self.words, self.places = self.words[:count], self.places[:count]
+
+    def skip_empty(self, w: Warp) -> None:
+        """Move empty words behind the others; what stands there then is never taken."""
+        for begin in reversed(range(len(self.words) - 1)):
+            words, places = w.shift_if_empty([self.words[begin:], self.places[begin:]])
+            self.words[begin:], self.places[begin:] = words, places
+
+    def next_word(self, w: Warp, *, among: int | None = None, drop: bool = False) -> None:
+        """Where the first word is used up, move the others one place ahead.
+
+        Args:
+            w: the warp.
+            among: how many words move; all if None. The last one of them stays in its place as well.
+            drop: leave out the second word.
+        """
+        chosen = [i for i in range(len(self.words)) if not (drop and i == 1)][:among]
+        words, places = w.shift_if_empty([[queue[i] for i in chosen] for queue in (self.words, self.places)])
+        for i, word, place in zip(chosen, words, places, strict=True):
+            self.words[i], self.places[i] = word, place
+
+    def advance(self, w: Warp, taken: int, guess: Guess | None) -> None:
+        """Go on to the next word where this one is used up, with as few instructions as the guess allows.
+
+        Until `guess.pair` entries are taken the second word lasts; after `guess.most` the first one is behind. Between
+        the two, the words' second register is the word to come, whichever that is.
+        """
+        if guess is None:
+            self.next_word(w)
+            return
+        before_third, past_first = len(self.words) == 2 or taken < guess.pair, taken > guess.most
+        if taken < guess.least or (before_third and past_first):
+            return
+        if before_third or past_first:
+            self.next_word(w, among=2, drop=past_first)
+            return
+        if taken == guess.pair:
+            moved = self.places[0] == self.places[1]
+            for queue in (self.words, self.places):
+                queue[1] = w.select(moved, queue[2], queue[1])
+        self.next_word(w)
+
+
+def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, plan: Plan) -> None:
+    """Multiply the queries with the tile of keys, empty it, and leave parts of scores in shared memory.
+
+    A product's 16 rows are tokens, its inner axis 8 pairs of channels, its columns (class j, head) = 2 j + head for 4
+    classes and 2 heads. A lane reads four neighbouring tokens, quad (g + 2 t) % 8, of one pair, so that the 8 lanes of
+    a phase meet all banks. A row thus mixes the quads of 4 classes of pairs; the queries are zero but for one class in
+    each column, which keeps them apart. The part of (head, class t) for quad n goes to word 4 n of scores[head][t].
+    """
+    read = at.tile + at.t * _ROW + (((at.g + at.t * 2) & 7) << 4)
+    zeros = [w.integer(0)] * 4
+    for octet, steps in enumerate(fragments):
+        heads = range(8 * octet, min(plan.group, 8 * octet + 8), 2)
+        even = [[w.number(0)] * 4 for _ in heads]  # of each two heads, tokens 0 and 1 of a quad
+        odd = [[w.number(0)] * 4 for _ in heads]  # tokens 2 and 3
+        for step, operand in enumerate(steps):
+            starts = [8 * step * _ROW, (8 * step + 4) * _ROW]
+            low, high = (w.load_shared(read, 4, start) for start in starts)
+            if octet == plan.octets - 1:
+                for start in starts:
+                    w.store_shared(read, zeros, start)
+            for n in range(len(heads)):
+                columns = (
+                    operand if len(heads) == 1 else [w.select(at.pair_of_heads == n, x, zeros[0]) for x in operand]
+                )
+                even[n] = w.multiply_add([low[0], low[1], high[0], high[1]], columns, even[n])
+                odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
+        for n, head in enumerate(heads):
+            quad = (at.g + ((at.t + n) & 3) * 2) & 7
+            place = at.scores + at.t * _ROW + (quad << 4)
+            for i in range(min(2, plan.group - head)):
+                part = [even[n][i], even[n][i + 2], odd[n][i], odd[n][i + 2]]
+                w.store_shared(place, part, (head + i) * 4 * _ROW)
+
+
+def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None:
+    """Turn scores into weights, one token per lane, and leave them in shared memory; update the statistics."""
+    column = at.scores + (at.lane << 2)
+    scores = []
+    for head in range(plan.group):
+        parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * _ROW)[0]) for j in range(4)]
+        score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * plan.scale
+        scores.append(w.select(seen, score, w.number(-math.inf)))
+    larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(scores, state.m, strict=True)])
+
+    def rescale(carry: list[Register]) -> list[Register]:
+        old = State.from_flat(carry, plan)
+        m = [w.maximum(a, over_lanes(w, s, at, w.maximum)) for a, s in zip(old.m, scores, strict=True)]
+        decay = [w.exp2(a - b) for a, b in zip(old.m, m, strict=True)]
+        l = [a * d for a, d in zip(old.l, decay, strict=True)]  # noqa: E741
+        factors = [of_columns(w, decay, octet, at, plan) for octet in range(plan.octets)]
+        out = [
+            [
+                [x * f for x, f in zip(part, factor * 2, strict=True)]
+                for part, factor in zip(block, factors, strict=True)
+            ]
+            for block in old.out
+        ]
+        return State(m, l, out).flat()
+
+    new = State.from_flat(w.branch(w.any(larger), state.flat(), rescale), plan)
+    weights = [w.exp2(s - m) for s, m in zip(scores, new.m, strict=True)]
+    state.m, state.out = new.m, new.out
+    state.l = [a + b for a, b in zip(new.l, weights, strict=True)]
+    place = at.weights + (at.lane << 1)
+    for head in range(0, plan.group, 2):
+        pair = w.pack_pair(weights[head], weights[min(head + 1, plan.group - 1)])
+        for i in range(min(2, plan.group - head)):
+            w.store_shared_half(place + (head + i) * 2 * TOKENS, pair, i)
+    w.sync_warp()
+
+
+def over_lanes(w: Warp, x: Register, at: Places, combine: Callable[[Register, Register], Register]) -> Register:
+    """x of all lanes combined, in all lanes."""
+    for distance in (1, 2, 4, 8, 16):
+        x = combine(x, w.shuffle(x, at.lane ^ distance))
+    return x
+
+
+def of_columns(w: Warp, heads: list[Register], octet: int, at: Places, plan: Plan) -> list[Register]:
+    """What belongs to the heads of a lane's two columns of a product with values, of one number for each head."""
+
+    def by_t(numbers: list[Register]) -> Register:
+        picked = numbers[0]
+        for i, x in enumerate(numbers[1:], start=1):
+            picked = w.select(at.t == i, x, picked)
+        return picked
+
+    if plan.parities == 2:
+        return [by_t(heads)] * 2
+    octet_heads = heads[8 * octet : 8 * octet + 8]
+    return [by_t(octet_heads[i::2] or octet_heads) for i in range(2)]
+
+
+def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
+    """Add the product of the weights with the tile of values to the sums, and empty the tile, unless it is then filled.
+
+    A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads. A lane reads
+    quads of tokens 2 t + i, i = 0 and 1, of pair g. Where there are at most 4 heads, lanes of odd g read the odd quad
+    first, so that the 8 lanes of a phase meet all banks; the columns are then (head, parity of the quad), of which a
+    row uses the one of its own parity, and the other is dropped in the end.
+    """
+    quad = (at.t << 1) | (at.g & 1 if plan.parities == 2 else w.integer(0))
+    read = at.tile + at.g * _ROW + (quad << 4)
+    reads = [read, at.tile + at.g * _ROW + ((quad ^ 1) << 4)]
+    row = (at.g >> 1) * (2 * TOKENS) if plan.parities == 2 else at.g * (2 * TOKENS)
+    weights = [
+        [w.load_shared(at.weights + row + ((quad ^ i) << 3), 2, 8 * octet * 2 * TOKENS) for octet in range(plan.octets)]
+        for i in range(2)
+    ]
+    zeros = [w.integer(0)] * 4
+    for block in range(plan.pairs // 8):
+        for i in range(2):
+            words = w.load_shared(reads[i], 4, 8 * block * _ROW)
+            if not plan.centred:
+                w.store_shared(reads[i], zeros, 8 * block * _ROW)
+            operand = [w.pick_halves(words[n], words[n + 1], half) for n in (0, 2) for half in (0, 1)]
+            for octet in range(plan.octets):
+                state.out[block][octet] = w.multiply_add(operand, weights[i][octet], state.out[block][octet])
+
+
+def publish(w: Warp, state: State, at: Places, plan: Plan) -> None:
+    """Leave a warp's result in its shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
+    odd = (at.g & 1) > 0
+    for octet in range(plan.octets):
+        for block in range(plan.pairs // 8):
+            part = state.out[block][octet]
+            for half in range(2):
+                a, b = part[2 * half : 2 * half + 2]
+                channel = at.g + (8 * block + half * plan.pairs)
+                if plan.parities == 2:
+                    w.store_shared(at.tile + (at.t * plan.head_dim + channel) * 4, [w.select(odd, b, a)])
+                else:
+                    place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
+                    w.store_shared(place, [a])
+                    w.store_shared(place, [b], plan.head_dim * 4)
+    for head in range(plan.group):
+        w.store_shared(at.scores, [state.m[head]], 4 * head)
+        w.store_shared(at.scores, [over_lanes(w, state.l[head], at, lambda a, b: a + b)], 4 * (16 + head))
+
+
+def merge_warps(w: Warp, shared: Register, out: Any, m: Any, l: Any, plan: Plan) -> None:  # noqa: E741
+    """Merge what the block's warps have published, and write it to global memory."""
+    block, threads, size = w.block(), plan.warps * TOKENS, plan.group * plan.head_dim
+    out, m, l = (w.row(x, block, 4 * n) for x, n in ((out, size), (m, plan.group), (l, plan.group)))  # noqa: E741
+    for start in range(0, size, threads):
+        element = w.warp() * TOKENS + w.lane() + start
+        there = element < size
+        element = w.select(there, element, w.integer(0))
+        head = element // plan.head_dim
+        sums, statistics = shared + (element << 2), shared + (head << 2)
+
+        def read(address: Register, constant: int, warp: int) -> Register:
+            return w.as_float(w.load_shared(address, 1, warp * plan.warp_bytes + constant)[0])
+
+        warps = range(plan.warps)
+        largest = [read(statistics, plan.tile_bytes, warp) for warp in warps]
+        top = functools.reduce(w.maximum, largest)
+        weights = [w.exp2(x - top) for x in largest]
+        total, part = w.number(0), w.number(0)
+        for warp, weight in enumerate(weights):
+            total = total + weight * read(statistics, plan.tile_bytes + 64, warp)
+            part = part + weight * read(sums, 0, warp)
+        natural = w.select(top > _LOWEST, top * math.log(2), w.number(_LOWEST))
+        w.store(out, element << 2, w.as_bits(part), where=there)
+        first = w.select(there, element % plan.head_dim, w.integer(1)) == 0
+        w.store(m, head << 2, w.as_bits(natural), where=first)
+        w.store(l, head << 2, w.as_bits(total), where=first)

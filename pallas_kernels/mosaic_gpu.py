@@ -1,0 +1,115 @@
+"""Pallas's Mosaic GPU backend: the one module that imports it, and what it cannot run.
+
+A kernel here is a function of a `ptx.Warp`, global arrays and the address of shared memory; interpreted, of a
+`simt.Warp`. Unlike Triton's, its threads have shared memory with addresses, registers and barriers of their own.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from mustafar_jax.pallas_kernels import cuda, ptx, simt
+
+COMPUTE_CAPABILITY = 9.0
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a block on Hopper may have."""
+WARPGROUP = 4
+"""Warps that blocks are made of."""
+
+Body = Callable[..., None]
+"""body(warp, shared, *inputs, *outputs): shared the address of shared memory, the others as `Warp.row` takes them."""
+
+
+def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int) -> None:
+    """Raise NotImplementedError, with the reason, for what these kernels cannot run.
+
+    Only static facts count, and the compute capability where jax has a GPU: never the default backend.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the Mosaic GPU kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}")
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"the Mosaic GPU kernels take head_dim 64 and 128; got {head_dim=}")
+    if queries_per_head > 16:
+        raise NotImplementedError(
+            f"the Mosaic GPU kernels take at most 16 query heads per KV head; got {queries_per_head}"
+        )
+    capability = cuda.compute_capability()
+    if capability is not None and capability != COMPUTE_CAPABILITY:
+        raise NotImplementedError(f"the Mosaic GPU kernels need compute capability 9.0; this GPU has {capability}")
+
+
+def kernel_call(
+    body: Body,
+    *arguments: jax.Array,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    blocks: int,
+    warps: int,
+    shared_bytes: int,
+    dtype: Any,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Run a kernel.
+
+    Args:
+        body: the kernel; outputs start undefined.
+        *arguments: arrays, read as flat bytes.
+        out_shape: of the outputs.
+        blocks: how many.
+        warps: per block, a multiple of 4.
+        shared_bytes: per block.
+        dtype: of the 16-bit operands.
+        interpret: run as numpy, anywhere.
+    """
+    if interpret:
+        return _interpret(
+            body, *arguments, out_shape=out_shape, blocks=blocks, warps=warps, shared_bytes=shared_bytes, dtype=dtype
+        )
+    count = len(arguments) + len(out_shape)
+
+    def kernel(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (count + 1))
+        def emit(_context: Any, *memrefs: ir.Value) -> None:
+            *global_arrays, shared = memrefs
+            wide, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
+            pointers = [llvm.ptrtoint(wide, mgpu_utils.memref_ptr(x)) for x in global_arrays]
+            body(ptx.Warp(dtype), ptx.Register(llvm.ptrtoint(word, mgpu_utils.memref_ptr(shared))), *pointers)
+
+        emit(*refs)
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=list(out_shape),
+        scratch_types=[plgpu.SMEM((shared_bytes // 4,), jnp.uint32)],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warps // WARPGROUP,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+    first, *rest = arguments
+    return call(cuda.only(first, kernels="Mosaic GPU"), *rest)
+
+
+def _interpret(
+    body: Body, *arguments: jax.Array, out_shape: Sequence[jax.ShapeDtypeStruct], **options: Any
+) -> list[jax.Array]:
+    """`kernel_call` on numpy arrays."""
+
+    def call(*arrays: np.ndarray) -> list[np.ndarray]:
+        inputs = [np.ascontiguousarray(x).view(np.uint8) for x in map(np.asarray, arrays)]
+        outputs = [np.full(x.size * x.dtype.itemsize, 0xFF, np.uint8) for x in out_shape]
+
+        def kernel(warp: simt.Warp) -> None:
+            body(warp, warp.integer(0), *inputs, *outputs)
+
+        simt.run(kernel, **options)
+        return [x.view(shape.dtype).reshape(shape.shape) for x, shape in zip(outputs, out_shape, strict=True)]
+
+    return jax.pure_callback(call, list(out_shape), *arguments)
