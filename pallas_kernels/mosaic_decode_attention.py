@@ -309,7 +309,8 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     fragments = load_query(w, query, head, at, plan)
     mean: list[Register] = []
     if plan.centred:
-        mean = begin_mean(w, *mean_refs, head, begin, begin < end, at, plan)
+        mean_key, turns = mean_refs
+        mean = begin_mean(w, mean_key, turns, head, begin, begin < end, at, plan)
     else:
         clear_tile(w, at, plan)
     state = State(

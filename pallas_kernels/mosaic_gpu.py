@@ -67,6 +67,8 @@ def kernel_call(
         dtype: of the 16-bit operands.
         interpret: run as numpy, anywhere.
     """
+    if shared_bytes > SHARED_BYTES:
+        raise ValueError(f"{shared_bytes=} of {warps=} must be at most {SHARED_BYTES}; wanted fewer warps")
     if interpret:
         return _interpret(
             body, *arguments, out_shape=out_shape, blocks=blocks, warps=warps, shared_bytes=shared_bytes, dtype=dtype

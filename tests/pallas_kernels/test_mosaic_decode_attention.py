@@ -233,6 +233,12 @@ def test_says_what_it_cannot_run(sizes, message):
         jax.eval_shape(functools.partial(kernels.attend_rows, scale=0.1), *specs(*sizes))
 
 
+def test_says_when_a_block_is_too_large():
+    call = functools.partial(kernels.attend_rows, scale=0.1, params=MosaicParams(1, warps=16))
+    with pytest.raises(ValueError, match="fewer warps"):
+        jax.eval_shape(call, *specs(1, 1, 16, 64, 128, 40, 40, BF16))
+
+
 def test_refuses_to_lower_for_the_cpu():
     call = jax.jit(functools.partial(kernels.attend_rows, scale=0.1))
     traced = call.trace(*specs(1, 1, 1, 64, 128, 40, 40, BF16))
