@@ -52,9 +52,9 @@ lint: $(VENV)/.test  ## check style and formatting
 	$(BIN)/ruff format --check
 
 types: $(VENV)/.test  ## check types
-	@# Link the three folders together as the one package that they are installed as, for mypy to find them so.
+	@# Link the four folders together as the one package that they are installed as, for mypy to find them so.
 	rm -rf build/types && mkdir -p build/types/mustafar_jax
-	ln -s $(CURDIR)/mustafar_jax/*.py $(CURDIR)/mustafar_jax/py.typed $(CURDIR)/models $(CURDIR)/pallas_kernels build/types/mustafar_jax
+	ln -s $(CURDIR)/mustafar_jax/*.py $(CURDIR)/mustafar_jax/py.typed $(CURDIR)/models $(CURDIR)/pallas_kernels $(CURDIR)/benchmarks/quality build/types/mustafar_jax
 	$(BIN)/mypy build/types $(wildcard tests/*.py tests/*/*.py benchmarks/*.py examples/*.py)
 
 format: $(VENV)/.test  ## rewrite the files in the project's style

@@ -35,9 +35,8 @@ from benchmarks.attention import (
     describe,
 )
 from mustafar_jax import bitmap
-from mustafar_jax.pallas_kernels.decode_attention import Mean
 from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
-from mustafar_jax.pallas_kernels.rows import Packed
+from mustafar_jax.pallas_kernels.rows import Mean, Packed
 from mustafar_jax.pruning import keep_count, magnitude_mask, rescale_to_norm
 from mustafar_jax.rope import rotate
 
@@ -109,10 +108,11 @@ def prompt_error(
 
     def one(arguments: Any) -> jax.Array:
         packed, (key, value), mean = arguments
+        ranked = key
         if mean is not None:
             turned = rotate(mean[None], jnp.arange(key.shape[0]), jnp.asarray(INV_FREQ))
-            key = (key.astype(jnp.float32) - turned).astype(key.dtype)
-        masks = [magnitude_mask(x, sparsity) for x in (key, value)]
+            ranked = (key.astype(jnp.float32) - turned).astype(key.dtype)
+        masks = [magnitude_mask(x, sparsity) for x in (ranked, value)]
         value = rescale_to_norm(value, masks[1]) if rescale else value
         sums = []
         for rows, x, mask in zip(packed, (key, value), masks, strict=True):

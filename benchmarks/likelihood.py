@@ -9,21 +9,18 @@ compared with the dense cache's on the same tokens. Writes a JSON file and print
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
-import subprocess
-import sys
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import mustafar_jax as mj
+from benchmarks.origin import where
 from mustafar_jax.generation import DENSE
 
 CONFIGS = {
@@ -97,19 +94,6 @@ def row(model: Any, name: str, config: mj.CompressionConfig, scores: dict[str, A
         "largest_difference": float(np.abs(difference).max()),
         "losses": losses.tolist(),
         "seconds": scores[name]["seconds"],
-    }
-
-
-def where() -> dict[str, str]:
-    """The device, the versions and the commit of a measurement."""
-    describe = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": jax.devices()[0].device_kind,
-        "matmul_precision": str(jax.config.read("jax_default_matmul_precision")),
-        "python": sys.version.split()[0],
-        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        "commit": commit or "unknown",
     }
 
 

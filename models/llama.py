@@ -16,14 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import decode_attention, prefill_attention
+from mustafar_jax.blocks import extend
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.implementations import Implementation
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.rope import rotate
+
+FEED_FORWARD_TOKENS = 16384
+"""Tokens of a batch of prompts that the feed-forward network, several times as wide as the rest, takes at a time."""
 
 
 class Attention(nnx.Module):
@@ -39,20 +44,27 @@ class Attention(nnx.Module):
         self.v_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, **options)
         self.o_proj = _linear("...nh,dnh->...d", embed | heads | head_dim, **options)
 
-    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], key and value [B, S, K, H]."""
+    def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], query, key and value [B, S, K, H]."""
         query, key, value = self._project(hidden, jnp.arange(hidden.shape[1])[:, None])
         attended = prefill_attention(query, key, value, lengths, sliding_window=self.config.sliding_window)
-        return self.o_proj(attended), key, value
+        return self.o_proj(attended), query, key, value
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, implementation: Implementation
     ) -> tuple[jax.Array, LayerCache]:
         """Append one token to each sequence, and attend from it: hidden [B, D] -> [B, D]."""
         query, key, value = self._project(hidden, cache.lengths[:, None])
-        cache = append(cache, key, value)
+        cache = append(cache, key, value, query=query)
         window = self.config.sliding_window
         attended = decode_attention(query, cache, sliding_window=window, implementation=implementation)
+        return self.o_proj(attended), cache
+
+    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """Append a few tokens to each sequence, and attend from each: hidden [B, n, D] -> [B, n, D]."""
+        positions = cache.lengths[:, None] + jnp.arange(hidden.shape[1])
+        query, key, value = self._project(hidden, positions[..., None])
+        attended, cache = extend(cache, query, key, value, sliding_window=self.config.sliding_window)
         return self.o_proj(attended), cache
 
     def _project(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -89,8 +101,8 @@ class Layer(nnx.Module):
 
     def __call__(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
         """Whole sequences from position 0 on, without a cache: hidden [B, S, D], lengths int32 [B] -> [B, S, D]."""
-        attended, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward(hidden + attended)
+        attended, _, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
+        return self._feed_forward_in_chunks(hidden + attended)
 
     def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
         """Run right-padded prompts, with dense attention, and put their keys and values into an empty cache.
@@ -103,8 +115,8 @@ class Layer(nnx.Module):
         Returns:
             The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
         """
-        attended, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward(hidden + attended), prefill(cache, key, value, lengths)
+        attended, query, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
+        return self._feed_forward_in_chunks(hidden + attended), prefill(cache, key, value, lengths, query=query)
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None
@@ -121,6 +133,35 @@ class Layer(nnx.Module):
         """
         attended, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, implementation)
         return self._feed_forward(hidden + attended), cache
+
+    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """Run a few given tokens of each sequence at once, as `decode` would one after the other.
+
+        Args:
+            hidden: [B, n, D], the tokens at the positions after those that the cache holds; n at most the group of the
+                cache's config.
+            cache: this layer's cache, with room for them.
+
+        Returns:
+            The layer's output [B, n, D] and the cache with n more tokens.
+        """
+        attended, cache = self.self_attn.extend(self.input_layernorm(hidden), cache)
+        return self._feed_forward(hidden + attended), cache
+
+    def _feed_forward_in_chunks(self, hidden: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, D], some tokens at a time, each chunk in the place of its input."""
+        batch, length, _ = hidden.shape
+        chunk = min(length, max(1, FEED_FORWARD_TOKENS // batch))
+
+        def run(hidden: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+            part = lax.dynamic_slice_in_dim(hidden, start, size, axis=1)
+            return lax.dynamic_update_slice_in_dim(hidden, self._feed_forward(part), start, axis=1)
+
+        if chunk == length:
+            return self._feed_forward(hidden)
+        chunks, rest = divmod(length, chunk)
+        hidden = lax.fori_loop(0, chunks, lambda i, hidden: run(hidden, i * chunk, chunk), hidden)
+        return run(hidden, chunks * chunk, rest) if rest else hidden
 
     def _feed_forward(self, hidden: jax.Array) -> jax.Array:
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -191,6 +232,7 @@ class Llama(nnx.Module):
         options: dict[str, Any] = {
             "batch": batch,
             "capacity": capacity,
+            "num_heads": self.config.num_heads,
             "num_kv_heads": self.config.num_kv_heads,
             "head_dim": self.config.head_dim,
             "dtype": self.dtype,

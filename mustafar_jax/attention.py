@@ -1,8 +1,9 @@
 """Attention on a `LayerCache`: one query token per sequence, packed and dense parts merged as in flash decoding."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,8 @@ from jax import lax
 
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
-from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows
-from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs
-from mustafar_jax.rope import rotate
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows, to_array
+from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, on_cuda
 
 TILE = 128
 """Tokens that the XLA implementation unpacks at a time; a multiple of 32."""
@@ -60,8 +60,8 @@ def decode_attention(
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
         implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
-            on to the next), or None for the best that works here without long compilation. On NVIDIA GPUs, for
-            bfloat16 and float16: "cudnn" for dense caches, "triton" for packed ones.
+            on to the next), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn"
+            for dense caches, "triton" for packed ones.
 
     Returns:
         [B, N, H] in the query's dtype.
@@ -76,11 +76,11 @@ def decode_attention(
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
     names = check_implementation(implementation) or _present()
-    out = _decode(names, grouped, cache, scale, sliding_window)
+    with jax.named_scope("decode_attention"):  # a profile shows it by this name
+        out = _decode(names, grouped, cache, scale, sliding_window)
     return out.reshape(query.shape).astype(query.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sliding_window"))
 def prefill_attention(
     query: jax.Array,
     key: jax.Array,
@@ -89,34 +89,67 @@ def prefill_attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """Causal attention over a prompt, padded on the right; dense.
 
     Args:
         query: [B, S, N, H].
         key, value: [B, S, K, H].
-        lengths: int32 [B], valid tokens.
+        lengths: int32 [B], valid tokens; the keys and values of what follows them, NaN too, have no effect.
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: as in `decode_attention`.
+        implementation: "cudnn" (NVIDIA GPUs, bfloat16 and float16), "xla", a sequence of names tried in order, or None
+            for the best that works here.
 
     Returns:
         [B, S, N, H] in the query's dtype; rows of padding hold nothing of use.
+
+    Raises:
+        ValueError: sliding_window < 1, an unknown implementation.
+        NotImplementedError: no implementation that was named can run this.
     """
     _check_window(sliding_window)
+    names = check_implementation(implementation) or _present()
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    return _prefill(names, query, key, value, lengths, scale, sliding_window)
+
+
+@functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
+def _prefill(
+    names: Names,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    valid = jnp.arange(query.shape[1]) < lengths[:, None]
+    value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
+
+    def run(name: str) -> jax.Array:
+        if name not in _PREFILL:
+            raise NotImplementedError(f"implementation={name!r} attends caches; a prompt wants one of {[*_PREFILL]}")
+        return _PREFILL[name](query, key, value, scale, window)
+
+    return first_that_runs(names, run)
+
+
+def _prefill_xla(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
+    """Attention over a prompt, some queries at a time, so that the scores of all are never held."""
     length, chunk = query.shape[1], min(query.shape[1], PREFILL_CHUNK)
     dtype = query.dtype
     if dtype == jnp.float16:  # XLA for CPUs has no float16 product with float32 sums
         query, key, value = _float32(query, key, value)
-    valid = jnp.arange(length) < lengths[:, None]
-    value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
 
     def attend(start: jax.Array) -> jax.Array:
         # The last chunk is moved back to end with the prompt, so every chunk has the same shape.
         rows = jnp.minimum(start, length - chunk) + jnp.arange(chunk)
         distance = rows[:, None] - jnp.arange(length)
-        visible = (distance >= 0) & (distance < (length if sliding_window is None else sliding_window)) & valid[:, None]
+        visible = (distance >= 0) & (distance < (length if window is None else window))
         part = jnp.take(query, rows, axis=1)
-        out = jax.nn.dot_product_attention(part, key, value, mask=visible[:, None], scale=scale)
+        out = jax.nn.dot_product_attention(part, key, value, mask=visible[None, None], scale=scale)
         return out.astype(dtype)
 
     if chunk == length:
@@ -128,17 +161,41 @@ def prefill_attention(
     return jnp.concatenate([body, whole[:, -1, body.shape[1] + chunk - length :]], axis=1)
 
 
+@contextlib.contextmanager
+def _cudnn(query: Any, key: Any) -> Iterator[None]:
+    """Make NotImplementedError of what cuDNN cannot run: these dtypes, or anything on this machine."""
+    if query not in (jnp.bfloat16, jnp.float16) or query != key:
+        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query}, keys are {key}")
+    try:
+        yield
+    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
+        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
+
+
+def _prefill_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
+    """Attention over a prompt through cuDNN's fused kernel."""
+    reach = None if window is None else (window - 1, 0)
+    with _cudnn(query.dtype, key.dtype):
+        return jax.nn.dot_product_attention(
+            query, key, value, scale=scale, is_causal=True, local_window_size=reach, implementation="cudnn"
+        )
+
+
+_PREFILL: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float, int | None], jax.Array]] = {
+    "cudnn": _prefill_cudnn,
+    "xla": _prefill_xla,
+}
+"""The implementations of attention over a prompt. Padding on the right needs no mask: no valid query sees it."""
+
+
 @functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
 def _decode(names: Names, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
     return first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
 
 
 def _present() -> tuple[str, ...]:
-    """What None tries on the default backend, best first.
-
-    "triton" is to be named: a kernel takes up to a minute to compile, and whole generations are not measured yet.
-    """
-    return ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
+    """What None tries on the default backend, best first."""
+    return ("cudnn", "triton", "xla") if on_cuda() else ("xla",)
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
@@ -149,8 +206,7 @@ def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: i
     assert isinstance(cache, PackedCache)
     if name not in _PACKED:
         raise NotImplementedError(f"implementation={name!r} does not attend packed caches in this version")
-    dense = _attend_dense_part(query, cache, scale, window)
-    return _normalise(merge(_PACKED[name](query, cache, scale, window), dense))
+    return _PACKED[name](query, cache, scale, window)
 
 
 def _normalise(partial: Partial) -> jax.Array:
@@ -165,7 +221,6 @@ def _attend(
     value: jax.Array,
     visible: jax.Array,
     scale: float,
-    extra: jax.Array | float = 0.0,
 ) -> Partial:
     """Attention over one tile.
 
@@ -174,10 +229,9 @@ def _attend(
         key, value: [B, K, T, H]; whatever stands at invisible tokens, NaN too, has no effect.
         visible: bool [B, T].
         scale: factor on the scores.
-        extra: float32 [B, K, G, T], added to the unscaled scores.
     """
     visible = visible[:, None, None]
-    scores = jnp.einsum("bkgh,bkth->bkgt", *_float32(query, key), precision=lax.Precision.HIGHEST) + extra
+    scores = jnp.einsum("bkgh,bkth->bkgt", *_float32(query, key), precision=lax.Precision.HIGHEST)
     scores = jnp.where(visible, scores * scale, jnp.finfo(jnp.float32).min)
     m = scores.max(axis=-1)
     weights = jnp.where(visible, jnp.exp(scores - m[..., None]), 0)
@@ -187,19 +241,14 @@ def _attend(
     return Partial(out, m, weights.sum(axis=-1))
 
 
-def _attend_dense_part(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> Partial:
-    """Attention over a packed cache's sinks and recent tokens."""
+def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> jax.Array:
+    """Attention over a packed cache: its dense slots, and its packed rows, a tile of tokens at a time."""
     visible = _visible(cache.dense_positions(), cache.lengths, window)
-    return _attend(query, cache.keys.dense, cache.values.dense, visible, scale)
-
-
-def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> Partial:
-    """Attention over a packed cache's packed part, unpacking a tile of tokens at a time."""
+    dense = _attend(query, cache.keys.dense, cache.values.dense, visible, scale)
     rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
-    tile = min(TILE, rows)
     if rows == 0:
-        return _nothing(query)
-    mean_table = cache.mean_key(jnp.arange(tile)[None]) if cache.key_mean is not None else None
+        return _normalise(dense)
+    tile = min(TILE, rows)
 
     def see(i: jax.Array) -> jax.Array:
         row = _tile_start(i, tile, rows) + jnp.arange(tile)
@@ -208,39 +257,39 @@ def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, windo
 
     def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
         start = _tile_start(i, tile, rows)
-        extra: jax.Array | float = 0.0
-        if mean_table is not None:
-            # q . R_{s+j} m = (R_-s q) . (R_j m): one table of rotated means serves every tile.
-            turned = rotate(query, -(sinks + start), jnp.asarray(cache.inv_freq))
-            extra = jnp.einsum("bkgh,bkth->bkgt", turned, mean_table, precision=lax.Precision.HIGHEST)
         key, value = (_tile(store.packed, start, tile) for store in (cache.keys, cache.values))
-        return _attend(query, key, value, visible, scale, extra)
+        key = cache.unpack_keys(key, (sinks + start + jnp.arange(tile))[None])
+        return _attend(query, key, to_array(value), visible, scale)
 
-    return _over_tiles(attend_tile, see, -(-rows // tile), _nothing(query))
+    return _normalise(_over_tiles(attend_tile, see, -(-rows // tile), dense))
 
 
 def _attend_packed_triton(
     query: jax.Array, cache: PackedCache, scale: float, window: int | None, *, interpret: bool = False
-) -> Partial:
-    """Attention over a packed cache's packed part, by the Pallas kernel that lowers through Triton."""
+) -> jax.Array:
+    """Attention over a packed cache, by the Pallas kernels that lower through Triton."""
     # Imported here: Pallas takes a while to import, and most who import this package attend through XLA.
     from mustafar_jax.pallas_kernels import decode_attention as kernels
-    from mustafar_jax.pallas_kernels.rows import Packed
+    from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
 
     def kernel_rows(packed: Rows) -> Any:
         return Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
 
-    rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
-    if rows == 0:
-        return _nothing(query)
-    last = cache.packed_lengths
-    first = jnp.zeros_like(last) if window is None else jnp.maximum(cache.lengths - window - sinks, 0)
+    sinks = min(cache.config.sink_tokens, cache.capacity)
     mean = None
     if cache.key_mean is not None:
-        mean = kernels.Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
-    key, value = (kernel_rows(store.packed) for store in (cache.keys, cache.values))
-    return Partial(
-        *kernels.decode_attention(query, key, value, first, last, scale=scale, mean=mean, interpret=interpret)
+        mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
+    return kernels.decode_attention(
+        query,
+        kernel_rows(cache.keys.packed),
+        kernel_rows(cache.values.packed),
+        Tail(cache.keys.dense, cache.values.dense, sinks),
+        cache.lengths,
+        cache.packed_lengths,
+        scale=scale,
+        window=window,
+        mean=mean,
+        interpret=interpret,
     )
 
 
@@ -262,12 +311,10 @@ def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window:
 
 def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
     """Attention on a dense cache through cuDNN's fused kernel."""
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or query.dtype != cache.dtype:
-        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query.dtype}, the cache {cache.dtype}")
     if window is not None:
         raise NotImplementedError(f"cuDNN decoding has no sliding window; got sliding_window={window}")
     batch, kv_heads, group, head_dim = query.shape
-    try:
+    with _cudnn(query.dtype, cache.dtype):
         out = jax.nn.dot_product_attention(
             query.reshape(batch, 1, kv_heads * group, head_dim),
             cache.key,
@@ -276,16 +323,14 @@ def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, windo
             key_value_seq_lengths=cache.lengths,
             implementation="cudnn",
         )
-    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
-        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
     some = (cache.lengths > 0)[:, None, None, None]
     return jnp.where(some, out.reshape(query.shape), 0)
 
 
-_Attend = Callable[[jax.Array, PackedCache, float, int | None], Partial]
-_PACKED: dict[str, _Attend] = {"triton": _attend_packed_triton, "xla": _attend_packed_xla}
-"""The implementations of attention over the packed part."""
-
+_PACKED: dict[str, Callable[[jax.Array, PackedCache, float, int | None], jax.Array]] = {
+    "triton": _attend_packed_triton,
+    "xla": _attend_packed_xla,
+}
 _DENSE: dict[str, Callable[[jax.Array, DenseCache, float, int | None], jax.Array]] = {
     "cudnn": _attend_dense_cudnn,
     "xla": _attend_dense_xla,
@@ -343,10 +388,10 @@ def _nothing(query: jax.Array) -> Partial:
     return Partial(zeros, jnp.full(query.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0])
 
 
-def _tile(packed: Rows, start: jax.Array, length: int) -> jax.Array:
-    """Dense rows start .. start + length - 1 of [B, K, S, H]."""
+def _tile(packed: Rows, start: jax.Array, length: int) -> Rows:
+    """Rows start .. start + length - 1 of [B, K, S, H]."""
     if isinstance(packed, BitmapArray):
-        return bitmap.unpack(bitmap.take(packed, start, length))
+        return bitmap.take(packed, start, length)
     return lax.dynamic_slice_in_dim(packed, start, length, axis=2)
 
 

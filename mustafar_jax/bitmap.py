@@ -104,8 +104,6 @@ def pack(x: jax.Array, mask: jax.Array | np.ndarray, *, slots: int | None = None
 
 def unpack(packed: BitmapArray) -> jax.Array:
     """The dense array [..., S, H]: every held entry in its channel, zero elsewhere."""
-    words = packed.bitmap[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)
-    held = (words & 1).astype(bool)
     below = packed.bitmap[..., None] & ((jnp.uint32(1) << jnp.arange(WORD, dtype=jnp.uint32)) - 1)
     counts = lax.population_count(packed.bitmap).astype(jnp.int32)
     before = jnp.cumsum(counts, axis=-1) - counts
@@ -114,8 +112,15 @@ def unpack(packed: BitmapArray) -> jax.Array:
     # clip: a bitmap that nobody has written may ask for slots that are not there
     slots = _deinterleave(_to_bits(packed.values))
     entries = jnp.take_along_axis(slots, rank.reshape(dense), axis=-1, mode="clip")
-    rows = jnp.where(held.reshape(dense), entries, 0)[..., : packed.length, :]
+    rows = jnp.where(held(packed), entries[..., : packed.length, :], 0)
     return lax.bitcast_convert_type(rows, packed.dtype)
+
+
+def held(packed: BitmapArray) -> jax.Array:
+    """The mask, bool [..., S, H]: where an entry is held."""
+    bits = packed.bitmap[..., None] >> jnp.arange(WORD, dtype=jnp.uint32) & 1
+    rows = bits.astype(bool).reshape(*packed.bitmap.shape[:-1], packed.bitmap.shape[-1] * WORD)
+    return rows[..., : packed.length, :]
 
 
 def key_spmv(query: jax.Array, packed: BitmapArray) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
@@ -14,8 +15,8 @@ from jax.typing import ArrayLike, DTypeLike
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs
-from mustafar_jax.pruning import METHODS, keep_count, rescale_to_norm
+from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, on_cuda
+from mustafar_jax.pruning import RECENT, Context, Method, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
 
@@ -40,7 +41,8 @@ class LayerCache:
 
     Attributes:
         lengths: int32 [B], tokens held per sequence.
-        overflow: bool [B], set where a token came for which there was no room; it was not written.
+        overflow: bool [B], set where a token came for which there was no room; it was not written. Also where a value
+            needed more than `config.v_slots`; what did not fit of it is missing.
         config: how the cache is compressed.
         capacity: tokens that fit per sequence: sinks, packed and recent ones together.
         num_kv_heads, head_dim, dtype: of the keys and values.
@@ -64,6 +66,7 @@ class LayerCache:
         head_dim: int,
         dtype: DTypeLike,
         inv_freq: ArrayLike | None = None,
+        num_heads: int | None = None,
     ) -> "LayerCache":
         """An empty cache.
 
@@ -75,6 +78,7 @@ class LayerCache:
             head_dim: entries of a key or value vector; a multiple of 32 unless the config prunes nothing.
             dtype: bfloat16, float16 or float32.
             inv_freq: the model's RoPE frequencies, concrete float32 [head_dim / 2]; needed for `center_keys`.
+            num_heads: query heads, a multiple of the KV heads; needed for methods that score with queries.
 
         Raises:
             ValueError: an argument out of its range.
@@ -104,10 +108,11 @@ class LayerCache:
             key, value = (jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype) for _ in range(2))
             return DenseCache(key=key, value=value, **common)
         frequencies = _frequencies(config, inv_freq, head_dim)
-        leading = (batch, num_kv_heads)
+        leading, (key_slots, value_slots) = (batch, num_kv_heads), config.slots(head_dim)
         return PackedCache(
-            keys=_empty_store(config, config.k_sparsity, capacity, leading, head_dim, dtype),
-            values=_empty_store(config, config.v_sparsity, capacity, leading, head_dim, dtype),
+            keys=_empty_store(config, config.k_sparsity, key_slots, capacity, leading, head_dim, dtype),
+            values=_empty_store(config, config.v_sparsity, value_slots, capacity, leading, head_dim, dtype),
+            queries=_empty_queries(config, batch, num_heads, num_kv_heads, head_dim, dtype),
             key_mean=None if frequencies is None else jnp.zeros((*leading, head_dim), jnp.float32),
             inv_freq=frequencies,
             **common,
@@ -135,10 +140,12 @@ class LayerCache:
         """
         raise NotImplementedError
 
-    def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array, names: Names) -> Self:
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, names: Names
+    ) -> Self:
         raise NotImplementedError
 
-    def _append(self, key: jax.Array, value: jax.Array, names: Names) -> "LayerCache":
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, names: Names) -> "LayerCache":
         raise NotImplementedError
 
 
@@ -148,6 +155,7 @@ def prefill(
     value: jax.Array,
     lengths: ArrayLike | Sequence[int] | None = None,
     *,
+    query: jax.Array | None = None,
     rows: ArrayLike | Sequence[int] | None = None,
     implementation: Implementation = None,
 ) -> LayerCache:
@@ -157,6 +165,7 @@ def prefill(
         cache: the cache; what its sequences (those in `rows`) held is replaced.
         key, value: [B, S, K, H] in the cache's dtype, keys after RoPE at positions 0 .. S - 1; padded on the right.
         lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None.
+        query: [B, S, N, H] after RoPE, needed (and read) where a method scores with the most recent queries.
         rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None. The named
             sequences' part of the cache is copied once.
         implementation: who prunes and packs: "triton" (NVIDIA GPUs, bfloat16 and float16, by magnitude), "xla", a
@@ -171,21 +180,30 @@ def prefill(
     names = check_implementation(implementation) or _present()
     batch = cache.batch if rows is None else _check_rows(rows, cache.batch)
     _check_kv(cache, key, value, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
+    _check_query(cache, query, key.shape[:2], "[B, S, N, H]")
     if key.shape[1] > cache.capacity:
         raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
     lengths = check_lengths(lengths, batch, key.shape[1])
     if rows is None:
-        return cache._prefill(key, value, lengths, names)
-    part = jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)._prefill(key, value, lengths, names)
+        return cache._prefill(key, value, lengths, query, names)
+    part = jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)._prefill(key, value, lengths, query, names)
     return jax.tree.map(lambda whole, new: whole.at[jnp.asarray(rows)].set(new), cache, part)
 
 
-def append(cache: LayerCache, key: jax.Array, value: jax.Array, *, implementation: Implementation = None) -> LayerCache:
+def append(
+    cache: LayerCache,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    query: jax.Array | None = None,
+    implementation: Implementation = None,
+) -> LayerCache:
     """Add one token to every sequence; where that fills a group of recent tokens, prune and pack the oldest one.
 
     Args:
         cache: the cache; a sequence that is at its capacity keeps its tokens and gets `overflow` set.
         key, value: [B, K, H] in the cache's dtype, the key after RoPE at position `cache.lengths`.
+        query: [B, N, H], the token's own after RoPE, needed (and read) where a method scores with recent queries.
         implementation: as in `prefill`.
 
     Raises:
@@ -194,12 +212,14 @@ def append(cache: LayerCache, key: jax.Array, value: jax.Array, *, implementatio
         NotImplementedError: no implementation that was named can run this.
     """
     _check_kv(cache, key, value, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
-    return cache._append(key, value, check_implementation(implementation) or _present())
+    _check_query(cache, query, key.shape[:1], "[B, N, H]")
+    with jax.named_scope("append"):  # a profile shows it by this name
+        return cache._append(key, value, query, check_implementation(implementation) or _present())
 
 
 def _present() -> tuple[str, ...]:
     """What None tries on the default backend, best first."""
-    return ("triton", "xla") if jax.default_backend() == "gpu" else ("xla",)
+    return ("triton", "xla") if on_cuda() else ("xla",)
 
 
 @_register(data_fields=["key", "value", *_COUNTS], meta_fields=_STATIC)
@@ -215,7 +235,9 @@ class DenseCache(LayerCache):
         held = (jnp.arange(self.capacity) < self.lengths[:, None])[..., None, None]
         return jnp.where(held, self.key, 0), jnp.where(held, self.value, 0), self.lengths
 
-    def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array, names: Names) -> Self:
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, names: Names
+    ) -> Self:
         held = (jnp.arange(key.shape[1]) < lengths[:, None])[..., None, None]
         return dataclasses.replace(
             self,
@@ -225,7 +247,7 @@ class DenseCache(LayerCache):
             overflow=jnp.zeros_like(self.overflow),
         )
 
-    def _append(self, key: jax.Array, value: jax.Array, names: Names) -> Self:
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, names: Names) -> Self:
         return dataclasses.replace(  # a sequence at its capacity has no row to write
             self,
             key=write_rows(self.key, key[:, None], self.lengths, axis=1),
@@ -283,7 +305,7 @@ class _Leaving:
         return jnp.take_along_axis(x, row, axis=1).swapaxes(1, 2)
 
 
-@_register(data_fields=["keys", "values", "key_mean", *_COUNTS], meta_fields=["inv_freq", *_STATIC])
+@_register(data_fields=["keys", "values", "key_mean", "queries", *_COUNTS], meta_fields=["inv_freq", *_STATIC])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedCache(LayerCache):
     """A cache whose older tokens are pruned and packed. Head-major, so that no step transposes it.
@@ -299,13 +321,16 @@ class PackedCache(LayerCache):
     Attributes:
         keys, values: what is held of each.
         key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
-            centred. Packed keys are what is left of a key after this mean, rotated to its position, was taken off.
+            centred. An entry that a packed key does not hold stands for this mean's, rotated to the key's position.
+        queries: [B, N, 32, H], the most recent queries, each in slot position % 32; None unless a method scores with
+            them.
         inv_freq: the RoPE frequencies that rotate `key_mean`; static.
     """
 
     keys: Store
     values: Store
     key_mean: jax.Array | None
+    queries: jax.Array | None
     inv_freq: tuple[float, ...] | None
 
     @property
@@ -323,15 +348,25 @@ class PackedCache(LayerCache):
         return jnp.concatenate([first, recent], axis=1)
 
     def mean_key(self, positions: jax.Array) -> jax.Array:
-        """What was taken off packed keys: the mean key rotated to positions [B, n]; float32 [B, K, n, H]."""
+        """The mean key rotated to positions [B or 1, n]; float32 [B, K, n, H]."""
         assert self.key_mean is not None
         return rotate(self.key_mean[:, :, None], positions[:, None], jnp.asarray(self.inv_freq))
 
+    def unpack_keys(self, packed: Rows, positions: jax.Array) -> jax.Array:
+        """Packed keys [B, K, n, H] at positions [B or 1, n] as attention sees them; float32 where they are centred."""
+        if self.key_mean is None or not isinstance(packed, BitmapArray):
+            return to_array(packed)
+        return jnp.where(bitmap.held(packed), bitmap.unpack(packed), self.mean_key(positions))
+
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
+        return *self._to_dense(self.packed_lengths), self.lengths
+
+    def _to_dense(self, packed_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values where this many tokens [B] are packed."""
         sinks, slots = self.config.sink_tokens, self.keys.dense.shape[2]
         position = jnp.arange(self.capacity)[None]
-        is_packed = (position >= sinks) & (position < sinks + self.packed_lengths[:, None])
+        is_packed = (position >= sinks) & (position < sinks + packed_lengths[:, None])
         place = jnp.where(is_packed, slots + position - sinks, self._slot(position))
         held = (position < self.lengths[:, None])[..., None, None]
 
@@ -340,22 +375,25 @@ class PackedCache(LayerCache):
             tokens = jnp.take_along_axis(both, place[..., None, None], axis=1, mode="clip")
             return jnp.where(held, tokens, 0)
 
-        packed_keys = _to_array(self.keys.packed)
-        if self.key_mean is not None:
-            mean = self.mean_key(jnp.arange(packed_keys.shape[2])[None] + sinks)
-            packed_keys = (packed_keys.astype(jnp.float32) + mean).astype(self.dtype)
-        values = gather(self.values.dense, _to_array(self.values.packed))
-        return gather(self.keys.dense, packed_keys), values, self.lengths
+        positions = sinks + jnp.arange(self.keys.packed.shape[2])[None]
+        packed_keys = self.unpack_keys(self.keys.packed, positions).astype(self.dtype)
+        values = gather(self.values.dense, to_array(self.values.packed))
+        return gather(self.keys.dense, packed_keys), values
 
     def _slot(self, position: jax.Array) -> jax.Array:
         """The dense slot that a token at this position has, or had."""
         sinks, tail = _dense_slots(self.config, self.capacity)
         return jnp.where(position < sinks, position, sinks + (position - sinks) % tail)
 
-    def _prefill(self, key: jax.Array, value: jax.Array, lengths: jax.Array, names: Names) -> Self:
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, names: Names
+    ) -> Self:
         cache = dataclasses.replace(self, lengths=lengths, overflow=jnp.zeros_like(self.overflow))
         if cache.key_mean is not None:
             cache = dataclasses.replace(cache, key_mean=_mean_key(cache, key))
+        if cache.queries is not None:
+            assert query is not None
+            cache = dataclasses.replace(cache, queries=_recent_queries(cache, query))
         cache = dataclasses.replace(
             cache,
             keys=Store(cache._dense_part(key), _without_overflow(self.keys.packed)),
@@ -371,13 +409,14 @@ class PackedCache(LayerCache):
         tokens = jnp.take_along_axis(x, positions[:, :, None, None], axis=1, mode="clip").swapaxes(1, 2)
         return jnp.where((positions < self.lengths[:, None])[:, None, :, None], tokens, 0)
 
-    def _append(self, key: jax.Array, value: jax.Array, names: Names) -> "PackedCache":
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, names: Names) -> "PackedCache":
         fits = self.lengths < self.capacity
         stores = (self.keys, key), (self.values, value)
         slot = jnp.where(fits, self._slot(self.lengths), self.keys.dense.shape[2])
         key, value = (write_rows(store.dense, token[:, :, None], slot, axis=2) for store, token in stores)
         written = dataclasses.replace(
             self,
+            queries=self._with_query(query, fits),
             keys=Store(key, self.keys.packed),
             values=Store(value, self.values.packed),
             lengths=self.lengths + fits,
@@ -386,35 +425,85 @@ class PackedCache(LayerCache):
         group, packed = self.config.group, self.packed_lengths
         first = self._slot(self.config.sink_tokens + packed)  # the ring's oldest group
         start = jnp.where(written.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
-        return written._pack(
-            _Leaving(key, value, first, start, jnp.full_like(first, group), rows=group, head_axis=1), names
-        )
+        held = jnp.full_like(first, group)
+        return written._pack(_Leaving(key, value, first, start, held, rows=group, head_axis=1), names)
+
+    def _with_query(self, query: jax.Array | None, fits: jax.Array) -> jax.Array | None:
+        """The most recent queries with this one [B, N, H], of the sequences for whose token there is room."""
+        if self.queries is None:
+            return None
+        assert query is not None
+        slot = jnp.where(fits, self.lengths % RECENT, RECENT)
+        return write_rows(self.queries, query[:, :, None].astype(self.dtype), slot, axis=2)
 
     def _pack(self, leaving: _Leaving, names: Names) -> Self:
         """Prune and pack tokens."""
         if leaving.rows == 0 or self.config.packed_tokens(self.capacity) == 0:
             return self
         keys, values = _pack_leaving(self, leaving, names)
-        return dataclasses.replace(self, keys=Store(self.keys.dense, keys), values=Store(self.values.dense, values))
-
-    def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, valid: jax.Array) -> tuple[Rows, Rows]:
-        """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
-        config = self.config
-        if self.key_mean is not None:
-            key = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
-        return (
-            _prune(key, valid, config.k_method, config.k_sparsity, rescale=False),
-            _prune(value, valid, config.v_method, config.v_sparsity, rescale=config.rescale_values),
+        return dataclasses.replace(
+            self,
+            overflow=self.overflow | _overflow(values),
+            keys=Store(self.keys.dense, keys),
+            values=Store(self.values.dense, values),
         )
 
+    def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, context: Context) -> tuple[Rows, Rows]:
+        """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
+        config = self.config
+        ranked = key
+        if self.key_mean is not None:
+            ranked = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
+        return (
+            _prune(
+                key,
+                ranked,
+                context,
+                config.key_method,
+                config.k_sparsity,
+                config.slots(self.head_dim)[0],
+                rescale=False,
+            ),
+            _prune(
+                value,
+                value,
+                context,
+                config.value_method,
+                config.v_sparsity,
+                config.slots(self.head_dim)[1],
+                rescale=config.rescale_values,
+            ),
+        )
 
-def _prune(x: jax.Array, valid: jax.Array, method: str, sparsity: float, *, rescale: bool) -> Rows:
-    """Prune and pack [B, K, n, H], holding nothing of the tokens that are not valid [B, n]; as it is at sparsity 0."""
+    def _context(self, positions: jax.Array, valid: jax.Array, all_keys: Callable[[], jax.Array]) -> Context:
+        """What rules see besides the entries at positions [B, n]; `all_keys` gives the keys [B, S, K, H]."""
+        if self.queries is None:
+            return Context(valid)
+        queries = self.queries.astype(jnp.float32)
+        queries = queries.reshape(self.batch, self.num_kv_heads, -1, self.head_dim)
+        if not (self.config.v_sparsity and self.config.value_method.needs_attention):
+            return Context(valid, queries)
+        attention = _attention_received(queries, self._query_positions(), all_keys())
+        return Context(valid, queries, jnp.take_along_axis(attention, positions[:, None], axis=2))
+
+    def _query_positions(self) -> jax.Array:
+        """int32 [B, 32]: the position of the query in each slot, negative where there is none."""
+        last = self.lengths[:, None] - 1
+        return last - (last - jnp.arange(RECENT)) % RECENT
+
+
+def _prune(
+    x: jax.Array, ranked: jax.Array, context: Context, method: Method, sparsity: float, slots: int, *, rescale: bool
+) -> Rows:
+    """Prune and pack x [B, K, n, H], keeping the entries where `ranked`, of its shape, is foremost.
+
+    Nothing is held of the tokens that are not valid [B, n]; at sparsity 0, x comes as it is.
+    """
     if sparsity == 0:
         return x
-    mask = METHODS[method](x, sparsity)
+    mask = method.mask(ranked, sparsity, context)
     x = rescale_to_norm(x, mask) if rescale else x
-    return bitmap.pack(x, mask & valid[:, None, :, None], slots=keep_count(x.shape[-1], sparsity))
+    return bitmap.pack(x, mask & context.valid[:, None, :, None], slots=slots)
 
 
 @functools.partial(jax.jit, static_argnames="names")  # so that a call outside jit does not compile each time
@@ -437,7 +526,9 @@ def _pack_xla(cache: PackedCache, leaving: _Leaving) -> tuple[Rows, Rows]:
         offset = jnp.arange(leaving.rows)
         positions = cache.config.sink_tokens + leaving.start[:, None] + offset
         valid = offset < leaving.held[:, None]
-        compressed = cache._compress(leaving.taken(leaving.key), leaving.taken(leaving.value), positions, valid)
+        all_keys = (lambda: leaving.key) if leaving.head_axis == 2 else (lambda: cache._to_dense(leaving.start)[0])
+        context = cache._context(positions, valid, all_keys)
+        compressed = cache._compress(leaving.taken(leaving.key), leaving.taken(leaving.value), positions, context)
         keys, values = (_put(p, new, leaving.start) for p, new in zip(packed, compressed, strict=True))
         return keys, values
 
@@ -447,9 +538,8 @@ def _pack_xla(cache: PackedCache, leaving: _Leaving) -> tuple[Rows, Rows]:
 def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = False) -> tuple[Rows, Rows]:
     """By the Pallas kernel that lowers through Triton, in which sequences that have nothing to pack cost nothing."""
     # Imported here, as attention does: Pallas takes a while to import.
-    from mustafar_jax.pallas_kernels.decode_attention import Mean
     from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
-    from mustafar_jax.pallas_kernels.rows import Packed
+    from mustafar_jax.pallas_kernels.rows import Mean, Packed
 
     config, mean = cache.config, None
     if cache.key_mean is not None:
@@ -463,6 +553,8 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
             if method != "magnitude":
                 raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {method!r}")
             prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale))
+    if not prunes:
+        raise NotImplementedError("the Triton kernel writes bitmap-packed rows; this cache has none")
     ranges = leaving.first, leaving.start, leaving.held
     written = iter(prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret))
 
@@ -525,6 +617,17 @@ def _check_kv(
         raise ValueError(f"value has shape {value.shape}, key has {key.shape}; wanted the same")
 
 
+def _check_query(cache: LayerCache, query: jax.Array | None, leading: tuple[int, ...], letters: str) -> None:
+    if not (isinstance(cache, PackedCache) and cache.queries is not None):
+        return
+    wanted = (*leading, cache.queries.shape[1], cache.head_dim)
+    if query is None:
+        methods = f"k_method={cache.config.k_method!r}, v_method={cache.config.v_method!r}"
+        raise ValueError(f"query=None: {methods} score with queries; wanted {letters} = {list(wanted)}")
+    if query.shape != wanted:
+        raise ValueError(f"query has shape {query.shape}; the cache wants {letters} = {list(wanted)}")
+
+
 def _frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim: int) -> tuple[float, ...] | None:
     """The RoPE frequencies as a static tuple where keys are centred, else None."""
     if not (config.center_keys and config.k_sparsity):
@@ -557,9 +660,58 @@ def _mean_key(cache: PackedCache, key: jax.Array) -> jax.Array:
     return total / jnp.maximum(counted.sum(axis=1), 1)[:, None, None]
 
 
+def _recent_queries(cache: PackedCache, query: jax.Array) -> jax.Array:
+    """[B, N, 32, H]: the last queries of a prompt's [B, S, N, H], each in its slot; zero where there is none."""
+    positions = cache._query_positions()[:, None, :, None]
+    recent = jnp.take_along_axis(query.swapaxes(1, 2), positions, axis=2, mode="clip")
+    return jnp.where(positions >= 0, recent, 0).astype(cache.dtype)
+
+
+def _attention_received(queries: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
+    """Causal attention, by token: the probabilities that queries give it, summed.
+
+    Args:
+        queries: float32 [B, K, G * n, H], after RoPE.
+        positions: int32 [B, n], of each head's queries; negative where there is none.
+        key: [B, S, K, H].
+
+    Returns:
+        float32 [B, K, S].
+    """
+    group = queries.shape[2] // positions.shape[1]
+    position = jnp.tile(positions, (1, group))[:, None, :, None]
+    exact = queries, key.astype(jnp.float32)
+    scores = jnp.einsum("bkqh,bskh->bkqs", *exact, precision=lax.Precision.HIGHEST) / math.sqrt(key.shape[-1])
+    visible = (jnp.arange(key.shape[1]) <= position) & (position >= 0)
+    lowest = jnp.finfo(jnp.float32).min
+    largest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=lowest)
+    weights = jnp.where(visible, jnp.exp(scores - largest), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    return jnp.sum(weights / jnp.where(total > 0, total, 1), axis=2)
+
+
+def _overflow(packed: Rows) -> jax.Array:
+    """bool [B]: whether a row of a sequence did not fit its slots."""
+    if isinstance(packed, BitmapArray):
+        return packed.overflow.any(axis=1)
+    return jnp.zeros(packed.shape[0], bool)
+
+
+def _empty_queries(
+    config: CompressionConfig, batch: int, num_heads: int | None, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+) -> jax.Array | None:
+    if not config.needs_queries:
+        return None
+    if num_heads is None or num_heads < 1 or num_heads % num_kv_heads:
+        methods = f"k_method={config.k_method!r}, v_method={config.v_method!r}"
+        raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}, since {methods} score with queries")
+    return jnp.zeros((batch, num_heads, RECENT, head_dim), dtype)
+
+
 def _empty_store(
     config: CompressionConfig,
     sparsity: float,
+    slots: int,
     capacity: int,
     leading: tuple[int, int],
     head_dim: int,
@@ -569,7 +721,7 @@ def _empty_store(
     dense = jnp.zeros((*leading, sum(_dense_slots(config, capacity)), head_dim), dtype)
     if sparsity == 0:
         return Store(dense, jnp.zeros((*leading, rows, head_dim), dtype))
-    return Store(dense, bitmap.empty(leading, rows, head_dim, keep_count(head_dim, sparsity), dtype))
+    return Store(dense, bitmap.empty(leading, rows, head_dim, slots, dtype))
 
 
 def _without_overflow(packed: Rows) -> Rows:
@@ -587,5 +739,6 @@ def _put(packed: Rows, update: Rows, start: jax.Array) -> Rows:
     return write_rows(packed, update, start, axis=2)
 
 
-def _to_array(packed: Rows) -> jax.Array:
+def to_array(packed: Rows) -> jax.Array:
+    """Rows as an ordinary array [B, K, S, H]."""
     return bitmap.unpack(packed) if isinstance(packed, BitmapArray) else packed

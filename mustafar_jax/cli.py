@@ -1,8 +1,11 @@
-"""The command `mustafar`: generate text through a compressed cache, and say what a model's cache costs."""
+"""The command `mustafar`: text through a compressed cache, what a model's cache costs, and what it does to quality."""
 
 import argparse
+import dataclasses
 import functools
+import math
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +21,11 @@ from mustafar_jax import text
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 if TYPE_CHECKING:
     from mustafar_jax.models import ModelConfig
+    from mustafar_jax.quality.tasks import Task
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 """Context lengths of `mustafar info`, as far as the model's own reaches."""
@@ -47,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     """Load a model, continue a prompt, and say how fast and with how large a cache."""
     from mustafar_jax import models
+    from mustafar_jax.models import memory
 
     config, prompt = _compression(options), _prompt(options)
     with _progress() as progress:
@@ -70,19 +76,65 @@ def generate(options: argparse.Namespace) -> None:
         )
         first = next(pieces)
     rate = _print_pieces(first, pieces, flush=options.stream)
-    caches = _abstract_caches(model.config, config, tokens.shape[1] + options.max_new_tokens, dtype=model.dtype)
+    capacity = tokens.shape[1] + options.max_new_tokens
+    caches = memory.abstract_caches(model.config, config, capacity, dtype=model.dtype)
     print(_summary(rate, caches, config, model.config.head_dim), file=sys.stderr)
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print a model's shape and what its cache costs, dense and compressed."""
+    """Print a model's shape, what its cache costs, and how many sequences fit in a device, dense and compressed."""
     from mustafar_jax import models
 
     config = models.load_config(options.model)
     compression = _compression(options)
     console = Console()
     console.print(_shape_table(options.model, config))
-    console.print(_cost_table(config, compression, options.dtype or "bfloat16"))
+    dtype = options.dtype or "bfloat16"
+    console.print(_cost_table(config, compression, dtype))
+    if options.memory is not None:
+        console.print(_memory_table(config, compression, dtype, options.memory))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Evaluate a model through a compressed cache, or continue to; print the metrics, and write them to a folder."""
+    from mustafar_jax import models
+    from mustafar_jax.quality.evaluate import Evaluator, cache_bytes, summarise
+    from mustafar_jax.quality.runs import Run, fingerprint
+    from mustafar_jax.quality.tasks import TASKS
+
+    task, config = TASKS[options.task], _compression(options)
+    if task.data and not options.data:
+        raise ValueError(f"--data is missing: {options.task} needs {task.data}")
+    settings = {
+        "task": options.task,
+        "model": pathlib.Path(options.model).name,
+        "dtype": options.dtype,
+        "limit": options.limit,
+        "data": {file.name: fingerprint(file) for file in options.data},
+        "options": task.settings(options),
+        "config": dataclasses.asdict(config),
+    }
+    run = Run(options.output, settings)
+    with _progress() as progress:
+        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
+        model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
+        if tokenizer is None:
+            raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+        examples, problems = task.examples(tokenizer, options, model.config.max_position_embeddings)
+        examples = examples[: options.limit]
+        evaluated = functools.partial(_report, progress, progress.add_task("evaluating", total=None))
+        Evaluator(model, tokenizer, batch=options.batch).run(config, examples, run, evaluated)
+    for problem in problems:
+        print(f"mustafar eval: {problem}; left out", file=sys.stderr)
+    longest = max(len(example.prompt) for example in examples)
+    memory = cache_bytes(model, config, longest)
+    wanted = {example.id for example in examples}
+    records = [record for record in run.records if record["id"] in wanted]
+    metrics = summarise(records) if task.gather is None else summarise(task.gather(records))
+    run.finish({"metrics": metrics, "bytes": memory, "problems": [str(problem) for problem in problems]})
+    Console().print(_metrics_table(options.task, metrics))
+    share = memory["held"] / memory["dense"]
+    print(f"cache of {longest} tokens: {_bytes(memory['held'])}, {share:.1%} of dense; written to {options.output}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,15 +158,45 @@ def _parser() -> argparse.ArgumentParser:
     shows = commands.add_parser("info", help="a model's shape and its cache's costs")
     shows.set_defaults(run=info)
     shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
+    shows.add_argument("--memory", type=parse_size, help="of a device, such as 80GB: how many sequences fit in it")
+    judges = commands.add_parser("eval", help="what a compressed cache does to a model's quality")
+    judges.set_defaults(run=evaluate)
+    tasks = judges.add_subparsers(dest="task", required=True)
+    from mustafar_jax.quality.tasks import TASKS
+
+    asks = [_add_task(tasks, name, task) for name, task in TASKS.items()]
+    for command in asks:
+        command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache (%(default)s)")
+        _add_compression(command)
     for command, default in ((writes, "the checkpoint's"), (shows, "bfloat16")):
         command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {default} unless given")
         _add_compression(command)
     return parser
 
 
+def _add_task(tasks: Any, name: str, task: "Task") -> argparse.ArgumentParser:
+    """The command `mustafar eval NAME`."""
+    command: argparse.ArgumentParser = tasks.add_parser(name, help=task.help)
+    command.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
+    data = task.data or "not needed"
+    command.add_argument("--data", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help=data)
+    folder = pathlib.Path("results") / name
+    command.add_argument("--output", type=pathlib.Path, default=folder, help="results folder, continued (%(default)s)")
+    command.add_argument("--limit", type=int, help="take the first so many examples")
+    command.add_argument("--batch", type=int, default=8, help="examples at once (%(default)s)")
+    for flag, settings in task.options.items():
+        command.add_argument(flag, **settings)
+    return command
+
+
 def _add_compression(command: argparse.ArgumentParser) -> None:
     command.add_argument("--k-sparsity", type=float, default=0.7, help="removed of each key; 0: dense (%(default)s)")
     command.add_argument("--v-sparsity", type=float, default=0.7, help="removed of each value; 0: dense (%(default)s)")
+    for letter, what, methods in (("k", "keys", KEY_METHODS), ("v", "values", VALUE_METHODS)):
+        command.add_argument(
+            f"--{letter}-method", choices=methods, default="magnitude", help=f"rule that prunes {what} (%(default)s)"
+        )
+    command.add_argument("--v-slots", type=int, help="room in a packed value, where its rule keeps unequal rows")
     command.add_argument("--residual-length", type=int, default=32, help="recent tokens kept dense (%(default)s)")
     command.add_argument(
         "--published-rule",
@@ -125,7 +207,14 @@ def _add_compression(command: argparse.ArgumentParser) -> None:
 
 def _compression(options: argparse.Namespace) -> CompressionConfig:
     make = CompressionConfig if options.published_rule else CompressionConfig.recommended
-    return make(options.k_sparsity, options.v_sparsity, residual_length=options.residual_length)
+    return make(
+        options.k_sparsity,
+        options.v_sparsity,
+        k_method=options.k_method,
+        v_method=options.v_method,
+        v_slots=options.v_slots,
+        residual_length=options.residual_length,
+    )
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -200,14 +289,15 @@ def _shape_table(name: str, config: "ModelConfig") -> Table:
 
 def _cost_table(config: "ModelConfig", compression: CompressionConfig, dtype: str) -> Table:
     """Bytes of one sequence's cache, all layers, at a few context lengths."""
+    from mustafar_jax.models import memory
+
     keys, values = compression.true_sparsity(config.head_dim)
     table = Table(title=f"KV cache of one sequence, {dtype}; true sparsity {keys:.4g} (keys), {values:.4g} (values)")
     for column in ("context", "dense", "compressed", "of dense", "dense/token", "compressed/token"):
         table.add_column(column, justify="right")
-    lengths = {length for length in CONTEXTS if length < config.max_position_embeddings}
-    for length in sorted(lengths | {config.max_position_embeddings}):
+    for length in _contexts(config):
         dense, held = (
-            sum(cache.nbytes for cache in _abstract_caches(config, how, length, dtype=dtype))
+            sum(cache.nbytes for cache in memory.abstract_caches(config, how, length, dtype=dtype))
             for how in (DENSE, compression)
         )
         per_token = (_bytes(dense / length), _bytes(held / length))
@@ -215,24 +305,53 @@ def _cost_table(config: "ModelConfig", compression: CompressionConfig, dtype: st
     return table
 
 
-def _abstract_caches(
-    config: "ModelConfig", compression: CompressionConfig, capacity: int, *, dtype: Any
-) -> list[LayerCache]:
-    """The caches of all layers for one sequence, as shapes: nothing is allocated."""
-    from mustafar_jax.models.config import rope_frequencies
+def _memory_table(config: "ModelConfig", compression: CompressionConfig, dtype: str, size: float) -> Table:
+    """How many sequences fit in a device's memory, dense and compressed, at a few context lengths."""
+    from mustafar_jax.models import memory
 
-    cache = jax.eval_shape(
-        lambda: LayerCache.init(
-            compression,
-            batch=1,
-            capacity=capacity,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-            inv_freq=rope_frequencies(config),
+    usable, weights = memory.USABLE * size, memory.weight_nbytes(config, dtype)
+    title = f"Sequences that fit in {_bytes(size)}, {memory.USABLE:.0%} of it used; weights {_bytes(weights)}, {dtype}"
+    table = Table(title=title)
+    for column in ("context", "dense", "compressed", "times dense", "set aside"):
+        table.add_column(column, justify="right")
+    for length in _contexts(config):
+        dense, held = (
+            memory.largest_batch(usable, config, how, capacity=length, dtype=dtype) for how in (DENSE, compression)
         )
-    )
-    return [cache] * config.num_layers
+        full = memory.plan(config, compression, batch=max(held, 1), capacity=length, dtype=dtype)
+        working = _bytes(full.working + full.fragments)
+        table.add_row(f"{length:,}", f"{dense:,}", f"{held:,}", f"{held / dense:.2f}" if dense else "", working)
+    return table
+
+
+def _contexts(config: "ModelConfig") -> list[int]:
+    """Context lengths to show: those of `CONTEXTS` below the model's own, and that one."""
+    longest = config.max_position_embeddings
+    return [length for length in CONTEXTS if length < longest] + [longest]
+
+
+def parse_size(text: str) -> float:
+    """Bytes of a size such as 80GB, 79.6GiB or 24e9."""
+    units = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    number = text.rstrip("kMGTiB")
+    try:
+        size = float(number) * units[text[len(number) :]]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted one such as 80GB, 79.6GiB or 24e9")
+    return size
+
+
+def _metrics_table(task: str, metrics: dict[str, Any]) -> Table:
+    table = Table(title=f"{task}: means with 95 % intervals")
+    for column in ("examples", "metric", "mean", "from", "to", "n"):
+        table.add_column(column, justify="left" if column in ("examples", "metric") else "right")
+    for group, scores in metrics.items():
+        for name, score in scores.items():
+            numbers = (f"{score[part]:.4f}" for part in ("mean", "low", "high"))
+            table.add_row(Text(group), name, *numbers, str(score["n"]))
+    return table
 
 
 def _bytes(size: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 
 from mustafar_jax.bitmap import WORD
-from mustafar_jax.pruning import METHODS, check_sparsity, keep_count
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Method, check_sparsity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +19,17 @@ class CompressionConfig:
     Attributes:
         k_sparsity, v_sparsity: the fraction of each key or value vector that is removed, in [0, 1); 0 keeps that
             cache dense.
-        k_method, v_method: the rule that scores entries, a name in `pruning.METHODS`.
+        k_method, v_method: the rule that chooses entries, a name in `pruning.KEY_METHODS` or `VALUE_METHODS`.
         residual_length: the most recent tokens that are always dense.
         group: tokens that are pruned and packed at once, a multiple of 32.
         sink_tokens: the first tokens of a sequence that stay dense.
-        center_keys: prune what is left of a key after its sequence's mean key, rotated to the token's position, is
-            taken off; attention adds that mean's score back. Needs the model's RoPE frequencies, in Hugging Face's
+        center_keys: keep the entries of a key that differ most from its sequence's mean key, rotated to the token's
+            position, and let that mean stand for the others. Needs the model's RoPE frequencies, in Hugging Face's
             half-split convention. Without effect where keys are dense, and for a prompt of at most sink_tokens +
             residual_length tokens, which has no mean.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm.
+        v_slots: entries that a packed value has room for, where `v_method` keeps unequal rows; head_dim if None, which
+            fits every mask. A value that needs more sets the cache's `overflow`.
 
     Raises:
         ValueError: a field out of its range, naming it.
@@ -43,15 +45,15 @@ class CompressionConfig:
     sink_tokens: int = 0
     center_keys: bool = False
     rescale_values: bool = False
+    v_slots: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("k_sparsity", "v_sparsity"):
             if not isinstance(getattr(self, name), int | float):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a Python number")
             check_sparsity(name, getattr(self, name))
-        for name in ("k_method", "v_method"):
-            if getattr(self, name) not in METHODS:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {sorted(METHODS)}")
+        self._check_method("k", KEY_METHODS)
+        self._check_method("v", VALUE_METHODS)
         for name in ("residual_length", "group", "sink_tokens"):
             if not isinstance(getattr(self, name), int | np.integer):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be an integer")
@@ -60,6 +62,18 @@ class CompressionConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.group < WORD or self.group % WORD:
             raise ValueError(f"group={self.group} must be a positive multiple of {WORD}")
+        if self.v_slots is not None:
+            if not isinstance(self.v_slots, int | np.integer):
+                raise TypeError(f"v_slots={self.v_slots!r} must be an integer or None")
+            if self.v_slots < 1 or self.value_method.equal_rows:
+                raise ValueError(f"v_slots={self.v_slots} must be at least 1, for a v_method of unequal rows")
+
+    def _check_method(self, letter: str, methods: dict[str, Method]) -> None:
+        name, sparsity = getattr(self, f"{letter}_method"), getattr(self, f"{letter}_sparsity")
+        if name not in methods:
+            raise ValueError(f"{letter}_method={name!r} must be one of {sorted(methods)}")
+        if methods[name].only not in (None, sparsity) and sparsity != 0:
+            raise ValueError(f"{letter}_sparsity={sparsity} must be {methods[name].only} for {letter}_method={name!r}")
 
     @classmethod
     def recommended(cls, k_sparsity: float = 0.7, v_sparsity: float = 0.7, **fields: Any) -> Self:
@@ -80,9 +94,29 @@ class CompressionConfig:
         groups = (length - self.sink_tokens - self.residual_length) // self.group
         return groups * (groups > 0) * self.group
 
+    @property
+    def key_method(self) -> Method:
+        """The rule of `k_method`."""
+        return KEY_METHODS[self.k_method]
+
+    @property
+    def value_method(self) -> Method:
+        """The rule of `v_method`."""
+        return VALUE_METHODS[self.v_method]
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether keys or values are pruned by a rule that scores with queries."""
+        keys = self.k_sparsity > 0 and self.key_method.needs_queries
+        return keys or (self.v_sparsity > 0 and self.value_method.needs_attention)
+
+    def slots(self, head_dim: int) -> tuple[int, int]:
+        """Entries that a packed key and a packed value have room for."""
+        keys = self.key_method.slots(head_dim, self.k_sparsity)
+        values = self.value_method.slots(head_dim, self.v_sparsity)
+        return keys, values if self.v_slots is None else min(self.v_slots, values)
+
     def true_sparsity(self, head_dim: int) -> tuple[float, float]:
-        """The fractions of packed keys and values that are really removed, after `keep_count` has rounded."""
-        keys, values = (
-            1 - keep_count(head_dim, sparsity) / head_dim for sparsity in (self.k_sparsity, self.v_sparsity)
-        )
-        return max(keys, 0.0), max(values, 0.0)  # a head_dim that is no multiple of 4 is rounded up to one
+        """The fractions of packed keys and values that are really removed, after counts have been rounded."""
+        keys = self.key_method.kept(head_dim, self.k_sparsity)
+        return 1 - keys, 1 - self.value_method.kept(head_dim, self.v_sparsity)

@@ -22,6 +22,12 @@ Progress = Callable[[int, int], object]
 DENSE = CompressionConfig(k_sparsity=0, v_sparsity=0)
 """The config of an ordinary dense cache, the baseline of every comparison."""
 
+STEPS_PER_CHECK = 16
+"""Steps that `generate` takes between looks at whether all sequences have stopped: on a GPU the host waits to look."""
+
+PREFILL_TOKENS = 65536
+"""Tokens of a batch of prompts that are prefilled at a time, in whole prompts: what a layer makes of them is held."""
+
 
 class Layer(Protocol):
     """What generation needs of a decoder layer; a pytree, such as a Flax NNX module."""
@@ -213,27 +219,45 @@ def prefill_prompt(
     """Run prompts through the model, layer by layer, and fill the caches.
 
     Each layer's keys and values are pruned and packed before the next layer begins, so at most one layer's are held
-    dense; one layer is compiled, and serves for all.
+    dense; and of a large batch of long prompts only some rows go at a time (`PREFILL_TOKENS`). One layer is compiled,
+    and serves for all layers and rows.
 
     Args:
         model: the model.
         tokens: int32 [B, S], padded on the right.
         lengths: int32 [B], valid tokens.
         caches: one empty cache per layer; donated.
-        progress: called as progress(done, total) after each layer.
+        progress: called as progress(done, total) after each layer of each part of the rows.
 
     Returns:
         float32 [B, V], the logits after each prompt's last token, and the filled caches.
     """
-    hidden = _embed(model, tokens)
-    filled = []
-    for layer, cache in zip(model.layers, caches, strict=True):
-        hidden, cache = _prefill_layer(layer, hidden, cache, lengths)
-        filled.append(cache)
-        if progress is not None:
-            jax.block_until_ready(hidden)
-            progress(len(filled), len(caches))
-    return _last_logits(model, hidden, lengths), tuple(filled)
+    batch, length = tokens.shape
+    rows = _rows_at_a_time(batch, length)
+    # The last part is moved back to end with the batch, so every part has the same shape; to fill a row twice is
+    # to replace it by itself.
+    starts = [min(start, batch - rows) for start in range(0, batch, rows)]
+    filled, logits, done = list(caches), [], 0
+    for start in map(jnp.int32, starts):
+        part, valid = (lax.dynamic_slice_in_dim(x, start, rows) for x in (tokens, lengths))
+        hidden = _embed(model, part)
+        for i, layer in enumerate(model.layers):
+            hidden, filled[i] = _prefill_layer(layer, hidden, filled[i], valid, start)
+            done += 1
+            if progress is not None:
+                jax.block_until_ready(hidden)
+                progress(done, len(starts) * len(filled))
+        logits.append(_last_logits(model, hidden, valid))
+    if len(starts) == 1:
+        return logits[0], tuple(filled)
+    return jnp.concatenate([*logits[:-1], logits[-1][-batch % rows :]]), tuple(filled)
+
+
+def _rows_at_a_time(batch: int, length: int) -> int:
+    """How many of a batch's prompts to prefill at a time: as many as `PREFILL_TOKENS` holds, in parts of one size."""
+    fit = max(1, PREFILL_TOKENS // length)
+    parts = -(-batch // fit)
+    return -(-batch // parts)
 
 
 def decode_step(
@@ -273,19 +297,34 @@ def _start(model: Model, request: _Request, progress: Progress | None) -> Decode
 
 def _steps(model: Model, request: _Request, progress: Progress | None) -> Iterator[np.ndarray]:
     state = _start(model, request, progress)
-    yield np.asarray(state.token)
-    for _ in range(request.max_new_tokens - 1):
-        if state.finished.all():
+    yield np.asarray(state.token)  # before the step is compiled
+    if request.max_new_tokens == 1 or state.finished.all():
+        return
+    step = functools.partial(_stream_step, model, implementation=request.implementation)
+    state, shown = step(state, request.sampling, request.eos)
+    for _ in range(request.max_new_tokens - 2):
+        # The next step is on its way to the device before the host waits for this one's tokens.
+        state, coming = step(state, request.sampling, request.eos)
+        token, finished = jax.device_get(shown)
+        yield token
+        if finished:
             return
-        state = _step(model, state, request.sampling, request.eos, request.implementation)
-        yield np.asarray(state.token)
+        shown = coming
+    yield np.asarray(shown[0])
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames=("hidden", "cache"))
 def _prefill_layer(
-    layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array
+    layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, LayerCache]:
-    return layer.prefill(hidden, cache, lengths)
+    """Run prompts [b, S, D] through one layer; they fill the sequences start .. start + b - 1 of its cache."""
+    rows = hidden.shape[0]
+    if rows == cache.batch:
+        return layer.prefill(hidden, cache, lengths)
+    part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, rows), cache)
+    hidden, part = layer.prefill(hidden, part, lengths)
+    place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+    return hidden, jax.tree.map(place, cache, part)
 
 
 @jax.jit
@@ -299,6 +338,14 @@ def _last_logits(model: Model, hidden: jax.Array, lengths: jax.Array) -> jax.Arr
 
 
 @functools.partial(jax.jit, static_argnames="implementation", donate_argnames="state")
+def _stream_step(
+    model: Model, state: DecodeState, sampling: Sampling | None, eos: jax.Array, implementation: Implementation
+) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
+    """The next state, and what the host looks at, which is not donated with it: the tokens, and whether all stopped."""
+    state = _step(model, state, sampling, eos, implementation)
+    return state, (state.token, state.finished.all())
+
+
 def _step(
     model: Model, state: DecodeState, sampling: Sampling | None, eos: jax.Array, implementation: Implementation
 ) -> DecodeState:
@@ -321,18 +368,21 @@ def _decode_loop(
     batch = state.token.shape[0]
     written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(state.token)
     Carry = tuple[DecodeState, jax.Array, jax.Array]  # noqa: N806
+    checks = -(-(max_new_tokens - 1) // STEPS_PER_CHECK)
+    steps = -(-(max_new_tokens - 1) // max(checks, 1))  # a few more in all, perhaps, of which nothing is written
 
     def unfinished(carry: Carry) -> jax.Array:
         state, _, _ = carry
         return (state.step < max_new_tokens) & ~state.finished.all()
 
-    def advance(carry: Carry) -> Carry:
+    def advance(_: jax.Array, carry: Carry) -> Carry:
         state, written, count = carry
-        count = count + ~state.finished
+        count = count + (~state.finished & (state.step < max_new_tokens))
         new = _step(model, state, sampling, eos, implementation)
-        return new, written.at[:, state.step].set(new.token), count
+        return new, written.at[:, state.step].set(new.token, mode="drop"), count
 
-    state, written, count = lax.while_loop(unfinished, advance, (state, written, jnp.ones(batch, jnp.int32)))
+    start = (state, written, jnp.ones(batch, jnp.int32))
+    state, written, count = lax.while_loop(unfinished, lambda carry: lax.fori_loop(0, steps, advance, carry), start)
     return written, count, state
 
 

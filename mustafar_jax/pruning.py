@@ -1,12 +1,17 @@
-"""Which entries of a cached vector are kept (arXiv 2505.22913, section 3)."""
+"""Which entries of cached vectors are kept (arXiv 2505.22913, section 3), by every rule that there is."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+RECENT = 32
+"""The most recent queries that rules score with, and tokens of a group along which a channel's entries compete."""
 
 _BITS_OF = {jnp.dtype(jnp.bfloat16): jnp.uint16, jnp.dtype(jnp.float16): jnp.uint16, jnp.dtype(jnp.float32): jnp.uint32}
 
@@ -46,11 +51,114 @@ def magnitude_mask(x: jax.Array, sparsity: float, *, axis: int = -1) -> jax.Arra
     """
     size = x.shape[axis]
     kept = min(size, keep_count(size, sparsity))
-    return jnp.moveaxis(_largest(magnitude_bits(jnp.moveaxis(x, axis, -1)), kept), -1, axis)
+    return jnp.moveaxis(largest(magnitude_bits(jnp.moveaxis(x, axis, -1)), kept), -1, axis)
 
 
-METHODS: dict[str, Callable[..., jax.Array]] = {"magnitude": magnitude_mask}
-"""The rules by name, as `CompressionConfig.k_method` and `v_method` take them: (x [..., S, H], sparsity) -> mask."""
+class Context(NamedTuple):
+    """What a rule may see besides the entries [B, K, n, H] that it chooses from.
+
+    Attributes:
+        valid: bool [B, n], which tokens there are, in whole groups of 32.
+        queries: float32 [B, K, Q, H], the last 32 queries of each query head that shares a KV head; zero where there
+            is none yet. None unless the rule needs them.
+        attention: float32 [B, K, n], the attention probability that those queries give to each token, summed. None
+            unless the rule needs it.
+    """
+
+    valid: jax.Array
+    queries: jax.Array | None = None
+    attention: jax.Array | None = None
+
+
+def magnitude(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """The largest magnitudes of each token's vector (section 3)."""
+    return magnitude_mask(x, sparsity)
+
+
+def output_aware(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """The largest |x| * sum of |query| of each key, over the last 32 queries of its query heads (section 3.1)."""
+    assert context.queries is not None
+    weight = jnp.sum(jnp.abs(context.queries), axis=2, keepdims=True)
+    return magnitude_mask(x.astype(jnp.float32) * weight, sparsity)
+
+
+def channel_magnitude(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """The largest magnitudes of each channel, within groups of 32 tokens (section 3.2)."""
+    groups = x.reshape(*x.shape[:2], x.shape[2] // RECENT, RECENT, x.shape[-1]).swapaxes(-2, -1)
+    mask = largest(magnitude_bits(groups), _channel_count(sparsity))
+    return mask.swapaxes(-2, -1).reshape(x.shape)
+
+
+def channel_output_aware(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """The largest |x| * attention of each channel, within groups of 32 tokens (section 3.2)."""
+    assert context.attention is not None
+    return channel_magnitude(x.astype(jnp.float32) * context.attention[..., None], sparsity, context)
+
+
+def think_keys(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """Whole channels, by ||queries of the channel|| * ||its keys||, of the tokens compressed at once (2407.21018)."""
+    assert context.queries is not None
+    return _whole_channels(x, jnp.sum(context.queries**2, axis=2), sparsity, context)
+
+
+def think_values(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """Whole channels by their norm: ThinK for values, which arXiv 2505.22913 compares with (its code's "ThinV")."""
+    return _whole_channels(x, jnp.float32(1), sparsity, context)
+
+
+def two_of_four(x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """The two largest magnitudes of every four neighbouring channels (2:4 semi-structured sparsity, 2104.08378)."""
+    fours = x.reshape(*x.shape[:-1], x.shape[-1] // 4, 4)
+    return largest(magnitude_bits(fours), 2).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A rule, and what a cache must know to use it.
+
+    Attributes:
+        mask: entries [B, K, n, H], the fraction to remove, context -> bool [B, K, n, H], True where kept; n a multiple
+            of 32.
+        needs_queries: whether it reads `context.queries`.
+        needs_attention: whether it reads `context.attention`.
+        equal_rows: whether every token keeps the same number of entries, `keep_count`; if not, every channel of 32
+            tokens does, and a token may keep any number.
+        only: the one sparsity that the rule has; None where it takes any.
+    """
+
+    mask: Callable[[jax.Array, float, Context], jax.Array]
+    needs_queries: bool = False
+    needs_attention: bool = False
+    equal_rows: bool = True
+    only: float | None = None
+
+    def slots(self, head_dim: int, sparsity: float) -> int:
+        """Entries that every row has room for, whatever the mask."""
+        return keep_count(head_dim, sparsity) if self.equal_rows else head_dim
+
+    def kept(self, head_dim: int, sparsity: float) -> float:
+        """The fraction of entries that the masks keep."""
+        if self.equal_rows:
+            return min(1.0, keep_count(head_dim, sparsity) / head_dim)  # a head_dim may be no multiple of 4
+        return _channel_count(sparsity) / RECENT
+
+
+KEY_METHODS: dict[str, Method] = {
+    "magnitude": Method(magnitude),
+    "output_aware": Method(output_aware, needs_queries=True),
+    "think": Method(think_keys, needs_queries=True),
+    "2:4": Method(two_of_four, only=0.5),
+}
+"""The rules for keys by name, as `CompressionConfig.k_method` takes them."""
+
+VALUE_METHODS: dict[str, Method] = {
+    "magnitude": Method(magnitude),
+    "channel_magnitude": Method(channel_magnitude, equal_rows=False),
+    "channel_output_aware": Method(channel_output_aware, needs_attention=True, equal_rows=False),
+    "think": Method(think_values),
+    "2:4": Method(two_of_four, only=0.5),
+}
+"""The rules for values by name, as `CompressionConfig.v_method` takes them."""
 
 
 def rescale_to_norm(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -84,8 +192,8 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     return jnp.minimum(bits, infinity + jnp.array(1, unsigned))
 
 
-def _largest(bits: jax.Array, count: int) -> jax.Array:
-    """Mask of the `count` largest along the last axis, the lowest index first among equals."""
+def largest(bits: jax.Array, count: int) -> jax.Array:
+    """Mask of the `count` largest of `magnitude_bits` along the last axis, the lowest index first among equals."""
     threshold = kth_largest(bits, count)
     above = bits > threshold
     tied = bits == threshold
@@ -107,3 +215,16 @@ def kth_largest(bits: jax.Array, k: int) -> jax.Array:
         return jnp.where(reached, candidate, threshold)
 
     return lax.fori_loop(0, highest + 1, step, jnp.zeros_like(bits[..., :1]))
+
+
+def _channel_count(sparsity: float) -> int:
+    """Tokens of a group that each channel keeps."""
+    check_sparsity("sparsity", sparsity)
+    return max(1, math.ceil(round((1 - sparsity) * RECENT, 6)))
+
+
+def _whole_channels(x: jax.Array, weight: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    """Keep the channels of [B, K, n, H] whose squares, times weight [B, K, H], sum to the most over the tokens."""
+    tokens = jnp.where(context.valid[:, None, :, None], x.astype(jnp.float32), 0)
+    channels = magnitude_mask(jnp.sum(tokens**2, axis=2) * weight, sparsity)
+    return jnp.broadcast_to(channels[:, :, None], x.shape)

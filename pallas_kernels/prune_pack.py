@@ -20,8 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import triton
-from mustafar_jax.pallas_kernels.decode_attention import Mean
-from mustafar_jax.pallas_kernels.rows import WORD, Packed
+from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed
 
 _BLOCK = 32
 """Tokens of a program: those that one block of values interleaves."""
@@ -35,7 +34,7 @@ class Prune(NamedTuple):
     Attributes:
         source: [B, S, K, H], or [B, K, S, H] as `prune_pack` is told.
         target: the packed rows that are overwritten; each keeps as many entries as it has slots.
-        mean: where keys are centred, what to take off; its `offset` is the position of the target's row 0.
+        mean: where keys are centred, what is taken off them before they are compared; what is kept is kept as it was.
         rescale: scale what is kept of a vector to the whole vector's L2 norm.
     """
 
@@ -223,10 +222,10 @@ def _prune_block(
 ) -> None:
     words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
     memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
-    entries = _load(source_ref, first, plan)
+    ranked = entries = _load(source_ref, first, plan)
     if plan.offset is not None:
-        memory, entries = _centre(memory, entries, mean_refs, row, plan)
-    mask = _largest(entries, plan)
+        memory, ranked = _centre(memory, entries, mean_refs, row, plan)
+    mask = _largest(ranked, plan)
     _store_bitmap(bitmap_ref, mask, row, plan)
     memory = _append(memory, entries, mask, plan)
     if plan.rescale:

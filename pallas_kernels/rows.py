@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels.tile import Entries
 
 WORD = 32
 """Channels per bitmap word, and tokens that one block of values interleaves."""
@@ -23,6 +24,34 @@ class Packed(NamedTuple):
 
     bitmap: jax.Array
     values: jax.Array
+
+
+class Mean(NamedTuple):
+    """What stands for the entries that packed keys do not hold: a mean key, rotated to each token's position.
+
+    Attributes:
+        key: float32 [B, K, H], before rotation.
+        inv_freq: float32 [H / 2], RoPE's frequencies; channel i pairs with i + H / 2.
+        offset: the position of row 0.
+    """
+
+    key: jax.Array
+    inv_freq: jax.Array
+    offset: int
+
+
+class Tail(NamedTuple):
+    """The tokens that are not packed: the first ones of each sequence, then a ring of the most recent ones.
+
+    Attributes:
+        key, value: [B, K, slots, H]; the token at position p stands in slot p where p < sinks, else in slot sinks +
+            (p - sinks) % (slots - sinks).
+        sinks: how many first tokens stay; static.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    sinks: int
 
 
 Rows = Packed | jax.Array
@@ -44,12 +73,14 @@ def check_dtype(rows: Rows, dtype: Any) -> None:
 def flat(rows: Rows) -> list[jax.Array]:
     """Arrays with one flat row per KV head, which keeps a kernel's addresses cheap.
 
-    Packed: bitmap int32 [B * K, S * H / 32] and values int16 [B * K, S * slots], since their bits are what is moved.
+    Packed: bitmap int32 [B * K, S * H / 32] and values int32 [B * K, S * slots / 2], two neighbouring slots to a word,
+    the first in its low half: their bits are what is moved.
     """
     if not isinstance(rows, Packed):
         return [rows.reshape(rows.shape[0] * rows.shape[1], -1)]
     bitmap = lax.bitcast_convert_type(rows.bitmap, jnp.int32)
-    values = lax.bitcast_convert_type(rows.values, jnp.int16)
+    pairs = rows.values.reshape(*rows.values.shape[:-1], rows.values.shape[-1] // 2, 2)
+    values = lax.bitcast_convert_type(pairs, jnp.int32)
     return [x.reshape(x.shape[0] * x.shape[1], -1) for x in (bitmap, values)]
 
 
@@ -58,28 +89,33 @@ def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
     return pl.BlockSpec((None, *array.shape[1:]), lambda *ids: (ids[axis],) + (0,) * (array.ndim - 1))
 
 
+_AHEAD = 1
+"""Chunks of slots that are on their way while one is stored."""
+
+
 def load_tile(
     bitmap_ref: triton.Ref, values_ref: triton.Ref, tokens: jax.Array, seen: jax.Array, *, head_dim: int, rows: int
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Load a tile of packed rows, a row per thread.
+) -> Entries:
+    """Begin to load a tile of packed rows, a row per thread.
 
     Args:
         bitmap_ref: int32 [S * H / 32].
-        values_ref: int16 [S * slots].
+        values_ref: int32 [S * slots / 2].
         tokens: int32 [n], the rows.
         seen: bool [n]; the words of rows that are not seen come as 0, whatever they hold.
         head_dim: H.
         rows: S.
-
-    Returns:
-        The bitmap's words, int32 [n] each, and the slots in order, int16 [n, chunk] each.
     """
-    row_words, slots = head_dim // WORD, values_ref.shape[0] // rows
-    chunk = 8 if slots % 8 == 0 else 4
+    row_words, slots = head_dim // WORD, values_ref.shape[0] // rows  # words of slots, two to a word
+    chunk = 4 if slots % 4 == 0 else 2
     word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
     words = triton.load(bitmap_ref.at[word], mask=jnp.broadcast_to(seen[:, None], word.shape), other=0)
     # rows past the end are not seen; the last block is read in their place
     block = jnp.minimum(tokens // WORD, rows // WORD - 1) * (slots * WORD) + tokens % WORD * chunk
     place = block[:, None] + jnp.arange(chunk)[None, :]
-    chunks = [triton.load(values_ref.at[place + c * (WORD * chunk)]) for c in range(slots // chunk)]
-    return triton.unstack(words), chunks
+
+    def load(i: Any) -> jax.Array:
+        return triton.load(values_ref.at[place + i * (WORD * chunk)])
+
+    chunks = slots // chunk
+    return Entries(triton.unstack(words), [load(min(i, chunks - 1)) for i in range(_AHEAD)], load, chunks)

@@ -58,7 +58,7 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
 def _key_kernel(
     q_ref: triton.Ref,  # [16, H]
     bitmap_ref: triton.Ref,  # [S * H / 32]
-    values_ref: triton.Ref,  # [S * slots]
+    values_ref: triton.Ref,  # [S * slots / 2]
     out_ref: triton.Ref,  # [G, S]
     *,
     reader: TileReader,
@@ -68,9 +68,10 @@ def _key_kernel(
     """One tile, for 16 query heads."""
     start = pl.program_id(0) * TOKENS
     tokens = start + jnp.arange(TOKENS, dtype=jnp.int32)
-    loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
-    memory = reader.scatter(reader.zeros(), *loaded)
-    _, scores = reader.times_keys(memory, q_ref[...])
+    entries = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
+    channel = tile.channel_of_row(jnp.arange(reader.head_dim), reader.head_dim)
+    query = triton.load(q_ref.at[jnp.arange(_HEADS)[:, None], channel[None, :]])
+    _, scores = reader.times_keys(reader.scatter(reader.zeros(), entries), query)
     head = pl.program_id(2) * _HEADS + jnp.arange(_HEADS)[:, None]
     column = tile.token_of_column(tokens)
     triton.store(out_ref.at[head, column[None, :]], scores, mask=(head < group) & (column < rows)[None, :])
@@ -129,7 +130,7 @@ def value_spmv(
 def _value_kernel(
     p_ref: triton.Ref,  # [16, S padded to whole tiles]
     bitmap_ref: triton.Ref,  # [S * H / 32]
-    values_ref: triton.Ref,  # [S * slots]
+    values_ref: triton.Ref,  # [S * slots / 2]
     out_ref: triton.Ref,  # [G, H]
     *,
     reader: TileReader,
@@ -144,9 +145,10 @@ def _value_kernel(
     def add(i: jax.Array, carry: tuple[list[jax.Array], triton.Memory]) -> tuple[list[jax.Array], triton.Memory]:
         out, memory = carry
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
-        loaded = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
-        weights = p_ref[:, pl.ds(i * TOKENS, TOKENS)]
-        memory, out = reader.times_values(reader.scatter(memory, *loaded), weights, out, order="tokens")
+        entries = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
+        column = tile.token_of_column(tokens, "tokens")
+        weights = triton.load(p_ref.at[jnp.arange(_HEADS)[:, None], column[None, :]])
+        memory, out = reader.times_values(reader.scatter(memory, entries), weights, out, order="tokens")
         return out, memory
 
     zeros = [jnp.zeros((_HEADS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]

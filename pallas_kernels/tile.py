@@ -2,20 +2,25 @@
 
 A tile is 128 tokens of one head, one per thread. Each thread walks its token's bitmap and stores every entry at the
 place of its channel, so the work is per entry held; the tile is then read as dense operands, so the product costs the
-same for 1 to 16 query heads. A word holds two neighbouring tokens of one channel; 68 words hold a channel's tokens:
+same for 1 to 16 query heads. A word holds the channels c and c + H / 2 of one token, the pair that RoPE turns; 132
+words hold a pair's tokens:
 
-    byte of (token t, channel c) = 2 * t + 4 * 68 * c
+    byte of (token t, channel c) = 4 * t + 4 * 132 * (c % (H / 2)) + 2 * (c // (H / 2))
 
-The stride of 68 = 4 mod 32 banks makes both readings free of bank conflicts: for keys 8 token pairs of every second
-channel, for values 4 token pairs of 8 neighbouring channels. Stores meet in a bank about three at a time.
+The stride of 132 = 4 mod 32 banks makes both readings free of bank conflicts: for keys the tokens 0 .. 3 and 16 .. 19
+of 4 neighbouring pairs, for values 4 neighbouring tokens of 8 neighbouring pairs. Stores meet in a bank about three at
+a time. A tile starts from zeros, or (`fill`) from a mean vector, rotated to each token's position.
 """
 
 import dataclasses
-from typing import Any, Literal
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mustafar_jax.pallas_kernels import triton
 
@@ -25,11 +30,43 @@ NUM_WARPS = TOKENS // triton.WARP
 HALF = TOKENS // 2
 COLUMNS = 32
 """Columns of an operand of 16 rows of which each thread holds 4 entries."""
-_STRIDE = 68 * 4
-"""Bytes from one channel to the next."""
+_STRIDE = 132 * 4
+"""Bytes from one pair of channels to the next."""
+_SERIES = 4
+"""Tokens from one that a thread fills to the next that it fills."""
 
 
 Order = Literal["tokens", "columns"]
+
+
+class Entries(NamedTuple):
+    """A tile of packed rows on its way from memory.
+
+    Attributes:
+        words: the bitmap's words, int32 [TOKENS] each; 0 for tokens that are not to be seen.
+        ahead: the first chunks of slots, int32 [TOKENS, chunk / 2] each, two slots to a word.
+        load: the chunk of an index.
+        chunks: how many there are.
+    """
+
+    words: list[jax.Array]
+    ahead: list[jax.Array]
+    load: Callable[[Any], jax.Array]
+    chunks: int
+
+
+class Series(NamedTuple):
+    """A mean's pairs of channels as `TileReader.fill` continues them: float32 [TOKENS] each, one element per thread.
+
+    Attributes:
+        x, y: channel c and c + H / 2 of the mean, rotated by the thread's first token of a tile.
+        cos, sin: of the angle from one of the thread's tokens to the next.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    cos: jax.Array
+    sin: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,78 +83,145 @@ class TileReader:
     dtype: Any
     interpret: bool = False
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels."""
+        return self.head_dim // 2
+
     def zeros(self) -> triton.Memory:
         """An empty tile."""
-        return triton.shared_zeros(self.head_dim * _STRIDE // 4, _lane(), interpret=self.interpret)
+        return triton.shared_zeros(self.pairs * _STRIDE // 4, _lane(), interpret=self.interpret)
 
-    def scatter(self, memory: triton.Memory, words: list[jax.Array], chunks: list[jax.Array]) -> triton.Memory:
-        """Store a tile's entries in an empty tile.
+    def filled_pairs(self) -> list[jax.Array]:
+        """The pairs of channels that each thread fills, int32 [TOKENS] each; neighbouring ones in 8 threads."""
+        count = self.pairs // 32
+        return [((_lane() >> 5) * count + s) * 8 + (_lane() & 7) for s in range(count)]
+
+    def fill(
+        self, memory: triton.Memory, series: list[Series], turns: list[tuple[jax.Array, jax.Array]]
+    ) -> triton.Memory:
+        """Overwrite a tile with a rotated mean vector.
+
+        A thread fills every fourth token of its pairs. By the angle addition theorems x(t + 4) = 2 cos(4 w) x(t) -
+        x(t - 4), one multiply-add per channel and token.
 
         Args:
-            memory: the empty tile.
-            words: int32 [TOKENS] each, the bitmap's words; 0 for tokens that are not to be seen.
-            chunks: int16 [TOKENS, chunk] each, the slots in order.
+            memory: the tile.
+            series: for each of `filled_pairs`.
+            turns: cos and sin of the angles of the tile's first position, for each of them.
         """
-        start = triton.shared_offset(memory, 2 * _lane(), interpret=self.interpret)
-        words, places = _skip_empty(words, [start + np.int32(_STRIDE * 32 * j) for j in range(len(words))])
-        for chunk in chunks:
-            for entry in triton.unstack(chunk):
+        start = triton.shared_offset(memory, 4 * filled_token(), interpret=self.interpret)
+        places = [start + pair * np.int32(_STRIDE) for pair in self.filled_pairs()]
+        states = []
+        for (x, y, cos, sin), turn in zip(series, turns, strict=True):
+            x, y = rotate_pair(x, y, *turn)
+            states.append((x, y, *rotate_pair(x, y, cos, -sin)))
+        steps = 8
+
+        def several(_: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
+            memory, places, states = carry
+            for step in range(steps):
+                for i, (x, y, x_before, y_before) in enumerate(states):
+                    word = triton.pack_pair(x, y, self.dtype, interpret=self.interpret)
+                    offset = 4 * _SERIES * step
+                    memory = triton.shared_store_word(memory, places[i], offset, word, interpret=self.interpret)
+                    twice = 2 * series[i].cos
+                    states[i] = (twice * x - x_before, twice * y - y_before, x, y)
+            return memory, [place + np.int32(4 * _SERIES * steps) for place in places], states
+
+        memory, _, _ = lax.fori_loop(0, TOKENS // (_SERIES * steps), several, (memory, places, states))
+        return triton.synchronise(memory, interpret=self.interpret)
+
+    def scatter(self, memory: triton.Memory, entries: Entries) -> triton.Memory:
+        """Store a tile's entries over what it holds."""
+        start = triton.shared_offset(memory, 4 * _lane(), interpret=self.interpret)
+        starts = [32 * word % self.pairs * _STRIDE + 32 * word // self.pairs * 2 for word in range(len(entries.words))]
+        words, places = _skip_empty(entries.words, [start + np.int32(offset) for offset in starts])
+
+        def walk(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
+            memory, words, places, (chunk, *ahead) = carry
+            # in flight while the chunks before it are stored
+            ahead.append(entries.load(jnp.minimum(i + len(entries.ahead), entries.chunks - 1)))
+            for pair, half in itertools.product(triton.unstack(chunk), range(2)):
                 lowest = words[0] & -words[0]
                 channel = triton.highest_bit(lowest, interpret=self.interpret)
                 place = channel * np.int32(_STRIDE) + places[0]
-                memory = triton.shared_store(memory, place, entry, lowest, interpret=self.interpret)
+                memory = triton.shared_store_half(memory, place, pair, half, lowest, interpret=self.interpret)
                 words, places = _next_word([words[0] ^ lowest, *words[1:]], places)
+            return memory, words, places, ahead
+
+        memory, *_ = lax.fori_loop(0, entries.chunks, walk, (memory, words, places, entries.ahead))
         return triton.synchronise(memory, interpret=self.interpret)
 
     def times_keys(self, memory: triton.Memory, query: jax.Array) -> tuple[triton.Memory, jax.Array]:
-        """Multiply queries [16, H] with a tile of keys, and empty it.
+        """Multiply queries with a tile of keys, and empty it.
+
+        Args:
+            memory: the tile.
+            query: [16, H], its columns in the order of `channel_of_row`.
 
         Returns:
             The empty tile, and float32 scores [16, TOKENS], column c for the token `token_of_column(c)`.
         """
-        row, lane = _lane() >> 2, _lane() & 3
-        place = lane * np.int32(2 * _STRIDE) + 2 * token_of_column(2 * row)
+        column, lane = _lane() >> 2, _lane() & 3
+        place = lane * np.int32(_STRIDE) + 4 * token_of_column(2 * column)
         start = triton.shared_offset(memory, place, interpret=self.interpret)
         halves, read = [], []
         for half in range(2):
-            steps: list[list[list[jax.Array]]] = [[], []]  # [even or odd tokens][step][i]
-            for step in range(self.head_dim // 16):
-                words = []
-                for i, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                    offset = (16 * step + 8 * i + h) * _STRIDE + 2 * HALF * half
-                    words.append(triton.shared_load(memory, start, offset, interpret=self.interpret))
-                read += words
-                for parity in range(2):
-                    pairs = ((words[0], words[1]), (words[2], words[3]))
-                    picked = [triton.pick_halves(a, b, parity, interpret=self.interpret) for a, b in pairs]
-                    steps[parity].append(picked)
-            scores = [triton.dot(query, _operand(of_parity, self.dtype, "tokens")) for of_parity in steps]
+            scores = []
+            for parity in range(2):  # of the column; token_of_column(1) = 4
+                steps = []
+                for step in range(self.head_dim // 16):
+                    offsets = [(8 * step + 4 * i) * _STRIDE + 4 * (HALF * half + 4 * parity) for i in range(2)]
+                    steps.append([triton.shared_load(memory, start, o, interpret=self.interpret) for o in offsets])
+                read += [word for words in steps for word in words]
+                scores.append(triton.dot(query, _operand(steps, self.dtype, "tokens")))
             halves.append(jnp.stack(scores, axis=-1).reshape(query.shape[0], HALF))
         return triton.synchronise(memory, read, interpret=self.interpret), join_halves(*halves)
 
     def times_values(
-        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order
+        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order, clear: bool = True
     ) -> tuple[triton.Memory, list[jax.Array]]:
-        """Add the product of weights [16, TOKENS] with a tile of values to `out`, and empty the tile.
+        """Add the product of weights [16, TOKENS] with a tile of values to `out`.
 
         Args:
             memory: the tile.
-            weights: of the tile's dtype, a column for each token.
-            order: how the columns stand for the tokens: as the tokens do, or as `token_of_column` says.
+            weights: of the tile's dtype; column c for the token `token_of_column(c, order)`.
             out: float32 [16, COLUMNS] for each COLUMNS channels.
+            order: how the compiler lays out the operand that multiplies the weights: "columns" where they come out of
+                another product, else "tokens".
+            clear: empty the tile.
         """
-        row, lane = _lane() >> 2, _lane() & 3
-        start = triton.shared_offset(memory, row * np.int32(_STRIDE) + lane * 4, interpret=self.interpret)
-        sums, read = [], []
-        for group in range(self.head_dim // COLUMNS):
-            steps = []
+        column, lane = _lane() >> 2, _lane() & 3
+        start = triton.shared_offset(memory, column * np.int32(_STRIDE) + lane * 4, interpret=self.interpret)
+        groups = self.pairs // COLUMNS
+        sums, read = list(out), []
+        for group in range(groups):
+            steps: list[list[list[jax.Array]]] = [[], []]  # [low or high half: c or c + H / 2][step][i]
             for step in range(TOKENS // 16):
-                offsets = [_STRIDE * COLUMNS * group + 2 * (16 * step + 8 * i) for i in range(2)]
-                words = [triton.shared_load(memory, start, o, interpret=self.interpret) for o in offsets]
+                words = []
+                for i, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                    token = 32 * (step // 2) + 16 * i + 8 * (step % 2) + 4 * h
+                    offset = _STRIDE * COLUMNS * group + 4 * token
+                    words.append(triton.shared_load(memory, start, offset, clear=clear, interpret=self.interpret))
                 read += words
-                steps.append(words)
-            sums.append(out[group] + triton.dot(weights, _operand(steps, self.dtype, order)))
+                for half in range(2):
+                    pairs = ((words[0], words[1]), (words[2], words[3]))
+                    steps[half].append([triton.pick_halves(*pair, half, interpret=self.interpret) for pair in pairs])
+            for half, of_half in enumerate(steps):
+                place = half * groups + group
+                sums[place] = out[place] + triton.dot(weights, _operand(of_half, self.dtype, order))
         return triton.synchronise(memory, read, interpret=self.interpret), sums
+
+
+def rotate_pair(x: jax.Array, y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """RoPE's rotation of channels c and c + H / 2."""
+    return x * cos - y * sin, y * cos + x * sin
+
+
+def filled_token() -> jax.Array:
+    """The first token of a tile that each thread fills, 0 .. 3; with 8 neighbouring pairs, another bank for each."""
+    return _lane() >> 3 & 3
 
 
 def join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -125,12 +229,20 @@ def join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.stack([first, second], axis=-1).transpose(0, 2, 1).reshape(first.shape[0], TOKENS)
 
 
-def token_of_column(column: jax.Array) -> jax.Array:
-    """The token of a tile that a column of the scores stands for: pairs of tokens within each 16 in another order.
+def channel_of_row(row: jax.Array, head_dim: int) -> jax.Array:
+    """The channel that a row of the keys' operand holds: the two of a pair are neighbours."""
+    return (row >> 1) + (row & 1) * (head_dim // 2)
 
-    Of a column's bits h, i and j (two of them) within 16, lowest first h i j, the token has h j i.
+
+def token_of_column(column: jax.Array, order: Order = "columns") -> jax.Array:
+    """The token of a tile that a column of the scores, or of the weights, stands for.
+
+    Within 32, of a column's bits h i j j k, lowest first (order "tokens": h j j i k), the token has j j h k i: what a
+    warp reads at once lies in banks of its own.
     """
-    return (column & ~15) | (column & 1) | ((column >> 1 & 1) << 3) | ((column >> 2 & 3) << 1)
+    h, k = column & 1, column >> 4 & 1
+    j, i = (column >> 2 & 3, column >> 1 & 1) if order == "columns" else (column >> 1 & 3, column >> 3 & 1)
+    return (column & ~31) | j | (h << 2) | (k << 3) | (i << 4)
 
 
 def _lane() -> jax.Array:

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.extend import core
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 WARP = 32
 MIN_COMPUTE_CAPABILITY = 8.0
@@ -55,11 +55,22 @@ def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> 
 
 
 @functools.cache
-def _compute_capability() -> float | None:
-    """Of the first GPU; None where jax has none, or not a CUDA one."""
-    with contextlib.suppress(RuntimeError, ValueError):
-        return float(jax.devices("cuda")[0].compute_capability)
+def _first_gpu() -> Any:
+    """None where jax has no CUDA GPU."""
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("cuda")[0]
     return None
+
+
+def device_kind() -> str | None:
+    """The first GPU's name; None where jax has none."""
+    gpu = _first_gpu()
+    return None if gpu is None else gpu.device_kind
+
+
+def _compute_capability() -> float | None:
+    gpu = _first_gpu()
+    return None if gpu is None else float(gpu.compute_capability)
 
 
 def pallas_call(
@@ -99,6 +110,7 @@ def _lower_for_cuda(_context: Any, x: Any) -> list[Any]:
     return [x]
 
 
+batching.defvectorized(_cuda_only_p)
 mlir.register_lowering(_cuda_only_p, _lower_elsewhere)
 mlir.register_lowering(_cuda_only_p, _lower_for_cuda, platform="cuda")
 
@@ -260,13 +272,15 @@ def shared_offset(memory: Memory, offset: jax.Array, *, interpret: bool) -> jax.
     return offset if interpret else memory + offset
 
 
-def shared_store(memory: Memory, offset: jax.Array, value: jax.Array, where: jax.Array, *, interpret: bool) -> Memory:
-    """Write int16 values at offsets, multiples of 2, in the lanes where int32 `where` is not 0."""
+def shared_store_half(
+    memory: Memory, offset: jax.Array, word: jax.Array, half: int, where: jax.Array, *, interpret: bool
+) -> Memory:
+    """Write the low (0) or high (1) half of int32 words at offsets, multiples of 2, where int32 `where` is not 0."""
     if interpret:
         place = jnp.where(where != 0, offset // 2, memory.size)
-        return memory.at[place].set(value, mode="drop")
-    code = "{ .reg .pred p; setp.ne.u32 p, $4, 0; @p st.shared.b16 [$2], $3; mov.b32 $0, $1; }"
-    return _asm(code, memory, offset, value, where, constraints="=r,r,r,h,r")
+        return memory.at[place].set((word >> np.int32(16 * half)).astype(jnp.int16), mode="drop")
+    code = f"setp.ne.u32 p, $4, 0; mov.b32 {{h0, h1}}, $3; @p st.shared.b16 [$2], h{half}; mov.b32 $0, $1;"
+    return _asm(f"{{ .reg .pred p; .reg .b16 h0, h1; {code} }}", memory, offset, word, where)
 
 
 def shared_store_word(memory: Memory, offset: jax.Array, constant: int, value: jax.Array, *, interpret: bool) -> Memory:

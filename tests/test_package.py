@@ -1,4 +1,4 @@
-"""How the three packages hang together: which imports which, what importing costs, and what they export."""
+"""How the four packages hang together: which imports which, what importing costs, and what they export."""
 
 import ast
 import importlib
@@ -16,6 +16,7 @@ PACKAGES = {
     "mustafar_jax": ROOT / "mustafar_jax",
     "mustafar_jax.models": ROOT / "models",
     "mustafar_jax.pallas_kernels": ROOT / "pallas_kernels",
+    "mustafar_jax.quality": ROOT / "benchmarks" / "quality",
 }
 
 
@@ -94,6 +95,13 @@ def test_the_models_need_neither_kernels_nor_the_command_line(file):
         assert not within(module, "mustafar_jax.cli")
 
 
+@pytest.mark.parametrize("file", files("mustafar_jax.quality"), ids=lambda file: file.name)
+def test_the_evaluations_take_any_model(file):
+    for module in imports(file, lazy=False):
+        assert not within(module, "mustafar_jax.models")
+        assert not within(module, "mustafar_jax.cli")
+
+
 def test_importing_the_package_loads_neither_flax_nor_transformers_nor_torch():
     program = """
 import sys
@@ -129,7 +137,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_what_is_exported_exists_and_is_documented(name):
     package = importlib.import_module(name)
     exported = getattr(package, "__all__", [])
-    assert name == "mustafar_jax.pallas_kernels" or exported
+    assert name in ("mustafar_jax.pallas_kernels", "mustafar_jax.quality") or exported
     assert sorted(set(exported)) == sorted(exported)
     for each in exported:
         assert getattr(package, each).__doc__

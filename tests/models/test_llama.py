@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.models import Llama, ModelConfig
+from mustafar_jax.models import Llama, ModelConfig, llama
 from mustafar_jax.models.config import rope_frequencies
 from tests.models.reference import (
     DENSE,
@@ -105,6 +105,18 @@ def test_padding_has_no_influence(pair):
     assert not np.array_equal(logits[0, 7:], expected[0, 7:])
     np.testing.assert_array_equal(logits[0, :7], expected[0, :7])
     np.testing.assert_array_equal(logits[1], expected[1])
+
+
+@pytest.mark.parametrize("length", [8, 36, 40])  # one chunk of 8 tokens; four and a rest; five
+def test_the_feed_forward_goes_in_chunks_that_equal_the_whole(pair, length, monkeypatch):
+    layer = pair[1].layers[0]
+    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((2, length, 64)), jnp.float32)
+    monkeypatch.setattr(llama, "FEED_FORWARD_TOKENS", 16)
+    chunked = jax.make_jaxpr(layer._feed_forward_in_chunks)(hidden)
+    assert "f32[2,8,96]" in str(chunked)
+    assert (f"f32[2,{length},96]" in str(chunked)) == (length == 8)
+    out = jax.jit(layer._feed_forward_in_chunks)(hidden)
+    np.testing.assert_allclose(out, layer._feed_forward(hidden), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

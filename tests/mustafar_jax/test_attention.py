@@ -1,6 +1,7 @@
 """Attention on caches: equal to dense attention on what the cache holds, whatever the lengths; prefill; arguments."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def test_scale():
 
 
 def test_centred_keys_lose_nothing_where_every_entry_is_kept():
-    """q . k = q . (k - R m) + q . R m, for any mean: with all entries kept, the dense cache's result."""
+    """No entry is left for the mean to stand for: with all of them kept, the dense cache's result."""
     rng = np.random.default_rng(6)
     query, lengths = normal(rng, BATCH, 6, HEAD_DIM), [300, 150, 70]
     kept = CompressionConfig(0.001, 0.001, center_keys=True)
@@ -150,22 +151,31 @@ def test_centred_keys_lose_nothing_where_every_entry_is_kept():
     assert_close(*(attend(query, cache) for cache in caches))
 
 
+PREFILL = [
+    ("xla", jnp.float32),
+    pytest.param("cudnn", jnp.bfloat16, marks=pytest.mark.gpu),
+    pytest.param("cudnn", jnp.float16, marks=pytest.mark.gpu),
+]
+
+
 @pytest.mark.parametrize("length", [1, 63, 700, 1024])
 @pytest.mark.parametrize("window", [None, 48])
-def test_prefill_attention(length, window, exact_products):
+@pytest.mark.parametrize(("implementation", "dtype"), PREFILL)
+def test_prefill_attention(length, window, implementation, dtype, exact_products):
     rng = np.random.default_rng(8)
-    query, key, value = (normal(rng, 2, length, heads, 32) for heads in (4, 2, 2))
+    query, key, value = (normal(rng, 2, length, heads, 32, dtype=dtype) for heads in (4, 2, 2))
     lengths = jnp.array([length, (length + 1) // 2])
-    value = value.at[1, (length + 1) // 2 :].set(jnp.nan)
-    out = jax.jit(prefill_attention, static_argnames="sliding_window")(
-        query, key, value, lengths, sliding_window=window
-    )
+    key, value = (x.at[1, (length + 1) // 2 :].set(jnp.nan) for x in (key, value))
+    run = jax.jit(prefill_attention, static_argnames=("sliding_window", "implementation"))
+    out = run(query, key, value, lengths, sliding_window=window, implementation=implementation)
     assert out.shape == query.shape
+    assert out.dtype == dtype
     for row in {0, length // 3, length // 2, length - 1}:
         rows = jnp.minimum(lengths, row + 1)
-        expected = attention_on_dense(query[:, row], key, jnp.nan_to_num(value), rows, sliding_window=window)
+        key, value = jnp.nan_to_num(key), jnp.nan_to_num(value)
+        expected = attention_on_dense(query[:, row], key, value, rows, sliding_window=window)
         valid = np.asarray(lengths) > row
-        assert_close(out[valid, row], expected[valid])
+        assert rms_error_ratio(out[valid, row], expected[valid]) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,6 +204,21 @@ def test_implementations_fall_through():
         attend(query, filled(CONFIGS["dense"], [1, 1, 1], rng), implementation="cudnn")
 
 
+def test_implementations_of_prefill_fall_through():
+    rng = np.random.default_rng(11)
+    query, key, value = (normal(rng, 1, 40, heads, 32) for heads in (4, 2, 2))
+    run = functools.partial(prefill_attention, query, key, value, jnp.array([40]))
+    expected = run(implementation="xla")
+    for names in (None, ("cudnn", "xla"), ["triton", "xla"]):
+        np.testing.assert_array_equal(run(implementation=names), expected)
+    with pytest.raises(NotImplementedError, match="cuDNN wants bfloat16 or float16; query is float32"):
+        run(implementation="cudnn")
+    with pytest.raises(NotImplementedError, match=r"'triton' attends caches; a prompt wants one of.*'cudnn', 'xla'"):
+        run(implementation="triton")
+    with pytest.raises(ValueError, match="sliding_window=0 must be"):
+        run(sliding_window=0)
+
+
 @pytest.mark.parametrize("name", ["dense", "recommended"])
 @pytest.mark.parametrize(
     ("message", "options"),
@@ -214,4 +239,5 @@ def test_bad_arguments(name, message, options):
 
 
 def test_every_named_implementation_is_known():
-    assert set(attention._PACKED) | set(attention._DENSE) <= set(IMPLEMENTATIONS)
+    named = set(attention._PACKED) | set(attention._DENSE) | set(attention._PREFILL)
+    assert named <= set(IMPLEMENTATIONS)

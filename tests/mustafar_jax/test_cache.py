@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention, keep_count, magnitude_mask, prefill
 from mustafar_jax.cache import DenseCache, PackedCache
-from mustafar_jax.pruning import rescale_to_norm
+from mustafar_jax.pruning import Context, rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import CONFIGS, DTYPES, rope_frequencies
 
@@ -42,8 +42,7 @@ def expected_tokens(config, key, value, prompt, length):
         shift = jnp.zeros_like(key)
         if config.center_keys:
             shift = rotate(mean_before_rope(config, key, prompt), position[:, None], jnp.asarray(INV_FREQ))
-        residual = key - shift
-        keys = jnp.where(magnitude_mask(residual, config.k_sparsity), residual, 0) + shift
+        keys = jnp.where(magnitude_mask(key - shift, config.k_sparsity), key, shift)
     if config.v_sparsity:
         mask = magnitude_mask(value, config.v_sparsity)
         values = jnp.where(mask, rescale_to_norm(value, mask) if config.rescale_values else value, 0)
@@ -229,7 +228,12 @@ def test_config_sparsity(field, sparsity):
         ("sink_tokens=-4 must be at least 0", {"sink_tokens": -4}),
         ("k_sparsity='0.7' must be a Python number", {"k_sparsity": "0.7"}),
         ("group=32.0 must be an integer", {"group": 32.0}),
-        (r"k_method='random' must be one of \['magnitude'\]", {"k_method": "random"}),
+        (r"k_method='random' must be one of \['2:4', 'magnitude', 'output_aware', 'think'\]", {"k_method": "random"}),
+        ("k_method='channel_magnitude' must be one of", {"k_method": "channel_magnitude"}),
+        ("k_sparsity=0.7 must be 0.5 for k_method='2:4'", {"k_method": "2:4"}),
+        ("v_slots=8 must be at least 1, for a v_method of unequal rows", {"v_slots": 8}),
+        ("v_slots=0 must be at least 1, for", {"v_slots": 0, "v_method": "channel_magnitude"}),
+        ("v_slots=8.5 must be an integer or None", {"v_slots": 8.5, "v_method": "channel_magnitude"}),
         ("v_method='random' must be one of", {"v_method": "random"}),
     ],
 )
@@ -262,6 +266,110 @@ def test_bad_sizes(error, message, changed):
     sizes = {"batch": 1, "capacity": 8, "num_kv_heads": 1, "head_dim": 64, "dtype": jnp.float32, "inv_freq": INV_FREQ}
     with pytest.raises(error, match=message):
         LayerCache.init(CONFIGS["recommended"], **(sizes | changed))
+
+
+# Rules that look at more than a token's vector.
+
+METHODS = {
+    "output-aware keys": CompressionConfig(0.7, 0, k_method="output_aware", residual_length=0),
+    "output-aware, centred": CompressionConfig(0.5, 0, k_method="output_aware", center_keys=True, sink_tokens=2),
+    "ThinK": CompressionConfig(0.7, 0.7, k_method="think", v_method="think"),
+    "channel magnitude": CompressionConfig(0, 0.7, v_method="channel_magnitude", group=64),
+    "channel output-aware": CompressionConfig(0.5, 0.5, v_method="channel_output_aware", sink_tokens=1),
+    "2:4": CompressionConfig(0.5, 0.5, k_method="2:4", v_method="2:4"),
+}
+HEADS = 2 * KV_HEADS
+
+
+def context_of(config, query, keys_seen, lengths, positions):
+    """What rules see when tokens at positions [B, n] are compressed; keys_seen [B, S, K, H]."""
+    rows = np.arange(BATCH)[:, None]
+    last = np.asarray(lengths)[:, None] - 32 + np.arange(32)
+    recent = np.where((last >= 0)[..., None, None], np.asarray(query)[rows, np.maximum(last, 0)], 0)
+    recent = recent.reshape(BATCH, 32, KV_HEADS, 2, HEAD_DIM)
+    scores = np.einsum("bqkgh,bskh->bkgqs", recent, np.asarray(keys_seen)) / 8
+    visible = (np.arange(keys_seen.shape[1]) <= last[..., None]) & (last >= 0)[..., None]
+    weights = np.where(visible[:, None, None], np.exp(scores), 0)
+    shares = (weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)).sum(axis=(2, 3))
+    attention = np.take_along_axis(shares, np.asarray(positions)[:, None], axis=2)
+    queries = recent.transpose(0, 2, 1, 3, 4).reshape(BATCH, KV_HEADS, 64, HEAD_DIM)
+    return Context(jnp.ones(positions.shape, bool), jnp.asarray(queries), jnp.asarray(attention))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_prune_prompts_and_groups_as_their_rule_says(name):
+    """A prompt, then tokens until a group has left: both are pruned by the rule on what there was at that time."""
+    config, prompt, steps = METHODS[name], 130, 64
+    key, value = sequences(7)
+    query = jnp.asarray(np.random.default_rng(8).standard_normal((BATCH, CAPACITY, HEADS, HEAD_DIM)), jnp.float32)
+    cache = jax.jit(prefill)(
+        empty(config, num_heads=HEADS), key[:, :prompt], value[:, :prompt], query=query[:, :prompt]
+    )
+    step = jax.jit(append, donate_argnums=0)
+    seen = [(prompt, np.asarray(cache.to_dense()[0]))]
+    for position in range(prompt, prompt + steps):
+        cache = step(cache, key[:, position], value[:, position], query=query[:, position])
+        seen.append((position + 1, np.asarray(cache.to_dense()[0])))
+    held, before = dict(zip(("key", "value"), (np.asarray(x) for x in cache.to_dense()[:2]), strict=True)), 0
+    assert not cache.overflow.any()
+    for index, (length, _) in enumerate(seen):
+        packed = config.packed_tokens(length)
+        if packed == before:
+            continue
+        at = slice(config.sink_tokens + before, config.sink_tokens + packed)
+        # A prompt's keys are seen as they came; later, what is packed is seen as it is held, the newest key as it came.
+        keys_seen = np.array(key[:, :CAPACITY]) if index == 0 else seen[index - 1][1].copy()
+        keys_seen[:, length - 1] = key[:, length - 1]
+        positions = np.broadcast_to(np.arange(at.start, at.stop), (BATCH, packed - before))
+        context = context_of(config, query, keys_seen, [length] * BATCH, positions)
+        for what, x, method, sparsity in (
+            ("key", key, config.key_method, config.k_sparsity),
+            ("value", value, config.value_method, config.v_sparsity),
+        ):
+            entries = np.asarray(x[:, at].swapaxes(1, 2))
+            shift = np.zeros_like(entries)
+            if what == "key" and config.center_keys:
+                shift = np.asarray(cache.mean_key(jnp.asarray(positions)))
+            mask = method.mask(jnp.asarray(entries - shift), sparsity, context) if sparsity else True
+            held_entries = held[what][:, at].swapaxes(1, 2)
+            np.testing.assert_allclose(held_entries, np.where(mask, entries, shift), atol=2e-5)
+        before = packed
+    assert before == config.packed_tokens(prompt + steps) > config.packed_tokens(prompt)
+
+
+def test_a_value_that_does_not_fit_its_slots_sets_overflow():
+    key, value = sequences(9)
+    heavy = value.at[0, 40].multiply(100.0)  # every channel keeps this token, which needs all of head_dim
+    config = CompressionConfig(0, 0.7, v_method="channel_magnitude", v_slots=40)
+    cache = prefill_jit(empty(config), key[:, :PROMPT], heavy[:, :PROMPT])
+    assert cache.overflow.tolist() == [True, False]
+    whole = CompressionConfig(0, 0.7, v_method="channel_magnitude")
+    assert not prefill_jit(empty(whole), key[:, :PROMPT], heavy[:, :PROMPT]).overflow.any()
+    assert empty(config).nbytes < empty(whole).nbytes
+    late = prefill_jit(empty(config), key[:, :64], value[:, :64])
+    assert late.overflow.tolist() == [False, False]
+    for position in range(64):
+        late = append_jit(late, key[:, position], heavy[:, position])
+    assert late.overflow.tolist() == [False, False]  # token 40 is still in the window
+    for position in range(64, 96):
+        late = append_jit(late, key[:, position], value[:, position])
+    assert late.overflow.tolist() == [True, False]
+
+
+def test_methods_that_score_with_queries_ask_for_them():
+    config = METHODS["output-aware keys"]
+    key, value = sequences(0)
+    with pytest.raises(ValueError, match=r"num_heads=3 must be a multiple of num_kv_heads=2, since k_method='output_a"):
+        empty(config, num_heads=3)
+    with pytest.raises(ValueError, match="num_heads=None must be"):
+        empty(config)
+    cache = empty(config, num_heads=HEADS)
+    with pytest.raises(
+        ValueError, match=r"query=None: k_method='output_aware', .* wanted \[B, S, N, H\] = \[2, 9, 4, 64"
+    ):
+        prefill(cache, key[:, :9], value[:, :9])
+    with pytest.raises(ValueError, match=r"query has shape \(2, 2, 64\); the cache wants \[B, N, H\] = \[2, 4, 64\]"):
+        append(cache, key[:, 0], value[:, 0], query=key[:, 0])
 
 
 KEY = jnp.ones((BATCH, 40, KV_HEADS, HEAD_DIM))

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import io
 import json
@@ -218,6 +219,9 @@ def test_a_model_without_a_tokenizer_cannot_write(run, folder, tmp_path):
         (["generate", "--model", "tiny"], "one of the arguments --prompt --prompt-file is required"),
         (["generate", "--model", "tiny", "--prompt", "x", "--prompt-file", "y"], "not allowed with argument"),
         (["info", "tiny", "--dtype", "float64"], "invalid choice: 'float64'"),
+        (["info", "tiny", "--memory", "80gigs"], "--memory: '80gigs' is no size; wanted one such as 80GB"),
+        (["info", "tiny", "--memory", "-1GB"], "--memory: expected one argument"),
+        (["info", "tiny", "--memory", "0"], "--memory: '0' is no size"),
     ],
 )
 def test_wrong_arguments_are_status_2(capsys, arguments, message):
@@ -316,6 +320,29 @@ def test_info_takes_the_same_compression_as_generate(run, tmp_path):
     assert "float32; true sparsity 0 (keys), 0.5 (values)" in " ".join(out.split())
 
 
+def test_info_says_how_many_sequences_fit(run, tmp_path):
+    folder = write_config(tmp_path / "llama")
+    status, out, err = run("info", str(folder), "--memory", "80GB")
+    assert (status, err) == (0, "")
+    assert "fit in 80 GB, 95% of it used; weights 13.48 GB" in " ".join(out.split())
+    # Llama-2-7B: 6.738e9 weights. What is left of 76 GB is for the caches, all but the allowance.
+    room = 0.95 * 80e9 - 2 * 6_738_415_616
+    assert [row[0] for row in cells(out)[-2:]] == ["1,024", "4,096"]
+    for packed, (_, dense, compressed, ratio, working) in zip((960, 4032), cells(out)[-2:], strict=True):
+        sequence = 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 128 * 4 + 2) + 32 * 5
+        assert abs(int(compressed) - (room - float(working.removesuffix(" GB")) * 1e9) / sequence) < 1.5
+        assert float(ratio) == pytest.approx(int(compressed) / int(dense), abs=0.006)
+        assert 2.2 < float(ratio) < 2.7
+    assert "fit in" not in run("info", str(folder))[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80e9), ("79.6GiB", 79.6 * 2**30), ("24e9", 24e9), ("512MiB", 2**29), ("1B", 1)]
+)
+def test_sizes(text, size):
+    assert cli.parse_size(text) == pytest.approx(size)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -377,3 +404,52 @@ def test_load_config_fetches_nothing_but_the_description_of_a_hub_id(tmp_path, m
 def test_load_config_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         models.load_config(tmp_path)
+
+
+# mustafar eval
+
+
+EVALUATE = ["eval", "perplexity", "--model", "tiny", "--windows", "2", "--prompt", "90", "--continuation", "8"]
+
+
+def test_eval_writes_records_and_metrics_and_goes_on(run, folder):
+    (folder / "text.txt").write_text(" ".join(f"w{index * index % 61}" for index in range(400)))
+    arguments = [
+        *EVALUATE,
+        "--data",
+        "text.txt",
+        "--output",
+        "out",
+        "--k-method",
+        "output_aware",
+        "--k-sparsity",
+        "0.5",
+    ]
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert "perplexity: means with 95 % intervals" in out
+    records = (folder / "out" / "records.jsonl").read_text()
+    assert [json.loads(line)["group"] for line in records.splitlines()] == ["text", "text"]
+    metrics = json.loads((folder / "out" / "metrics.json").read_text())
+    assert metrics["metrics"]["all"]["kl"]["mean"] > 0
+    assert metrics["bytes"]["held"] == metrics["bytes"]["own_count"]
+    settings = json.loads((folder / "out" / "settings.json").read_text())
+    assert settings["config"] == dataclasses.asdict(CompressionConfig.recommended(0.5, 0.7, k_method="output_aware"))
+    assert run(*arguments)[0] == 0
+    assert (folder / "out" / "records.jsonl").read_text() == records
+    status, _, err = run(*arguments, "--v-sparsity", "0.5")
+    assert status == 1
+    assert "settings.json is of a run with other settings (config:" in err
+
+
+def test_eval_without_data(run):
+    status, _, err = run(*EVALUATE, "--output", "nowhere")
+    assert (status, err) == (1, "mustafar eval: error: --data is missing: perplexity needs text files\n")
+
+
+def test_methods_reach_the_cache(run, tiny):
+    options = ["--k-method", "think", "--v-method", "channel_magnitude", "--v-slots", "28", "--v-sparsity", "0.5"]
+    status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)
+    config = CompressionConfig.recommended(0.7, 0.5, k_method="think", v_method="channel_magnitude", v_slots=28)
+    assert (status, out) == (0, written(tiny, config=config) + "\n")
+    assert re.match(statistics(config, tiny), err)

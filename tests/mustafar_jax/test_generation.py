@@ -210,6 +210,59 @@ def test_log_likelihoods_see_the_compressed_cache(llama):
     assert np.abs(scores - dense).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "rows"),
+    [(1, 10, 1), (1, 5000, 1), (4, 250, 4), (4, 251, 2), (7, 250, 4), (10, 300, 3), (5, 1001, 1), (9, 1, 9)],
+)
+def test_as_many_prompts_at_a_time_as_fit_in_even_parts(batch, length, rows, monkeypatch):
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 1000)
+    assert generation._rows_at_a_time(batch, length) == rows
+
+
+@pytest.mark.parametrize("new", [1, 2, 16, 17, 18, 33, 40])
+def test_tokens_are_the_same_wherever_the_loop_looks_for_stops(new):
+    prompts = np.array([[3, 10], [4, 30]])
+    wanted = np.array([[11], [31]]) + np.arange(new)
+    for eos_id in (None, 27, 33):
+        tokens, lengths = stopped(wanted, [eos_id])
+        result = mj.generate(counting(), prompts, max_new_tokens=new, eos_id=eos_id)
+        np.testing.assert_array_equal(result.tokens, tokens)
+        assert result.lengths.tolist() == lengths
+
+
+def test_the_loop_takes_a_known_number_of_steps_between_looks():
+    state = generation.DecodeState(jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.int32(1), ())
+    loop = generation._decode_loop.lower(counting(), state, None, jnp.zeros(1, jnp.int32), None, 40).compile()
+    assert re.findall(r'"known_trip_count":{"n":"(\d+)"}', loop.as_text()) == ["13"]  # 39 steps in three parts
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 30])
+def test_a_stream_has_as_many_steps_as_asked_for(new):
+    steps = [step.tolist() for step in mj.stream(counting(), [[3, 10], [4, 30]], max_new_tokens=new)]
+    assert steps == [[11 + i, 31 + i] for i in range(new)]
+
+
+@pytest.mark.parametrize("name", ["dense", *CONFIGS])
+def test_prompts_prefilled_some_at_a_time_equal_all_at_once(llama, name, monkeypatch):
+    prompts, lengths = (jnp.asarray(np.concatenate([x, x[:1]]), jnp.int32) for x in (PROMPTS, LENGTHS))
+
+    def run():
+        calls: list[tuple[int, int]] = []
+        caches = llama.init_cache(CONFIGS.get(name, generation.DENSE), batch=5, capacity=CAPACITY)
+        return *prefill_prompt(llama, prompts, lengths, caches, progress=lambda *call: calls.append(call)), calls
+
+    logits, caches, calls = run()
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 2 * PROMPTS.shape[1])  # three parts, the last of them moved back
+    with Compilations() as compiled:
+        in_parts, caches_in_parts, calls_in_parts = run()
+    assert compiled.count("_prefill_layer") == 1
+    assert (len(calls), calls_in_parts) == (2, [(i + 1, 6) for i in range(6)])
+    np.testing.assert_allclose(in_parts, logits, atol=1e-4, rtol=0)
+    for one, other in zip(caches_in_parts, caches, strict=True):
+        for held, wanted in zip(one.to_dense(), other.to_dense(), strict=True):
+            np.testing.assert_allclose(held, wanted, atol=1e-4, rtol=0)
+
+
 # Sampling from a real model, and what compiles
 
 
@@ -266,7 +319,7 @@ def test_a_sampled_stream_yields_the_tokens_of_generate_and_compiles_one_step(sa
     tokens = [next(steps)]
     with Compilations() as compiled:
         tokens.append(next(steps))
-    assert compiled.count("_step") == 1
+    assert compiled.count("_stream_step") == 1
     with Compilations() as compiled:
         tokens.extend(steps)  # passes two or three groups' boundaries in each row
     assert compiled == []

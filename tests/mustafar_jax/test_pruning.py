@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mustafar_jax import keep_count, magnitude_mask
-from mustafar_jax.pruning import rescale_to_norm
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Context, rescale_to_norm
 from tests.helpers import DTYPES, adversarial, bits
 
 mask_of = jax.jit(magnitude_mask, static_argnums=1)
@@ -116,3 +116,76 @@ def test_rescaling_special_vectors(dtype):
     assert np.isnan(rescaled[2, 0])
     # Twice the largest number is clipped to it; in float32 the norm itself overflows, and the factor is 1.
     assert rescaled[3, 0] == np.float32(largest)
+
+
+# The other rules, against sorts written out in numpy.
+
+BATCH, KV_HEADS, TOKENS, HEAD_DIM, QUERIES = 2, 2, 64, 32, 6
+
+
+def entries_and_context(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((BATCH, KV_HEADS, TOKENS, HEAD_DIM)).astype(np.float32)
+    queries = rng.standard_normal((BATCH, KV_HEADS, QUERIES, HEAD_DIM)).astype(np.float32)
+    attention = rng.random((BATCH, KV_HEADS, TOKENS)).astype(np.float32)
+    valid = np.array([[True] * 64, [True] * 32 + [False] * 32])
+    return x, Context(*map(jnp.asarray, (valid, queries, attention)))
+
+
+def top(score, count, axis):
+    """True at the `count` largest along an axis."""
+    rank = np.argsort(np.argsort(-score, axis=axis), axis=axis)
+    return rank < count
+
+
+def mask_by(methods, name, x, sparsity, context):
+    return np.asarray(jax.jit(methods[name].mask, static_argnums=1)(jnp.asarray(x), sparsity, context))
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.5, 16), (0.7, 12)])
+def test_output_aware_keys_weigh_channels_by_the_queries(sparsity, kept):
+    x, context = entries_and_context()
+    weight = np.abs(np.asarray(context.queries)).sum(axis=2, keepdims=True)
+    mask = mask_by(KEY_METHODS, "output_aware", x, sparsity, context)
+    np.testing.assert_array_equal(mask, top(np.abs(x) * weight, kept, axis=-1))
+    assert (mask != mask_by(KEY_METHODS, "magnitude", x, sparsity, context)).any()
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.5, 16), (0.7, 10), (0.999, 1)])
+@pytest.mark.parametrize("name", ["channel_magnitude", "channel_output_aware"])
+def test_channels_keep_their_largest_of_each_32_tokens(name, sparsity, kept):
+    x, context = entries_and_context()
+    score = np.abs(x) * (np.asarray(context.attention)[..., None] if name == "channel_output_aware" else 1)
+    groups = score.reshape(BATCH, KV_HEADS, TOKENS // 32, 32, HEAD_DIM)
+    expected = top(groups, kept, axis=3).reshape(x.shape)
+    np.testing.assert_array_equal(mask_by(VALUE_METHODS, name, x, sparsity, context), expected)
+    assert VALUE_METHODS[name].kept(HEAD_DIM, sparsity) == kept / 32
+
+
+@pytest.mark.parametrize("methods", [KEY_METHODS, VALUE_METHODS])
+def test_think_keeps_whole_channels_of_the_tokens_there_are(methods):
+    x, context = entries_and_context()
+    seen = np.where(np.asarray(context.valid)[:, None, :, None], x, 0)
+    weight = (np.asarray(context.queries) ** 2).sum(axis=2) if methods is KEY_METHODS else 1
+    channels = top((seen**2).sum(axis=2) * weight, 12, axis=-1)
+    expected = np.broadcast_to(channels[:, :, None], x.shape)
+    np.testing.assert_array_equal(mask_by(methods, "think", x, 0.7, context), expected)
+
+
+@pytest.mark.parametrize("methods", [KEY_METHODS, VALUE_METHODS])
+def test_two_of_four(methods):
+    x, context = entries_and_context()
+    expected = top(np.abs(x).reshape(*x.shape[:-1], -1, 4), 2, axis=-1).reshape(x.shape)
+    np.testing.assert_array_equal(mask_by(methods, "2:4", x, 0.5, context), expected)
+
+
+@pytest.mark.parametrize("methods", [KEY_METHODS, VALUE_METHODS])
+def test_masks_keep_what_their_method_says(methods):
+    x, context = entries_and_context()
+    for name, method in methods.items():
+        sparsity = method.only or 0.7
+        mask = mask_by(methods, name, x, sparsity, context)
+        assert mask.mean() == pytest.approx(method.kept(HEAD_DIM, sparsity))
+        counts = mask.sum(axis=-1)
+        assert counts.max() <= method.slots(HEAD_DIM, sparsity)
+        assert (counts == counts.flat[0]).all() == method.equal_rows

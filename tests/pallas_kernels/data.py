@@ -64,3 +64,10 @@ def attend(query, key, value, first, last, scale):
     value = jnp.where(seen[:, :, 0, :, None], value, 0)
     out = jnp.einsum("bkgs,bksh->bkgh", weights, value, precision=jax.lax.Precision.HIGHEST)
     return out, m, weights.sum(axis=-1)
+
+
+def merge_splits(out, m, l):  # noqa: E741
+    """Unnormalised splits, out [heads, splits, G, H], m and l [heads, splits, G], merged into one."""
+    largest = m.max(axis=1)
+    weight = jnp.exp(m - largest[:, None])
+    return (out * weight[..., None]).sum(axis=1), largest, (l * weight).sum(axis=1)

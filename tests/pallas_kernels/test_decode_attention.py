@@ -11,10 +11,10 @@ import mustafar_jax as mj
 from mustafar_jax import attention
 from mustafar_jax.pallas_kernels import decode_attention as kernels
 from mustafar_jax.pallas_kernels.launch import DecodeParams
-from mustafar_jax.pallas_kernels.rows import Packed
+from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
 from mustafar_jax.rope import rotate
 from tests.helpers import bits, rms_error_ratio, rope_frequencies
-from tests.pallas_kernels.data import TOLERANCE, attend, implementations, poison, rows_of
+from tests.pallas_kernels.data import TOLERANCE, attend, implementations, merge_splits, poison, rows_of
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -22,15 +22,15 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 
 def run(query, key, value, first, last, *, splits=2, interpret, mean=None, times=1):
     first, last = jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
-    call = functools.partial(
-        kernels.decode_attention,
-        scale=query.shape[-1] ** -0.5,
-        mean=mean,
-        params=DecodeParams(splits),
-        interpret=interpret,
-    )
-    compiled = jax.jit(call)
-    results = [compiled(query, key, value, first, last) for _ in range(times)]
+    params = DecodeParams(splits)
+
+    @jax.jit
+    def call(*args):
+        scale = query.shape[-1] ** -0.5
+        parts = kernels.attend_rows(*args, scale=scale, mean=mean, params=params, interpret=interpret)
+        return [x.reshape(*query.shape[:3], *x.shape[2:]) for x in merge_splits(*parts)]
+
+    results = [call(query, key, value, first, last) for _ in range(times)]
     return results[0] if times == 1 else results
 
 
@@ -90,35 +90,52 @@ def test_rows_outside_the_range_have_no_effect(sparsities, interpret):
 
 
 @pytest.mark.parametrize("interpret", implementations(pytest))
-def test_adds_the_mean_back(interpret):
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, F16), (128, BF16)])
+def test_a_mean_stands_for_what_keys_do_not_hold(head_dim, dtype, interpret):
     rng = np.random.default_rng(3)
-    query = jnp.asarray(rng.standard_normal((1, 2, 2, 64)), F16)
-    (key, dense_key), (value, dense_value) = (rows_of(rng, (1, 2, 288, 64), F16, 0.5) for _ in range(2))
-    mean = jnp.asarray(rng.standard_normal((1, 2, 64)), jnp.float32)
-    inv_freq = jnp.asarray(rope_frequencies(64))
-    whole = dense_key.astype(jnp.float32) + rotate(mean[:, :, None], 4 + jnp.arange(288), inv_freq)
-    first, last = jnp.array([0]), jnp.array([288])
-    actual = run(query, key, value, first, last, mean=kernels.Mean(mean, inv_freq, 4), interpret=interpret)
-    check(actual, attend(query, whole, dense_value, first, last, 64**-0.5), F16)
+    shape = (1, 2, 288, head_dim)
+    query = jnp.asarray(rng.standard_normal((1, 2, 2, head_dim)), dtype)
+    (key, dense_key), (value, dense_value) = (rows_of(rng, shape, dtype, 0.5) for _ in range(2))
+    mean = jnp.asarray(rng.standard_normal((1, 2, head_dim)), jnp.float32)
+    inv_freq = jnp.asarray(rope_frequencies(head_dim))
+    rotated = rotate(mean[:, :, None], 4 + jnp.arange(288), inv_freq)
+    held = mj.bitmap.held(mj.BitmapArray(*key, jnp.zeros(2, bool), 288))
+    whole = jnp.where(held, dense_key, rotated.astype(dtype))  # as a tile holds it
+    first, last = jnp.array([0]), jnp.array([270])
+    actual = run(query, key, value, first, last, mean=Mean(mean, inv_freq, 4), interpret=interpret)
+    check(actual, attend(query, whole, dense_value, first, last, head_dim**-0.5), dtype)
+
+
+CACHES = {  # config, capacity, lengths, window
+    "centred": (mj.CompressionConfig.recommended(0.7, 0.5), 256, [250, 90], None),
+    "window": (mj.CompressionConfig.recommended(0.7, 0.5), 256, [250, 90], 50),
+    "long tail": (mj.CompressionConfig(0.5, 0.7, residual_length=100, group=64, sink_tokens=3), 384, [301, 167], 250),
+    "1000 tokens": (mj.CompressionConfig(0.7, 0.7, group=128), 1000, [1000, 63], None),
+    "dense keys": (mj.CompressionConfig.recommended(0, 0.7), 160, [160, 1], None),
+    "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
+}
 
 
 @pytest.mark.parametrize("interpret", implementations(pytest))
-def test_attends_a_cache_as_xla_does(interpret, monkeypatch):
+@pytest.mark.parametrize("name", CACHES)
+def test_attends_a_cache_as_xla_does(name, interpret, monkeypatch):
+    config, capacity, lengths, window = CACHES[name]
     rng = np.random.default_rng(4)
-    config = mj.CompressionConfig.recommended(0.7, 0.5)
     cache = mj.LayerCache.init(
-        config, batch=2, capacity=256, num_kv_heads=2, head_dim=64, dtype=F16, inv_freq=rope_frequencies(64)
+        config, batch=2, capacity=capacity, num_kv_heads=2, head_dim=64, dtype=F16, inv_freq=rope_frequencies(64)
     )
-    key, value = (jnp.asarray(rng.standard_normal((2, 250, 2, 64)), F16) for _ in range(2))
-    cache = mj.prefill(cache, key, value, jnp.array([250, 90]))
-    query = jnp.asarray(rng.standard_normal((2, 8, 64)), F16)
+    key, value = (jnp.asarray(rng.standard_normal((2, capacity, 2, 64)) + 1, F16) for _ in range(2))
+    cache = mj.prefill(cache, key, value, jnp.array(lengths))
+    query = jnp.asarray(rng.standard_normal((2, 6, 64)), F16)
     monkeypatch.setitem(
         attention._PACKED, "triton", functools.partial(attention._attend_packed_triton, interpret=interpret)
     )
     actual, expected = (
-        mj.decode_attention(query, cache, sliding_window=50, implementation=name) for name in ("triton", "xla")
+        mj.decode_attention(query, cache, sliding_window=window, implementation=name) for name in ("triton", "xla")
     )
-    assert rms_error_ratio(actual, expected) < TOLERANCE[jnp.dtype(F16)]
+    some = np.asarray(lengths) > 0
+    assert np.all(np.asarray(actual)[~some] == 0)
+    assert rms_error_ratio(actual[some], expected[some]) < TOLERANCE[jnp.dtype(F16)]
 
 
 def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
@@ -132,9 +149,19 @@ def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
         bitmap = jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim // 32), jnp.uint32)
         return Packed(bitmap, jax.ShapeDtypeStruct(values, dtype))
 
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
     query = jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype)
-    return query, rows_spec(k_slots), rows_spec(v_slots), lengths, lengths
+    return query, rows_spec(k_slots), rows_spec(v_slots)
+
+
+def call(query, key, value, *, mean=False, window=None):
+    """Decode attention on rows of any shape; traced, not run."""
+    batch, kv_heads, _, head_dim = query.shape
+    zeros = jnp.zeros((batch, kv_heads, 68, head_dim), query.dtype)
+    rotated = Mean(jnp.zeros((batch, kv_heads, head_dim)), jnp.ones(head_dim // 2), 4) if mean else None
+    lengths = jnp.zeros(batch, jnp.int32)
+    return kernels.decode_attention(
+        query, key, value, Tail(zeros, zeros, 4), lengths, lengths, scale=0.1, mean=rotated, window=window
+    )
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -150,11 +177,7 @@ def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
     ],
 )
 def test_lowers_for_cuda(sizes, mean):
-    def call(query, key, value, first, last):
-        add_back = kernels.Mean(jnp.zeros((*query.shape[:2], query.shape[3])), jnp.ones(query.shape[3] // 2), 4)
-        return kernels.decode_attention(query, key, value, first, last, scale=0.1, mean=add_back if mean else None)
-
-    assert "triton" in lower_for_cuda(call, *specs(*sizes))
+    assert "triton" in lower_for_cuda(functools.partial(call, mean=mean, window=90 if mean else None), *specs(*sizes))
 
 
 @pytest.mark.parametrize(
@@ -167,12 +190,11 @@ def test_lowers_for_cuda(sizes, mean):
 )
 def test_says_what_it_cannot_run(sizes, message):
     with pytest.raises(NotImplementedError, match=message):
-        jax.eval_shape(functools.partial(kernels.decode_attention, scale=0.1), *specs(*sizes))
+        jax.eval_shape(call, *specs(*sizes))
 
 
 def test_refuses_to_lower_for_the_cpu():
-    call = jax.jit(functools.partial(kernels.decode_attention, scale=0.1))
-    traced = call.trace(*specs(1, 1, 1, 64, 128, 40, 40, BF16))
+    traced = jax.jit(call).trace(*specs(1, 1, 1, 64, 128, 40, 40, BF16))
     with pytest.raises(NotImplementedError, match="CUDA"):
         traced.lower(lowering_platforms=("cpu",))
 

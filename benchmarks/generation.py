@@ -1,0 +1,519 @@
+"""Time generation with packed caches beside the same model with dense ones: python -m benchmarks.generation.
+
+The models have the shapes of Llama-2-7B and Llama-3-8B and random bfloat16 weights, made on the device. A case is a
+batch of prompts of one length, prefilled and then continued by 256 tokens; both sides run the same prefill and the same
+decode step, dense caches through cuDNN. Each case has a process of its own: one that fails, or for which memory does
+not suffice, is noted with its reason, and the rest goes on. Writes benchmarks/results/<device>/generation.json after
+each case, in which a case that is run again replaces what was there, and two plots where matplotlib is installed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import device_time
+from benchmarks.origin import where
+from mustafar_jax.cli import parse_size
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation import DENSE, Caches, decode_step, prefill_prompt
+from mustafar_jax.models import Llama, ModelConfig, memory
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+DTYPE = jnp.bfloat16
+BLOCK = 32
+"""Steps of one call: each sequence packs one group in it."""
+BLOCKS = 2
+"""Calls that are timed together; what remains of a case's steps is a call to warm up and one under the profiler."""
+LONG = 30.0
+"""Seconds of prefill above which it runs once: its time is then that of all layers but the first, which compiles."""
+SCOPES = {"decode_attention": "attention", "append": "compression", "rest": "rest"}
+
+_COMMON: dict[str, Any] = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "head_dim": 128}
+SHAPES = {
+    "llama-2-7b": ModelConfig(
+        vocab_size=32000, intermediate_size=11008, num_kv_heads=32, max_position_embeddings=1 << 20, **_COMMON
+    ),
+    "llama-3-8b": ModelConfig(
+        vocab_size=128256, intermediate_size=14336, num_kv_heads=8, max_position_embeddings=1 << 20,
+        rope_theta=500000.0, **_COMMON,
+    ),
+    "smollm2-135m": ModelConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
+        head_dim=64, max_position_embeddings=1 << 20, rope_theta=100000.0, tie_word_embeddings=True,
+    ),
+    "tiny": ModelConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32,
+        max_position_embeddings=1 << 20,
+    ),
+}  # fmt: skip
+"""The models' shapes; "tiny" is for trying the program where there is no GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is run.
+
+    Attributes:
+        shape: a name in `SHAPES`.
+        context: tokens of each prompt.
+        sparsity: of keys and values; 0 is a dense cache.
+        batch: prompts.
+        implementation: of attention during decoding.
+        largest: whether `batch` is the largest that the memory plan lets fit, or less where that did not.
+        new_tokens: how long the prompts are continued; a multiple of 64, at least 128.
+    """
+
+    shape: str
+    context: int
+    sparsity: float
+    batch: int
+    implementation: str | None
+    largest: bool = False
+    new_tokens: int = 256
+
+    @property
+    def compression(self) -> CompressionConfig:
+        """The caches' config."""
+        return CompressionConfig.recommended(self.sparsity, self.sparsity) if self.sparsity else DENSE
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence's cache has room for."""
+        return self.context + self.new_tokens
+
+    @property
+    def plan(self) -> memory.MemoryPlan:
+        """What the case takes, as planned."""
+        sizes = {"batch": self.batch, "capacity": self.capacity}
+        return memory.plan(SHAPES[self.shape], self.compression, **sizes, dtype=DTYPE)
+
+    def __str__(self) -> str:
+        cache = f"packed {self.sparsity} ({self.implementation})" if self.sparsity else "dense"
+        return f"{self.shape}, {self.context:,} tokens, batch {self.batch}{' (largest)' * self.largest}, {cache}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the cases, print and write."""
+    options = _parser().parse_args(arguments)
+    if options.one:
+        print(json.dumps(run_here(Case(**json.loads(options.one)), split=options.split)))
+        return
+    if options.describe:
+        print(json.dumps({"where": where(), "limit_bytes": _memory("bytes_limit")}))
+        return
+    jax.config.update("jax_platforms", "cpu")  # the device is left to the processes that run the cases
+    with tempfile.TemporaryDirectory() as cache:
+        share = memory.USABLE
+        device = describe(Launcher(share, 300, cache))
+        if options.memory and device["limit_bytes"]:
+            share *= min(1.0, options.memory * memory.USABLE / device["limit_bytes"])
+            device = describe(Launcher(share, 300, cache))
+        folder = options.output or RESULTS / device["where"]["device"].replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        launch = Launcher(share, options.timeout, cache, () if options.split else ("--no-split",))
+        run_all(list(cases_of(options, device["limit_bytes"])), folder, device, launch)
+
+
+def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
+    """The cases that the options ask for, dense ones before those that are compared with them.
+
+    Args:
+        options: of the command line.
+        limit: bytes that a case may take; None where the device does not say, and then "largest" is an error.
+    """
+    for shape in options.shapes:
+        for context in options.contexts:
+            for batch in options.batches:
+                for sparsity in options.sparsities:
+                    name = options.implementation if sparsity else options.dense_implementation
+                    case = Case(shape, context, sparsity, batch or 1, name, not batch, options.new_tokens)
+                    if case.largest:
+                        if limit is None:
+                            raise ValueError("--batches largest: this device does not say how much memory it has")
+                        sizes = {"capacity": case.capacity, "dtype": DTYPE}
+                        fits = memory.largest_batch(limit, SHAPES[shape], case.compression, **sizes)
+                        case = dataclasses.replace(case, batch=max(1, fits))
+                    yield case
+
+
+def run_all(
+    cases: Sequence[Case], folder: pathlib.Path, device: dict[str, Any], ask: Callable[[list[str]], dict[str, Any]]
+) -> None:
+    """Run each case, and write what is known after it; `ask` is a `Launcher`."""
+    path = folder / "generation.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for number, case in enumerate(cases, 1):
+        print(f"[{number}/{len(cases)}] {case}", flush=True)
+        row = run_one(case, device["limit_bytes"], ask) | device
+        rows = merged(rows, row)
+        print("    " + describe_row(row, rows), flush=True)
+        path.write_text(json.dumps({"device": device["where"]["device"], "rows": rows}, indent=1) + "\n")
+    plot_speed(rows, folder / "generation_speed.png")
+    plot_memory(rows, folder / "generation_memory.png")
+
+
+def run_one(case: Case, limit: int | None, ask: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
+    """A case's row: from a process of its own, unless it is known not to fit."""
+    planned = case.plan.total
+    plan = {"planned_batch": case.batch, "planned_bytes": planned}
+    if limit is not None and planned > limit:
+        reason = f"the memory plan: {planned / 1e9:.1f} GB of {limit / 1e9:.1f} GB"
+        return dataclasses.asdict(case) | plan | {"status": "does not fit", "reason": reason}
+    while True:
+        row = ask(["--one", json.dumps(dataclasses.asdict(case))])
+        row = dataclasses.asdict(case) | plan | row
+        if not case.largest or case.batch == 1 or row["status"] != "out of memory":
+            return row
+        print(f"    batch {case.batch} does not fit: {row['reason']}", flush=True)
+        case = dataclasses.replace(case, batch=case.batch - max(1, case.batch // 64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """Has this program answer in a process of its own, whatever becomes of that.
+
+    Attributes:
+        share: of the device's memory that the process may take.
+        timeout: seconds that it may take.
+        cache: a folder for what is compiled, which later processes find there.
+        options: of the command line, for all processes.
+    """
+
+    share: float
+    timeout: float
+    cache: str
+    options: Sequence[str] = ()
+
+    def __call__(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The last line of the process's output, or why there is none."""
+        command = [sys.executable, "-m", "benchmarks.generation", *arguments, *self.options]
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.cache} | os.environ
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{self.share:.4f}"
+        try:
+            result = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, timeout=self.timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"status": "failed", "reason": f"not finished after {self.timeout:.0f} s"}
+        if result.returncode:
+            return {"status": "failed", "reason": f"the process ended with status {result.returncode}"}
+        answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        return answer
+
+
+def describe(launch: Launcher) -> dict[str, Any]:
+    """Where the cases run, and how many bytes a process can have there."""
+    answer = launch(["--describe"])
+    if "where" not in answer:
+        raise RuntimeError(f"the device cannot be used: {answer['reason']}")
+    return answer
+
+
+def run_here(case: Case, *, split: bool) -> dict[str, Any]:
+    """Measure in this process; an error is an answer."""
+    try:
+        return {"status": "ok"} | measure(case, split=split)
+    except Exception as error:
+        full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"))
+        status = "out of memory" if full else "failed"
+        return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+
+def measure(case: Case, *, split: bool) -> dict[str, Any]:
+    """Prefill and decode, and say what that took."""
+    model = random_model(SHAPES[case.shape])
+    tokens = jax.random.randint(jax.random.key(1), (case.batch, case.context), 0, model.config.vocab_size)
+    token, caches, row = time_prefill(model, tokens, case)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    decode = lower_decode(model, token, caches, case.implementation)
+    compiled = decode.compile()
+    row |= {"weights_bytes": weights, "cache_bytes": held}
+    if (in_use := _memory("bytes_in_use")) is not None:
+        row["decode_bytes"] = in_use + getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+    token, caches, steps = time_decode(compiled, model, token, caches, case.new_tokens // (BLOCKS * BLOCK) - 1)
+    row["peak_bytes"] = _memory("peak_bytes_in_use")
+    row |= {"tokens_per_s": case.batch / steps["step_ms"] * 1e3} | steps
+    if split:
+        token, caches, parts = split_decode(decode, model, token, caches)
+        row |= parts
+    held_tokens = case.capacity - BLOCK * (not split)
+    if any((cache.overflow | (cache.lengths != held_tokens)).any() for cache in caches):
+        raise RuntimeError(f"the caches do not hold the {held_tokens} tokens of prompt and continuation")
+    return row
+
+
+def random_model(config: ModelConfig) -> Llama:
+    """A model with random weights, made on the device one by one."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype=DTYPE, rngs=nnx.Rngs(0))))
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    weights = [_random_weight(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(structure, weights))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _random_weight(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A norm's scale where there is one axis, a matrix where there are more."""
+    return jnp.ones(shape, DTYPE) if len(shape) == 1 else 0.02 * jax.random.normal(key, shape, DTYPE)
+
+
+def time_prefill(model: Llama, tokens: jax.Array, case: Case) -> tuple[jax.Array, Caches, dict[str, Any]]:
+    """The first new tokens, the filled caches, and the seconds to the first token."""
+    token, caches, seconds = _prefill(model, tokens, case, show=True)
+    if seconds >= LONG:
+        return token, caches, {"ttft_s": seconds, "ttft_from": "the layers after the first, which compiles"}
+    del token, caches
+    token, caches, seconds = _prefill(model, tokens, case, show=False)
+    return token, caches, {"ttft_s": seconds, "ttft_from": "a second prefill"}
+
+
+def _prefill(model: Llama, tokens: jax.Array, case: Case, *, show: bool) -> tuple[jax.Array, Caches, float]:
+    """Prefill; where it is shown, the seconds leave out the first layer's, which compile."""
+    times: list[float] = []
+    with Progress(console=Console(stderr=True), transient=True, disable=not (show and sys.stderr.isatty())) as bar:
+        task = bar.add_task("prefill", total=None)
+
+        def progress(done: int, total: int) -> None:
+            times.append(time.perf_counter())
+            bar.update(task, completed=done, total=total)
+
+        start = time.perf_counter()
+        caches = model.init_cache(case.compression, batch=case.batch, capacity=case.capacity)
+        lengths = jnp.full(case.batch, case.context, jnp.int32)
+        logits, caches = prefill_prompt(model, tokens, lengths, caches, progress=progress if show else None)
+        token = jax.block_until_ready(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        jax.block_until_ready(caches)
+        seconds = time.perf_counter() - start
+    if len(times) > 1:
+        seconds = (times[-1] - times[0]) * len(times) / (len(times) - 1)
+    return token, caches, seconds
+
+
+def lower_decode(model: Llama, token: jax.Array, caches: Caches, implementation: str | None) -> jax.stages.Lowered:
+    """`BLOCK` greedy steps on the device, caches updated in place: (model, token, caches) -> (token, caches)."""
+
+    def decode(model: Llama, token: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
+        def step(_: jax.Array, carry: tuple[jax.Array, Caches]) -> tuple[jax.Array, Caches]:
+            logits, caches = decode_step(model, *carry, implementation=implementation)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
+
+        return lax.fori_loop(0, BLOCK, step, (token, caches))
+
+    return jax.jit(decode, donate_argnums=(1, 2)).lower(model, token, caches)
+
+
+def time_decode(
+    decode: jax.stages.Compiled, model: Llama, token: jax.Array, caches: Caches, repeats: int
+) -> tuple[jax.Array, Caches, dict[str, Any]]:
+    """Go on from a token and caches; milliseconds of a step by the clock: of each repeat, and their median."""
+    token, caches = jax.block_until_ready(decode(model, token, caches))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(BLOCKS):
+            token, caches = decode(model, token, caches)
+        jax.block_until_ready(token)
+        times.append((time.perf_counter() - start) / (BLOCKS * BLOCK) * 1e3)
+    return token, caches, {"step_ms": statistics.median(times), "steps_ms": times}
+
+
+def split_decode(
+    lowered: jax.stages.Lowered, model: Llama, token: jax.Array, caches: Caches
+) -> tuple[jax.Array, Caches, dict[str, float]]:
+    """Go on from a token and caches under the profiler; milliseconds of each part of a step."""
+    decode = lowered.compile(compiler_options=device_time.NO_GRAPHS)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            token, caches = jax.block_until_ready(decode(model, token, caches))
+        seconds = device_time.split(pathlib.Path(folder), decode.as_text() or "", list(SCOPES)[:-1])
+    if not any(seconds.values()):  # no GPU
+        return token, caches, {}
+    return token, caches, {f"{part}_ms": seconds[scope] / BLOCK * 1e3 for scope, part in SCOPES.items()}
+
+
+def _memory(name: str) -> int | None:
+    """One of the device's memory statistics; None where it keeps none."""
+    return (jax.devices()[0].memory_stats() or {}).get(name)
+
+
+def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with one more, in place of an earlier run of the same case."""
+    return [other for other in rows if _identity(other) != _identity(row)] + [row]
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs of the same case have in common; the largest batch is one with the same memory."""
+    case = case_of(row)
+    batch = ("largest", row["limit_bytes"]) if case.largest else case.batch
+    return (case.shape, case.context, case.sparsity, case.implementation, case.new_tokens, batch)
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """The case that a row is of."""
+    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+
+
+def dense_beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the same case with a dense cache, if it ran; for the largest batch, dense's own largest."""
+    fields = ("shape", "context", "new_tokens", "largest", "limit_bytes" if row["largest"] else "batch")
+    same = [r for r in rows if r["sparsity"] == 0 and r["status"] == "ok" and all(r[f] == row[f] for f in fields)]
+    return same[-1] if same and row["sparsity"] else None
+
+
+def describe_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A row in one line, beside the dense one where there is one."""
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}"
+    text = f"{row['tokens_per_s']:.1f} tokens/s, first token {row['ttft_s']:.2f} s, step {row['step_ms']:.2f} ms"
+    if "rest_ms" in row:
+        text += " (" + ", ".join(f"{part} {row[f'{part}_ms']:.2f}" for part in SCOPES.values()) + ")"
+    if "decode_bytes" in row:
+        text += f", peak {row['peak_bytes'] / 1e9:.1f} GB, decoding {row['decode_bytes'] / 1e9:.1f} GB"
+    if dense := dense_beside(row, rows):
+        text += f"; {row['tokens_per_s'] / dense['tokens_per_s']:.2f} of dense tokens/s"
+        text += f", {row['ttft_s'] / dense['ttft_s']:.2f} of its time to the first token"
+        text += f", {row['batch'] / dense['batch']:.2f} of its batch" if row["largest"] else ""
+    return text
+
+
+def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Tokens per second against batch, a panel for each shape and context; stars are largest batches."""
+
+    def draw(axes: Any, panel: list[dict[str, Any]]) -> None:
+        for name, line in _lines(panel):
+            points = [(row["batch"], row["tokens_per_s"]) for row in line]
+            [drawn] = axes.plot(*zip(*points, strict=True), "o-", label=name)
+            stars = [(row["batch"], row["tokens_per_s"]) for row in line if row["largest"]]
+            if stars:
+                axes.plot(*zip(*stars, strict=True), "*", markersize=14, color=drawn.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set(xlabel="batch", ylabel="tokens/s")
+
+    _panels(rows, ("shape", "context"), draw, path)
+
+
+def plot_memory(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Bytes while decoding against context, a panel for each shape and batch; dotted: weights and caches alone."""
+
+    def draw(axes: Any, panel: list[dict[str, Any]]) -> None:
+        for name, line in _lines(panel):
+            contexts = [row["context"] for row in line]
+            [drawn] = axes.plot(contexts, [row["decode_bytes"] / 1e9 for row in line], "o-", label=name)
+            exact = [(row["weights_bytes"] + row["cache_bytes"]) / 1e9 for row in line]
+            axes.plot(contexts, exact, ":", color=drawn.get_color())
+        axes.set(xlabel="tokens of each prompt", ylabel="GB")
+
+    measured = [row for row in rows if not row["largest"] and row.get("decode_bytes")]
+    _panels(measured, ("shape", "batch"), draw, path)
+
+
+def _lines(panel: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for sparsity, name in sorted({(row["sparsity"], row["implementation"]) for row in panel}, key=str):
+        line = [row for row in panel if (row["sparsity"], row["implementation"]) == (sparsity, name)]
+        label = f"packed {sparsity}, {name}" if sparsity else "dense"
+        yield label, sorted(line, key=lambda row: (row["batch"], row["context"]))
+
+
+def _panels(
+    rows: list[dict[str, Any]],
+    fields: tuple[str, str],
+    draw: Callable[[Any, list[dict[str, Any]]], None],
+    path: pathlib.Path,
+) -> None:
+    """One panel for each combination of the fields that was measured."""
+    done = [row for row in rows if row["status"] == "ok" and row["new_tokens"] == Case.new_tokens]
+    combinations = sorted({tuple(row[field] for field in fields) for row in done})
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    if not combinations:
+        return
+    figure, grid = pyplot.subplots(1, len(combinations), figsize=(4.5 * len(combinations), 4), squeeze=False)
+    for axes, combination in zip(grid[0], combinations, strict=True):
+        draw(axes, [row for row in done if tuple(row[field] for field in fields) == combination])
+        axes.set_title(", ".join(f"{field} {value}" for field, value in zip(fields, combination, strict=True)))
+        axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = ["llama-2-7b", "llama-3-8b"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes, help="of the models (%(default)s)")
+    parser.add_argument(
+        "--contexts", nargs="+", type=int, default=[4096, 16384, 65536], help="tokens of each prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--batches",
+        nargs="+",
+        type=_batch,
+        default=[1, 8, 32, 0],
+        metavar="N|largest",
+        help="prompts; largest: as many as fit (1 8 32 largest)",
+    )
+    parser.add_argument(
+        "--sparsities",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.5, 0.7],
+        help="of keys and values; 0: a dense cache (%(default)s)",
+    )
+    parser.add_argument("--implementation", default="triton", help="of attention on packed caches (%(default)s)")
+    parser.add_argument("--dense-implementation", default="cudnn", help="of attention on dense caches (%(default)s)")
+    parser.add_argument(
+        "--new-tokens", type=_new_tokens, default=256, help="how long prompts are continued (%(default)s)"
+    )
+    parser.add_argument("--memory", type=parse_size, help="measure as on a device of this size, such as 80GB")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds that a case may take (%(default)s)")
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
+    parser.add_argument(
+        "--no-split",
+        dest="split",
+        action="store_false",
+        help="leave out what each part of a step takes, for which it is compiled again",
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _batch(text: str) -> int:
+    """0 stands for the largest that fits."""
+    number = 0 if text == "largest" else int(text)
+    if number < 1 and text != "largest":
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 1, or largest")
+    return number
+
+
+def _new_tokens(text: str) -> int:
+    if int(text) < 2 * BLOCKS * BLOCK or int(text) % (BLOCKS * BLOCK):
+        raise argparse.ArgumentTypeError(
+            f"{text} must be a multiple of {BLOCKS * BLOCK}, at least {2 * BLOCKS * BLOCK}"
+        )
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Every pruning rule beside its neighbours, on the same windows and needles of one model.
+
+    python -m benchmarks.quality_sweep --model MODEL --data FILE [FILE ...] --output FOLDER
+
+For each cache of `caches()`, the perplexity and the needle test of `mustafar eval`: 16 windows of 1,536 + 512 tokens of
+each text, and needles in the first text at 1,024, 2,048 and 4,096 tokens. A folder per cache and test holds the
+records: a sweep that was interrupted goes on where it stopped, and several may share the work (--part 0/4 .. 3/4). With
+--collect, what is there is put into a JSON file, from which `python -m benchmarks.quality_report` makes the tables.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import track
+
+import mustafar_jax as mj
+from benchmarks.origin import where
+from mustafar_jax.generation import DENSE
+from mustafar_jax.pruning import Context, Method, largest, magnitude_bits
+from mustafar_jax.quality import needle, perplexity
+from mustafar_jax.quality.evaluate import Evaluator, cache_bytes
+from mustafar_jax.quality.examples import Example
+from mustafar_jax.quality.forcing import Kind
+from mustafar_jax.quality.quantised import Quantised
+from mustafar_jax.quality.runs import Run, fingerprint
+
+Config = mj.CompressionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedMethod(Method):
+    """A rule by magnitude, or magnitude times query, that keeps `count` entries of every vector."""
+
+    count: int = 0
+
+    def kept(self, head_dim: int, sparsity: float) -> float:
+        """The fraction of entries that the masks keep."""
+        return self.count / head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Config):
+    """A config with an explicit number of kept entries, which `keep_count` would round up, in as many slots as that."""
+
+    count: int = 4
+
+    @property
+    def key_method(self) -> Method:
+        """The largest, weighted by the recent queries where k_method is "output_aware"."""
+        by_query = self.k_method == "output_aware"
+        return CountedMethod(functools.partial(_mask, self.count, by_query), needs_queries=by_query, count=self.count)
+
+    @property
+    def value_method(self) -> Method:
+        """The largest."""
+        return CountedMethod(functools.partial(_mask, self.count, False), count=self.count)
+
+
+def _mask(count: int, by_query: bool, x: jax.Array, sparsity: float, context: Context) -> jax.Array:
+    if by_query:
+        assert context.queries is not None
+        x = x.astype(jnp.float32) * jnp.abs(context.queries).sum(axis=2, keepdims=True)
+    return largest(magnitude_bits(x), count)
+
+
+class Cache(NamedTuple):
+    """What is measured: its rule, which of keys (K) and values (V) it prunes, and how to make it."""
+
+    rule: str
+    pruned: str
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """Unique, and fit for a folder."""
+        config = self.kind if isinstance(self.kind, Config) else DENSE
+        words = f"{self.rule} {self.pruned} {max(config.k_sparsity, config.v_sparsity):g}"
+        return re.sub(r"[^\w.]+", "-", words)
+
+
+def caches() -> list[Cache]:
+    """All of them, the dense one first."""
+    found = [Cache("dense", "", DENSE)]
+    for s in (0.5, 0.7):
+        found += [Cache(rule, "K", Config(s, 0, k_method=method)) for rule, method in _KEYS.items()]
+        found += [Cache(rule, "V", Config(0, s, v_method=method)) for rule, method in _VALUES.items()]
+    found += [Cache("2:4", "K", Config(0.5, 0, k_method="2:4")), Cache("2:4", "V", Config(0, 0.5, v_method="2:4"))]
+    found += [Cache("2:4", "K+V", Config(0.5, 0.5, k_method="2:4", v_method="2:4"))]
+    for s in (0.5, 0.7, 0.75):
+        found += [
+            Cache("magnitude", "K+V", Config(s, s)),
+            Cache("recommended", "K+V", Config.recommended(s, s)),
+            Cache("recommended, output-aware", "K+V", Config.recommended(s, s, k_method="output_aware")),
+        ]
+    for s in (0.5, 0.7):
+        found += [
+            Cache("output-aware", "K+V", Config(s, s, k_method="output_aware")),
+            Cache("ThinK", "K+V", Config(s, s, k_method="think", v_method="think")),
+        ]
+    found += [
+        Cache("magnitude, 19 of 64", "K+V", Counted(0.7, 0.7, count=19)),
+        Cache("recommended, 13 of 64", "K+V", Counted.recommended(0.75, 0.75, count=13)),
+        Cache(
+            "recommended, output-aware, 13 of 64",
+            "K+V",
+            Counted.recommended(0.75, 0.75, k_method="output_aware", count=13),
+        ),
+    ]
+    return found + [Cache(f"int{bits}", "K+V", Quantised(bits)) for bits in (4, 3, 2)]
+
+
+_KEYS = {"magnitude": "magnitude", "output-aware": "output_aware", "ThinK": "think"}
+_VALUES = {
+    "magnitude": "magnitude",
+    "channel magnitude": "channel_magnitude",
+    "channel output-aware": "channel_output_aware",
+    "ThinK": "think",
+}
+
+
+def main() -> None:
+    """Measure, or collect what was measured."""
+    options = _parser().parse_args()
+    if options.collect:
+        write(options.collect, collect(options.output))
+        return
+    model, tokenizer = mj.models.load(options.model, dtype=options.dtype)
+    tests = _tests(tokenizer, options)
+    settings = {
+        "model": pathlib.Path(options.model).name,
+        "dtype": options.dtype,
+        "data": {file.name: fingerprint(file) for file in options.data},
+        "where": where(),
+    }
+    evaluators = {
+        name: Evaluator(model, tokenizer, batch=options.batch, padding=max(map(len, _prompts(test))))
+        for name, test in tests.items()
+    }
+    part, parts = map(int, options.part.split("/"))
+    chosen = caches()[part::parts]
+    for cache in track(chosen, "caches", console=Console(stderr=True)):
+        for name, examples in tests.items():
+            _measure(cache, evaluators[name], examples, options.output / cache.name / name, settings)
+
+
+def _measure(cache: Cache, evaluator: Evaluator, examples: list[Example], folder: pathlib.Path, settings: Any) -> None:
+    described = {"rule": cache.rule, "pruned": cache.pruned, "kind": repr(cache.kind)}
+    run = Run(folder, settings | described | {"examples": [example.id for example in examples]})
+    start = time.perf_counter()
+    evaluator.run(cache.kind, examples, run)
+    longest = max(len(example.prompt) for example in examples)
+    config = cache.kind if isinstance(cache.kind, Config) else None
+    run.finish(
+        described
+        | {
+            "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
+            "true_sparsity": None if config is None else config.true_sparsity(evaluator.model.config.head_dim),
+            "bytes": cache_bytes(evaluator.model, cache.kind, longest),
+            "seconds": time.perf_counter() - start,
+        }
+    )
+
+
+def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Example]]:
+    """The examples of each test."""
+    where_to = {"lengths": options.lengths, "depths": options.depths}
+    return {
+        "perplexity": perplexity.examples(
+            tokenizer, options.data, windows=options.windows, prompt=options.prompt, continuation=options.continuation
+        ),
+        "needle": needle.needles(tokenizer, options.data[0], **where_to) + needle.passkeys(tokenizer, **where_to),
+    }
+
+
+def _prompts(examples: list[Example]) -> list[Any]:
+    return [example.prompt for example in examples]
+
+
+def collect(folder: pathlib.Path) -> dict[str, Any]:
+    """Everything that finished: settings once, and for each cache and test its bytes and each example's scores."""
+    rows: dict[str, dict[str, Any]] = {}
+    common: dict[str, Any] = {}
+    examples: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("*/*/metrics.json")):
+        settings, found = (json.loads(file.with_name(name).read_text()) for name in ("settings.json", "metrics.json"))
+        test, records = file.parent.name, Run(file.parent, settings).records
+        by_id = {record["id"]: record for record in records}
+        order = examples.setdefault(test, settings["examples"])
+        if order != settings["examples"]:
+            raise ValueError(f"{file.parent} has other examples than the caches before it")
+        common = {name: settings[name] for name in ("model", "dtype", "data", "where")}
+        about = {name: found[name] for name in ("rule", "pruned", "sparsity", "true_sparsity")}
+        row = rows.setdefault(file.parent.parent.name, about | {"kind": found["kind"], "tests": {}})
+        scores = {name: [float(f"{by_id[id_]['scores'][name]:.5g}") for id_ in order] for name in records[0]["scores"]}
+        row["tests"][test] = {"bytes": found["bytes"], "seconds": found["seconds"], "scores": scores}
+    groups = {test: [record["group"] for record in _in_order(folder, test, order)] for test, order in examples.items()}
+    order_of = {cache.name: index for index, cache in enumerate(caches())}
+    ordered = sorted(rows.items(), key=lambda item: order_of.get(item[0], len(order_of)))
+    return common | {"examples": examples, "groups": groups, "rows": [{"name": name} | row for name, row in ordered]}
+
+
+def write(file: pathlib.Path, collected: dict[str, Any]) -> None:
+    """Write what `collect` returns, a cache on a line."""
+    head = json.dumps(collected | {"rows": []}, indent=1).removesuffix("[]\n}")
+    rows = ",\n".join(json.dumps(row) for row in collected["rows"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{head}[\n{rows}\n]\n}}\n", encoding="utf-8")
+
+
+def _in_order(folder: pathlib.Path, test: str, order: list[str]) -> list[dict[str, Any]]:
+    """One cache's records of a test."""
+    run = next(folder.glob(f"*/{test}"))
+    records = {record["id"]: record for record in Run(run, json.loads((run / "settings.json").read_text())).records}
+    return [records[id_] for id_ in order]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hugging Face folder, .gguf file or hub id")
+    parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[], help="text files")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/sweep"), help="(%(default)s)")
+    parser.add_argument("--collect", type=pathlib.Path, help="write what --output holds to this file, and stop")
+    parser.add_argument("--part", default="0/1", help="do every n-th cache, from the i-th on: i/n (%(default)s)")
+    parser.add_argument("--windows", type=int, default=16, help="of each text (%(default)s)")
+    parser.add_argument("--prompt", type=int, default=1536, help="tokens prefilled (%(default)s)")
+    parser.add_argument("--continuation", type=int, default=512, help="tokens scored (%(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of needles (%(default)s)")
+    parser.add_argument("--depths", type=int, default=10, help="of needles (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="examples at once (%(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of weights and cache (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Time PyTorch's attention backends on dense caches; `benchmarks.attention` runs this in a process of its own.
+
+The one argument is a JSON list of shapes: {"name", "batch", "kv_heads", "group", "tokens"}. The last line printed is a
+JSON object, microseconds by shape and backend.
+"""
+
+import json
+import statistics
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+HEAD_DIM = 128
+REPEATS, CALLS = 7, 20
+BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    times: dict[str, dict[str, float]] = {}
+    for shape in json.loads(sys.argv[1]):
+        times[shape["name"]] = {}
+        for name, backend in BACKENDS.items():
+            try:
+                times[shape["name"]][name] = measure(shape, backend)
+            except RuntimeError as error:  # a backend that does not take this shape
+                print(f"{name}, {shape['name']}: {error}", file=sys.stderr)
+    print(json.dumps({name: of_shape for name, of_shape in times.items() if of_shape}))
+
+
+def measure(shape: dict[str, int], backend: SDPBackend) -> float:
+    """Median microseconds of a call."""
+    size = (shape["batch"], shape["kv_heads"], shape["tokens"], HEAD_DIM)
+    key, value = (torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    query = torch.randn(shape["batch"], shape["kv_heads"] * shape["group"], 1, HEAD_DIM, dtype=torch.bfloat16).cuda()
+    times = []
+    with sdpa_kernel(backend):
+        for _ in range(REPEATS + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(CALLS):
+                scaled_dot_product_attention(query, key, value, enable_gqa=shape["group"] > 1)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / CALLS)
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The end of flash decoding: the splits of the packed rows merged, the tokens that are not packed attended."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels.rows import Tail, per_head
+
+_SLOTS = 64
+"""Dense slots, or splits, that a block takes at a time."""
+
+_State = tuple[jax.Array, jax.Array, jax.Array]  # m, l: []; out: [H]
+
+
+def merge(
+    query: jax.Array,
+    splits: list[jax.Array],
+    tail: Tail,
+    lengths: jax.Array,
+    packed_lengths: jax.Array,
+    *,
+    scale: float,
+    window: int | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Merge splits with attention over the dense slots, and normalise. A block takes one query head.
+
+    Args:
+        query: [B, K, G, H].
+        splits: float32 out [B * K, splits, G, H], m and l [B * K, splits, G], as `attend_rows` returns them; or none.
+        tail: the dense slots.
+        lengths, packed_lengths, scale, window, interpret: as in `decode_attention`.
+
+    Returns:
+        [B, K, G, H] of the query's dtype; zeros where nothing is visible.
+    """
+    batch, kv_heads, group, head_dim = query.shape
+    heads = batch * kv_heads
+    of_sequence = pl.BlockSpec((None, 1), lambda g, head: (head // kv_heads, 0))
+    of_query = pl.BlockSpec((None, None, head_dim), lambda g, head: (head, g, 0))
+    slots = [x.reshape(heads, -1, head_dim) for x in (tail.key, tail.value)]
+    operands = [lengths[:, None], packed_lengths[:, None], query.reshape(heads, group, head_dim), *slots, *splits]
+    specs = [of_sequence, of_sequence, of_query, *map(per_head, slots)]
+    if splits:
+        count = splits[0].shape[1]
+        specs.append(pl.BlockSpec((None, count, None, head_dim), lambda g, head: (head, 0, g, 0)))
+        specs += [pl.BlockSpec((None, count, None), lambda g, head: (head, 0, g))] * 2
+    out = triton.pallas_call(
+        functools.partial(_kernel, sinks=tail.sinks, scale=scale, window=window),
+        name="merge",
+        num_warps=4,
+        interpret=interpret,
+        grid=(group, heads),
+        in_specs=specs,
+        out_specs=of_query,
+        out_shape=jax.ShapeDtypeStruct((heads, group, head_dim), query.dtype),
+    )(*operands)
+    return out.reshape(query.shape)
+
+
+def _kernel(
+    length_ref: triton.Ref,  # [1]
+    packed_ref: triton.Ref,  # [1]
+    q_ref: triton.Ref,  # [H]
+    key_ref: triton.Ref,  # [slots, H]
+    value_ref: triton.Ref,  # [slots, H]
+    *refs: triton.Ref,  # out [splits, H], m [splits] and l [splits], if any; the result [H]
+    sinks: int,
+    scale: float,
+    window: int | None,
+) -> None:
+    """One query head."""
+    *split_refs, result_ref = refs
+    slots, head_dim = key_ref.shape
+    length, packed = length_ref[0], packed_ref[0]
+    channel = jnp.arange(head_dim)[None, :]
+    query = q_ref[...].astype(jnp.float32) * scale
+
+    def attend_slots(i: Any, state: _State) -> _State:
+        slot = i * _SLOTS + jnp.arange(_SLOTS)
+        position = _position(slot, packed, sinks, slots - sinks)
+        visible = (slot < slots) & (position < length)
+        if window is not None:
+            visible &= position >= length - window
+        mask = jnp.broadcast_to(visible[:, None], (_SLOTS, head_dim))
+        key, value = (
+            triton.load(ref.at[slot[:, None], channel], mask=mask, other=0).astype(jnp.float32)
+            for ref in (key_ref, value_ref)
+        )
+        scores = jnp.where(visible, jnp.sum(key * query[None, :], axis=1), -jnp.inf)
+        return _add(state, scores, jnp.ones_like(scores), value)
+
+    def merge_splits(i: Any, state: _State) -> _State:
+        out_ref, m_ref, l_ref = split_refs
+        split = i * _SLOTS + jnp.arange(_SLOTS)
+        there = split < m_ref.shape[0]
+        m = triton.load(m_ref.at[split], mask=there, other=-jnp.inf)
+        l = triton.load(l_ref.at[split], mask=there, other=0)  # noqa: E741
+        mask = jnp.broadcast_to(there[:, None], (_SLOTS, head_dim))
+        out = triton.load(out_ref.at[split[:, None], channel], mask=mask, other=0)
+        return _add(state, m, l, out)
+
+    zero = jnp.zeros((), jnp.float32)
+    state = (jnp.full((), np.finfo(np.float32).min), zero, jnp.zeros(head_dim, jnp.float32))
+    state = lax.fori_loop(0, -(-slots // _SLOTS), attend_slots, state)
+    if split_refs:
+        state = lax.fori_loop(0, -(-split_refs[1].shape[0] // _SLOTS), merge_splits, state)
+    _, total, out = state
+    result_ref[...] = (out / jnp.where(total > 0, total, 1)).astype(result_ref.dtype)
+
+
+def _position(slot: jax.Array, packed: jax.Array, sinks: int, ring: int) -> jax.Array:
+    """The position of the token in each slot; the ring's oldest one is at sinks + packed, in slot packed % ring."""
+    age = lax.rem(slot - sinks - lax.rem(packed, ring) + ring, ring)
+    return jnp.where(slot < sinks, slot, sinks + packed + age)
+
+
+def _add(state: _State, m: jax.Array, l: jax.Array, out: jax.Array) -> _State:  # noqa: E741
+    """Merge parts into a state: m and l [n], out [n, H], unnormalised."""
+    largest, total, sums = state
+    new = jnp.maximum(largest, jnp.max(m))
+    decay, weights = jnp.exp(largest - new), jnp.exp(m - new)
+    return new, total * decay + jnp.sum(weights * l), sums * decay + jnp.sum(weights[:, None] * out, axis=0)

@@ -1,0 +1,195 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import device_time, generation
+from benchmarks.generation import Case
+from mustafar_jax.models import memory
+
+TINY = Case("tiny", 40, 0.7, 3, "xla")
+LLAMA = Case("llama-3-8b", 16384, 0.7, 8, "triton")
+GB = 10**9
+
+
+def row_of(case, **fields):
+    parts = {"limit_bytes": 80 * GB, "attention_ms": 5.0, "compression_ms": 0.5, "rest_ms": 4.0}
+    return dataclasses.asdict(case) | {"status": "ok", "ttft_s": 2.0, "step_ms": 10.0} | parts | fields
+
+
+def options(*arguments):
+    return generation._parser().parse_args(arguments)
+
+
+def test_a_case_is_measured_as_planned():
+    row = generation.run_here(TINY, split=True)
+    assert row["status"] == "ok", row["reason"]
+    plan = TINY.plan
+    assert (row["weights_bytes"], row["cache_bytes"]) == (plan.weights, plan.caches)
+    assert row["ttft_s"] > 0
+    assert row["tokens_per_s"] == pytest.approx(3 / row["step_ms"] * 1e3)
+    assert len(row["steps_ms"]) == 3
+    assert min(row["steps_ms"]) <= row["step_ms"] <= max(row["steps_ms"])
+    json.dumps(row)
+
+
+def test_what_cannot_run_is_noted_with_its_reason():
+    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, implementation="triton"), split=True)
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("NotImplementedError: implementation='triton' attends packed caches")
+
+
+def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # a GPU's memory is this process's
+    dense = dataclasses.replace(TINY, sparsity=0.0)
+    earlier = [row_of(case, tokens_per_s=1.0) for case in (dense, TINY, dataclasses.replace(TINY, batch=2))]
+    (tmp_path / "generation.json").write_text(json.dumps({"rows": earlier}))
+    sizes = ["--shapes", "tiny", "--contexts", "40", "--batches", "3", "--sparsities", "0"]
+    generation.main([*sizes, "--dense-implementation", "xla", "--output", str(tmp_path)])
+    written = json.loads((tmp_path / "generation.json").read_text())
+    assert written["rows"][:2] == earlier[1:]
+    assert generation.case_of(written["rows"][2]) == dense
+    assert written["rows"][2]["tokens_per_s"] > 1
+    assert written["rows"][2]["where"]["jax"] == jax.__version__
+    assert "[1/1] tiny, 40 tokens, batch 3, dense\n" in capsys.readouterr().out
+
+
+def test_a_process_that_ends_badly_or_late_is_noted(tmp_path):
+    assert generation.Launcher(0.5, 100, str(tmp_path))(["--one", "{}"]) == {
+        "status": "failed",
+        "reason": "the process ended with status 1",
+    }
+    assert generation.Launcher(0.5, 0.01, str(tmp_path))(["--describe"])["reason"] == "not finished after 0 s"
+
+
+def test_the_largest_batches_of_two_devices_are_two_cases():
+    largest = dataclasses.replace(LLAMA, largest=True)
+    rows = [
+        row_of(dataclasses.replace(largest, batch=b), limit_bytes=limit) for b, limit in ((20, 80 * GB), (50, 140 * GB))
+    ]
+    assert generation.merged(rows[:1], rows[1]) == rows
+    again = row_of(dataclasses.replace(largest, batch=49), limit_bytes=140 * GB)
+    assert generation.merged(rows, again) == [rows[0], again]
+
+
+def test_cases_are_those_asked_for_dense_ones_first():
+    given = options(
+        "--shapes", "llama-3-8b", "--contexts", "4096", "--batches", "8", "largest", "--sparsities", "0", "0.7"
+    )
+    cases = list(generation.cases_of(given, 80 * GB))
+    assert cases[:2] == [
+        Case("llama-3-8b", 4096, 0.0, 8, "cudnn"),
+        Case("llama-3-8b", 4096, 0.7, 8, "triton"),
+    ]
+    assert [case.largest for case in cases] == [False, False, True, True]
+    for case in cases[2:]:
+        assert case.plan.total <= 80 * GB < dataclasses.replace(case, batch=case.batch + 1).plan.total
+    with pytest.raises(ValueError, match="does not say how much memory"):
+        list(generation.cases_of(given, None))
+    for wrong in (["--batches", "0"], ["--new-tokens", "100"], ["--new-tokens", "64"]):
+        with pytest.raises(SystemExit):
+            options(*wrong)
+
+
+def test_what_is_known_not_to_fit_is_not_run():
+    case = dataclasses.replace(LLAMA, batch=500)
+    row = generation.run_one(case, 80 * GB, lambda arguments: pytest.fail(f"{arguments} was run"))
+    assert row["status"] == "does not fit"
+    assert row["reason"] == f"the memory plan: {case.plan.total / GB:.1f} GB of 80.0 GB"
+
+
+def test_the_largest_batch_shrinks_until_it_fits():
+    tried = []
+
+    def ask(arguments):
+        tried.append(json.loads(arguments[1])["batch"])
+        return {"status": "ok"} if tried[-1] < 127 else {"status": "out of memory", "reason": "full"}
+
+    case = dataclasses.replace(LLAMA, batch=129)
+    row = generation.run_one(dataclasses.replace(case, largest=True), None, ask)
+    assert tried == [129, 127, 126]
+    assert (row["status"], row["batch"], row["planned_batch"]) == ("ok", 126, 129)
+    assert row["planned_bytes"] == case.plan.total
+    tried.clear()
+    assert generation.run_one(case, None, ask)["status"] == "out of memory"
+    assert tried == [129]
+
+
+def test_a_row_is_described_beside_its_dense_one():
+    dense, packed = dataclasses.replace(LLAMA, sparsity=0.0, implementation="cudnn"), LLAMA
+    rows = [
+        row_of(dense, tokens_per_s=500.0),
+        row_of(dataclasses.replace(dense, batch=10, largest=True), tokens_per_s=600.0),
+        row_of(packed, tokens_per_s=600.0, ttft_s=2.1),
+        row_of(dataclasses.replace(packed, batch=25, largest=True), tokens_per_s=1200.0),
+        row_of(packed, status="failed", reason="it rained"),
+    ]
+    texts = [generation.describe_row(row, rows) for row in rows]
+    assert texts[0] == (
+        "500.0 tokens/s, first token 2.00 s, step 10.00 ms (attention 5.00, compression 0.50, rest 4.00)"
+    )
+    assert texts[2].endswith("; 1.20 of dense tokens/s, 1.05 of its time to the first token")
+    assert texts[3].endswith("; 2.00 of dense tokens/s, 1.00 of its time to the first token, 2.50 of its batch")
+    assert texts[4] == "failed: it rained"
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    held = {"weights_bytes": 16 * GB, "cache_bytes": 5 * GB, "decode_bytes": 22 * GB, "tokens_per_s": 5.0}
+    cases = [dataclasses.replace(LLAMA, sparsity=s, batch=b, largest=b == 20) for s in (0.0, 0.7) for b in (1, 8, 20)]
+    rows = [row_of(case, **held) for case in cases] + [row_of(LLAMA, status="failed", reason="it rained")]
+    generation.plot_speed(rows, tmp_path / "speed.png")
+    generation.plot_memory(rows, tmp_path / "memory.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.png", "memory.png"}
+
+
+def test_the_random_model_has_the_planned_weights():
+    model = generation.random_model(generation.SHAPES["tiny"])
+    leaves = jax.tree.leaves(model)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(generation.DTYPE)}
+    assert sum(leaf.size for leaf in leaves) == memory.num_weights(generation.SHAPES["tiny"])
+    spreads = {float(leaf.std()) for leaf in leaves if leaf.ndim > 1}
+    assert all(0.015 < spread < 0.025 for spread in spreads)
+
+
+# device_time
+
+HLO = """
+%fused (p: f32[2]) -> f32[2] {
+  %inner.1 = f32[2]{0} add(%p, %p), metadata={op_name="jit(f)/append/add"}
+}
+ENTRY %main {
+  %p = f32[2]{0} parameter(0), metadata={op_name="x"}
+  %fusion.3 = f32[2]{0} fusion(%p), kind=kLoop, metadata={op_name="jit(f)/while/body/append/cond/add" stack_frame_id=4}
+  %custom-call = f32[2]{0} custom-call(%fusion.3), metadata={line=3 op_name="jit(f)/decode_attention/append/dot"}
+  ROOT %fusion.4 = f32[2]{0} fusion(%custom-call), metadata={op_name="jit(f)/append_not/mul"}
+}
+"""
+
+
+def events(*pairs):
+    return "".join(
+        f"events {{ metadata_id: 1 duration_ps: {duration} stats {{ metadata_id: 1 str_value: '{name}' }} }} "
+        for name, duration in pairs
+    )
+
+
+def test_device_time_is_split_by_scope(tmp_path):
+    names = "event_metadata { key: 1 value { id: 1 name: 'kernel' } }"
+    names += " stat_metadata { key: 1 value { id: 1 name: 'hlo_op' } }"
+    first = events(("fusion.3", 5_000_000), ("custom-call", 7_000_000), ("fusion.3", 1_000_000))
+    second = events(("fusion.4", 2_000_000), ("unheard-of", 3_000_000))
+    space = f"""
+    planes {{ name: '/device:GPU:0' {names}
+      lines {{ name: 'Stream #14(Compute)' {first} }}
+      lines {{ name: 'Stream #15(MemcpyD2D)' {second} events {{ metadata_id: 1 duration_ps: 1000000 }} }}
+      lines {{ name: 'XLA Ops' {first} }} }}
+    planes {{ name: '/host:CPU' {names} lines {{ name: 'Stream' {first} }} }}
+    """
+    folder = tmp_path / "plugins" / "profile"
+    folder.mkdir(parents=True)
+    (folder / "host.xplane.pb").write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(space))
+    seconds = device_time.split(tmp_path, HLO, ["decode_attention", "append"])
+    assert seconds == pytest.approx({"decode_attention": 7e-6, "append": 6e-6, "rest": 6e-6})

@@ -1,0 +1,53 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from mustafar_jax import CompressionConfig, generation
+from mustafar_jax.models import Llama, ModelConfig, memory
+
+TINY = ModelConfig(
+    vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=32, max_position_embeddings=4096,
+)  # fmt: skip
+RECOMMENDED = CompressionConfig.recommended(0.7, 0.7)
+CONFIGS = pytest.mark.parametrize("compression", [generation.DENSE, RECOMMENDED], ids=["dense", "recommended"])
+
+
+@CONFIGS
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_and_caches_are_exact(compression, tied):
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+    model = Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    caches = model.init_cache(compression, batch=3, capacity=200)
+    plan = memory.plan(config, compression, batch=3, capacity=200, dtype="bfloat16")
+    assert plan.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    assert plan.caches == sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    assert plan.fragments == plan.caches / config.num_layers
+    assert plan.total == plan.weights + plan.caches + plan.working + plan.fragments
+
+
+@CONFIGS
+@pytest.mark.parametrize("size", [0.6e9, 1e9, 4e9])
+def test_the_largest_batch_fits_and_one_more_does_not(compression, size):
+    options = {"capacity": 4096, "dtype": "bfloat16"}
+    batch = memory.largest_batch(size, TINY, compression, **options)
+    assert batch > 1
+    assert memory.plan(TINY, compression, batch=batch, **options).total <= size
+    assert memory.plan(TINY, compression, batch=batch + 1, **options).total > size
+
+
+def test_nothing_fits_where_the_weights_do_not():
+    assert memory.largest_batch(1e5, TINY, RECOMMENDED, capacity=64, dtype="bfloat16") == 0
+
+
+def test_the_allowance_stops_growing_where_prompts_are_prefilled_some_at_a_time():
+    def working(batch, length):
+        config = dataclasses.replace(TINY, vocab_size=1)
+        return memory.working_nbytes(config, RECOMMENDED, batch=batch, length=length, dtype="bfloat16")
+
+    assert working(1, 4096) < working(16, 4096) < working(32, 4096) + 8 * 16
+    assert working(32, 4096) - working(16, 4096) == 8 * 16  # the logits alone
+    assert working(1, 2 * generation.PREFILL_TOKENS) > working(32, 4096)  # one prompt goes whole

@@ -1,0 +1,53 @@
+"""A few tokens at once equal the same tokens one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention, prefill
+from mustafar_jax.blocks import extend
+from tests.helpers import CONFIGS, rope_frequencies
+
+BATCH, KV_HEADS, HEADS, HEAD_DIM, CAPACITY = 2, 2, 4, 32, 160
+ALL = CONFIGS | {"output-aware": CompressionConfig(0.7, 0.5, k_method="output_aware", v_method="channel_output_aware")}
+WINDOWS = {"dense": 50, "published": None, "recommended": 50, "no window": None, "output-aware": None}
+
+
+def random(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize(("name", "window"), WINDOWS.items())
+def test_equals_token_by_token(name, window):
+    rng = np.random.default_rng(0)
+    cache = LayerCache.init(
+        ALL[name],
+        batch=BATCH,
+        capacity=CAPACITY,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=jnp.float32,
+        inv_freq=rope_frequencies(HEAD_DIM),
+    )
+    prompt = [random(rng, BATCH, 100, heads, HEAD_DIM) for heads in (KV_HEADS, KV_HEADS, HEADS)]
+    cache = jax.jit(prefill)(cache, *prompt[:2], jnp.array([100, 63]), query=prompt[2])
+    tokens = [random(rng, BATCH, 32, heads, HEAD_DIM) for heads in (KV_HEADS, KV_HEADS, HEADS)]
+    blocks = jax.jit(extend, static_argnames="sliding_window")
+    out, grown = blocks(cache, tokens[2], *tokens[:2], sliding_window=window)
+    one_by_one, step = [], jax.jit(append)
+    for i in range(32):
+        key, value, query = (x[:, i] for x in tokens)
+        cache = step(cache, key, value, query=query)
+        one_by_one.append(decode_attention(query, cache, sliding_window=window))
+    np.testing.assert_allclose(out, jnp.stack(one_by_one, axis=1), atol=1e-5)
+    for actual, expected in zip(jax.tree.leaves(grown), jax.tree.leaves(cache), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_more_than_a_group_is_refused():
+    cache = LayerCache.init(CONFIGS["published"], batch=1, capacity=99, num_kv_heads=1, head_dim=32, dtype="float32")
+    tokens = jnp.ones((1, 33, 1, 32))
+    with pytest.raises(ValueError, match="query has 33 tokens; at most group=32 are taken at a time"):
+        extend(cache, tokens, tokens, tokens)

@@ -1,0 +1,45 @@
+"""Launch parameters: tuned ones near what was tuned, computed ones elsewhere."""
+
+import importlib.resources
+import json
+
+import pytest
+
+from mustafar_jax.pallas_kernels import launch
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "splits"),
+    [
+        (8, 128, 1),  # one tile
+        (8, 100, 1),
+        (8, 4096, 32),  # fewer tiles than places for blocks: a tile each
+        (64, 16384, 32),  # a few blocks for each place, so that none is idle for long at the end
+        (8192, 4096, 1),  # many more heads than places
+    ],
+)
+def test_computes_splits_that_fill_a_device(heads, rows, splits, monkeypatch):
+    monkeypatch.setattr(launch, "_tuned", lambda device: [])
+    assert launch.decode_params(heads=heads, rows=rows).splits == splits
+
+
+def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
+    entries = [{"heads": 64, "tiles": 128, "splits": 7}, {"heads": 8, "tiles": 4, "splits": 4}]
+    monkeypatch.setattr(launch, "_tuned", lambda device: entries)
+    assert launch.decode_params(heads=64, rows=128 * 128).splits == 7
+    assert launch.decode_params(heads=60, rows=120 * 128).splits == 7
+    assert launch.decode_params(heads=64, rows=512 * 128).splits != 7
+    assert launch.decode_params(heads=8, rows=3 * 128).splits == 3  # never more than tiles
+
+
+def test_what_was_tuned_is_well_formed():
+    tuned = json.loads(importlib.resources.files("mustafar_jax.pallas_kernels").joinpath("tuned.json").read_text())
+    for entries in tuned.values():
+        for entry in entries:
+            assert 1 <= entry["splits"] <= entry["tiles"]
+            assert entry["heads"] >= 1
+
+
+def test_refuses_no_splits():
+    with pytest.raises(ValueError, match="splits=0 must be at least 1"):
+        launch.DecodeParams(0)

@@ -1,0 +1,205 @@
+"""Evaluations on a tiny model of random weights: what is scored, what is kept, and how a run goes on."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+import mustafar_jax as mj
+from mustafar_jax.generation import DENSE
+from mustafar_jax.models import Llama, ModelConfig
+from mustafar_jax.quality.evaluate import Evaluator, cache_bytes, summarise
+from mustafar_jax.quality.examples import Example
+from mustafar_jax.quality.forcing import compare, hidden_states
+from mustafar_jax.quality.quantised import Quantised, QuantisedCache, quantise
+from mustafar_jax.quality.runs import Run
+
+VOCABULARY, LAYERS, HEAD_DIM = 96, 2, 32
+PUBLISHED = mj.CompressionConfig(0.7, 0.7)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=LAYERS,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=512,
+    )
+    model = Llama(config, rngs=nnx.Rngs(0))
+    state = nnx.state(model)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf * 4, state))  # far from uniform predictions
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCABULARY, shape, dtype=np.int32)
+
+
+def forced(count=3, prompt=100, gold=40):
+    rows = tokens(count, prompt + gold)
+    return [
+        Example(f"e{i}", row[:prompt], "ab"[i % 2], gold=row[prompt:], info={"depth": i}) for i, row in enumerate(rows)
+    ]
+
+
+def test_losses_are_those_of_token_by_token_decoding(model):
+    text, kind = tokens(2, 140), mj.CompressionConfig.recommended(0.5, 0.7)
+    args = text[:, :100], np.array([100, 100]), text[:, 100:]
+    dense, hidden = (hidden_states(model, each, *args) for each in (DENSE, kind))
+    scores = compare(model, dense, hidden, args[2])
+    expected = [mj.log_likelihoods(model, text, prompt_length=100, config=each) for each in (kind, DENSE)]
+    np.testing.assert_allclose(-scores.loss, expected[0], atol=2e-4)
+    np.testing.assert_allclose(-scores.dense_loss, expected[1], atol=2e-4)
+    assert (np.asarray(scores.kl) > -1e-6).all()
+    assert scores.kl.mean() > 1e-3
+    np.testing.assert_allclose(compare(model, dense, dense, args[2]).kl, 0, atol=1e-6)
+
+
+def test_divergence_and_the_likeliest_token(model):
+    """Against softmaxes in numpy."""
+    rng = np.random.default_rng(1)
+    dense, other = (jnp.asarray(rng.standard_normal((1, 3, 64)), jnp.float32) for _ in range(2))
+    target = tokens(1, 3)
+    scores = compare(model, dense, other, target)
+    p, q = (np.asarray(jax.nn.softmax(model.logits(hidden)), np.float64) for hidden in (dense, other))
+    np.testing.assert_allclose(scores.kl, (p * np.log(p / q)).sum(axis=-1), rtol=1e-3)
+    np.testing.assert_array_equal(scores.best, q.argmax(axis=-1) == target)
+
+
+def test_prompts_of_different_lengths_are_scored_as_alone(model):
+    text, gold, other = tokens(2, 100), tokens(2, 40, seed=2), tokens(2, 100, seed=3)
+    both = hidden_states(model, PUBLISHED, text, np.array([100, 77]), gold)
+    other[0, :77] = text[1, :77]  # in another row, beside another prompt, before other padding
+    moved = hidden_states(model, PUBLISHED, other, np.array([77, 90]), gold[::-1])
+    np.testing.assert_allclose(both[1], moved[0], atol=1e-4)
+
+
+def test_a_value_that_does_not_fit_is_an_error(model):
+    config = mj.CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=8)
+    with pytest.raises(ValueError, match="a packed value needs more entries than its slots hold"):
+        hidden_states(model, config, tokens(1, 100), np.array([100]), tokens(1, 3))
+
+
+def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
+    examples, reports = forced(), []
+    evaluator = Evaluator(model, tokenizer, batch=2, padding=100)
+    evaluator.run(PUBLISHED, examples[:1], Run(tmp_path, {"task": "x"}))
+    run = Run(tmp_path, {"task": "x"})
+    first = json.loads(json.dumps(run.records[0]))
+    run.records[0]["scores"]["loss"] = -1.0  # what has a record is not evaluated again
+    evaluator.run(PUBLISHED, examples, run, lambda *report: reports.append(report))
+    assert [record["id"] for record in run.records] == ["e0", "e1", "e2"]
+    assert run.records[0]["scores"]["loss"] == -1.0
+    assert reports == [(3, 3)]  # both in one batch
+    assert [record["depth"] for record in run.records] == [0, 1, 2]
+    again = Run(tmp_path, {"task": "x"})
+    assert again.records[0] == first
+    metrics = summarise(again.records)
+    assert sorted(metrics) == ["a", "all", "b"]
+    assert metrics["a"]["loss"]["n"] == 2
+    losses = [record["scores"]["loss"] for record in again.records]
+    assert metrics["all"]["loss"]["mean"] == pytest.approx(np.mean(losses))
+
+
+def test_a_record_that_was_cut_short_is_made_again(tmp_path):
+    run = Run(tmp_path, {})
+    run.add([{"id": "a\u2028"}, {"id": "b"}])
+    with open(tmp_path / "records.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"id": "c')
+    again = Run(tmp_path, {})
+    assert again.missing(["a\u2028", "b", "c"]) == {"c"}
+    again.add([{"id": "c"}])
+    assert [record["id"] for record in Run(tmp_path, {}).records] == ["a\u2028", "b", "c"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    Run(tmp_path, {"batch": 1, "config": {"k": (0.5, 1)}})
+    Run(tmp_path, {"batch": 1, "config": {"k": (0.5, 1)}})
+    with pytest.raises(ValueError, match=r"settings.json is of a run with other settings \(batch: 1, now 2\)"):
+        Run(tmp_path, {"batch": 2, "config": {"k": (0.5, 1)}})
+    (tmp_path / "records.jsonl").write_text("nothing\n")
+    with pytest.raises(ValueError, match="holds a line that is no record"):
+        Run(tmp_path, {"batch": 1, "config": {"k": (0.5, 1)}})
+
+
+def test_written_answers(model, tokenizer, tmp_path):
+    prompts = tokens(3, 40)
+    examples = [
+        Example(
+            f"e{i}", row, max_new_tokens=5, score=lambda text: float(len(text.split()) == 5), info={"answers": ["x"]}
+        )
+        for i, row in enumerate(prompts)
+    ]
+    run = Run(tmp_path, {})
+    Evaluator(model, tokenizer, batch=2, padding=8).run(PUBLISHED, examples, run)
+    expected = mj.generate(model, prompts, max_new_tokens=5, config=PUBLISHED).tokens
+    assert [record["prediction"] for record in run.records] == [tokenizer.decode(row) for row in np.asarray(expected)]
+    assert [record["scores"] for record in run.records] == [{"score": 1.0}] * 3
+    assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["answers"] == ["x"]
+
+
+def test_a_prompt_beyond_the_context_is_named(model, tokenizer, tmp_path):
+    example = Example("far", tokens(510), gold=tokens(7))
+    with pytest.raises(ValueError, match="example far: 510 tokens exceed the 505 there is room for"):
+        Evaluator(model, tokenizer).run(PUBLISHED, [example], Run(tmp_path, {}))
+
+
+def test_bytes_at_the_masks_own_count(model):
+    config = mj.CompressionConfig(0, 0.7, v_method="channel_magnitude")
+    held = cache_bytes(model, config, 1056)
+    packed = 1024
+    assert held["dense"] == LAYERS * 2 * 1056 * HEAD_DIM * 4
+    # All 32 slots of a value have room, of which 10 are filled on average.
+    assert held["held"] - held["own_count"] == LAYERS * packed * (32 - 10) * 4
+    paper = cache_bytes(model, PUBLISHED, 1056)
+    assert paper["held"] == paper["own_count"]
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(2, 4), (3, 8), (4, 16)])
+def test_quantised_numbers(bits, levels):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 64)), jnp.float32)
+    rounded = np.asarray(quantise(x, bits))
+    groups, exact = rounded.reshape(5, 2, 32), np.asarray(x).reshape(5, 2, 32)
+    assert max(len(np.unique(group)) for group in groups.reshape(10, 32)) <= levels
+    step = (exact.max(axis=-1) - exact.min(axis=-1)) / (levels - 1)
+    assert (np.abs(groups - exact).max(axis=-1) <= 0.51 * step + 2e-3).all()
+    np.testing.assert_array_equal(quantise(jnp.full((1, 32), 3.0), bits), np.full((1, 32), 3.0))
+
+
+def test_a_quantised_cache_rounds_what_leaves_the_window(model):
+    kind, text = Quantised(4), tokens(1, 140)
+    cache = kind.init_cache(model, batch=1, capacity=140)
+    key, value = (
+        jnp.asarray(np.random.default_rng(i).standard_normal((1, 100, 1, HEAD_DIM)), jnp.float32) for i in (0, 1)
+    )
+    filled = jax.jit(mj.prefill)(cache, key, value)
+    assert isinstance(filled, QuantisedCache)
+    keys, values, _ = filled.to_dense()
+    np.testing.assert_array_equal(keys[:, 64:100], key[:, 64:])
+    np.testing.assert_array_equal(values[0, :64, 0], quantise(value[0, :64, 0], 4))
+    np.testing.assert_array_equal(keys[0, :32, 0], quantise(key[0, :32, 0].T, 4).T)
+    # 96 of 140 tokens can be packed: 5 bits a number, beside 64 slots of the ring, lengths and flags.
+    assert cache.nbytes == 2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 4) + 5
+    args = text[:, :100], np.array([100]), text[:, 100:]
+    dense = hidden_states(model, DENSE, *args)
+    kl = [compare(model, dense, hidden_states(model, Quantised(bits), *args), args[2]).kl.mean() for bits in (2, 8)]
+    assert kl[0] > kl[1]
+    assert kl[1] < 1e-3
