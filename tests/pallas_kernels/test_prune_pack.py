@@ -193,7 +193,7 @@ def test_a_step_decides_nothing_on_the_host():
         for name in ("triton", "xla")
     )
     assert "triton" in by_kernel
-    whether_any = "applies stablehlo.or"  # the predicate, a reduction over the batch
+    whether_any = "applies stablehlo.or across dimensions = [0]"  # the predicate, over the batch
     assert whether_any in by_xla
     assert whether_any not in by_kernel
 
