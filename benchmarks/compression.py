@@ -17,14 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 import mustafar_jax as mj
 from benchmarks.attention import (
     CALLS,
+    CONFIGS,
     DTYPE,
     HEAD_DIM,
+    INV_FREQ,
     REPEATS,
     RESULTS,
     SHAPES,
@@ -40,11 +41,8 @@ from mustafar_jax.pallas_kernels.rows import Mean, Packed
 from mustafar_jax.pruning import keep_count, magnitude_mask, rescale_to_norm
 from mustafar_jax.rope import rotate
 
-INV_FREQ = (500000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype(np.float32)
-CONFIGS: dict[str, Callable[..., mj.CompressionConfig]] = {
-    "published": mj.CompressionConfig,
-    "recommended": mj.CompressionConfig.recommended,
-}
+SPARSITY = 0.7
+"""Of the caches that are appended to."""
 
 
 def main() -> None:
@@ -129,7 +127,7 @@ def prompt_error(
 
 def measure_appends(shape: Shape, name: str, implementation: str) -> dict[str, Any]:
     """Append the tokens of a group to a cache that then packs one, in one compiled loop; a row of the table."""
-    config = CONFIGS[name]()
+    config = CONFIGS[name](SPARSITY, SPARSITY)
     length = config.sink_tokens + config.residual_length + shape.tokens - config.group
     size = (config.group, shape.batch, shape.kv_heads, HEAD_DIM)
     tokens = [jax.random.normal(key, size, DTYPE) for key in jax.random.split(jax.random.key(2))]
@@ -157,7 +155,7 @@ def measure_appends(shape: Shape, name: str, implementation: str) -> dict[str, A
 
     result, wanted = (grow(filled(), tokens, steps=config.group, by=by) for by in (implementation, "xla"))
     error = cache_error(result, wanted)
-    row: dict[str, Any] = {"what": "appends", "rule": name, "implementation": implementation, "sparsity": 0.7}
+    row: dict[str, Any] = {"what": "appends", "rule": name, "implementation": implementation, "sparsity": SPARSITY}
     times = {"us": config.group, "none_full_us": config.group - 1}
     for field, steps in times.items():
         run = functools.partial(grow, steps=steps)

@@ -560,6 +560,8 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
             if method != "magnitude":
                 raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {method!r}")
             prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale))
+    if not prunes:
+        raise NotImplementedError("the Triton kernel writes bitmap-packed rows; this cache has none")
     ranges = leaving.first, leaving.start, leaving.held
     written = iter(prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret))
 
