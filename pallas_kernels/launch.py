@@ -85,16 +85,23 @@ class MosaicParams:
             raise ValueError(f"{self} must have at least one split, and a multiple of 4 warps")
 
 
-BLOCKS_AT_ONCE = 132 * 2
-"""Blocks of `MosaicParams.warps` warps that a Hopper GPU holds: one wave of them, since each starts and ends slowly."""
+MOSAIC_WAVE = 132 * 2
+"""Blocks of 4 warps of decode attention through Mosaic GPU that an H100 or H200 holds at once."""
+
+_MOSAIC_START = 3
+"""What starting and ending such a block costs, in tiles; a guess."""
 
 
 def mosaic_params(*, heads: int, rows: int) -> MosaicParams:
-    """Launch parameters from static shapes alone.
+    """Launch parameters from static shapes alone: the fewest tiles one after the other, in whole waves of blocks.
 
     Args:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
     """
-    units = max(1, rows // 32)
-    return MosaicParams(splits=max(1, min(units // 4, BLOCKS_AT_ONCE // heads)))
+    tiles = max(1, -(-rows // TILE))
+
+    def cost(splits: int) -> int:
+        return -(-heads * splits // MOSAIC_WAVE) * (-(-tiles // splits) + _MOSAIC_START)
+
+    return MosaicParams(min(range(1, tiles + 1), key=cost))

@@ -55,7 +55,8 @@ def decode_attention(
 
     Args:
         query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
-        key, value: packed rows [B, K, S, H] of the query's dtype; what is not visible may hold anything.
+        key, value: rows [B, K, S, H] of the query's dtype, at least one of them packed; what is not visible may hold
+            anything.
         mean: where keys are centred, what stands for the entries that they do not hold.
         params: launch parameters; a heuristic if None.
         interpret: run as numpy and plain JAX, anywhere.
@@ -64,8 +65,8 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `mosaic_gpu.check_supported`; also for dense rows, and for rows of another
-            dtype than the query's.
+        NotImplementedError: see `mosaic_gpu.check_supported`; also for dense keys with dense values, and for
+            rows of another dtype than the query's.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
@@ -103,8 +104,12 @@ def attend_rows(
     """
     batch, kv_heads, group, head_dim = query.shape
     mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    key, value = (_check_rows(rows, query.dtype) for rows in (key, value))
-    heads, rows = batch * kv_heads, row_count(key)
+    for of in (key, value):
+        check_dtype(of, query.dtype)
+    if not isinstance(key, Packed) and not isinstance(value, Packed):
+        raise NotImplementedError("the Mosaic GPU kernels want packed keys or packed values; both are dense")
+    # packed rows come in whole groups, dense ones may end before
+    heads, rows = batch * kv_heads, row_count(key if isinstance(key, Packed) else value)
     if rows == 0:
         return []
     params = params or launch.mosaic_params(heads=heads, rows=rows)
@@ -113,15 +118,16 @@ def attend_rows(
         group=group,
         kv_heads=kv_heads,
         rows=rows,
-        key_slots=_slots(key),
-        value_slots=_slots(value),
+        key=_layout(key),
+        value=_layout(value),
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
-        centred=mean is not None,
+        centred=mean is not None and isinstance(key, Packed),
     )
-    arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *key, *value]
-    if mean is not None:
+    arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *jax.tree.leaves((key, value))]
+    if plan.centred:
+        assert mean is not None
         arrays += [mean.key.astype(jnp.float32), _turns(mean, plan)]
     shapes = [(head_dim,), (), ()]
     return mosaic_gpu.kernel_call(
@@ -147,15 +153,22 @@ def _turns(mean: Mean, plan: "Plan") -> jax.Array:
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def _check_rows(rows: Rows, dtype: Any) -> Packed:
-    if not isinstance(rows, Packed):
-        raise NotImplementedError("the Mosaic GPU kernels take packed keys and packed values; got dense rows")
-    check_dtype(rows, dtype)
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the rows of keys or of values are held. Static.
+
+    Attributes:
+        rows: of each KV head.
+        slots: of a packed row; 0 for dense rows.
+    """
+
+    rows: int
+    slots: int
 
 
-def _slots(rows: Packed) -> int:
-    return rows.values.shape[-3] * rows.values.shape[-1]
+def _layout(rows: Rows) -> Layout:
+    slots = rows.values.shape[-3] * rows.values.shape[-1] if isinstance(rows, Packed) else 0
+    return Layout(row_count(rows), slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +179,8 @@ class Plan:
     group: int
     kv_heads: int
     rows: int
-    key_slots: int
-    value_slots: int
+    key: Layout
+    value: Layout
     splits: int
     warps: int
     scale: float
@@ -290,14 +303,13 @@ class State:
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """One split of one KV head: a block, whose warps take every `warps`-th unit.
 
-    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values; where keys are centred
-    mean [B, K, H] and turns (`_turns`); out [heads, splits, G, H], m and l [heads, splits, G].
+    refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values, or either's dense rows;
+    where keys are centred mean [B, K, H] and turns (`_turns`); out [heads, splits, G, H], m and l [heads, splits, G].
     """
-    firsts, lasts, query, key_bitmap, key_values, value_bitmap, value_values, *mean_refs, out, m, l = refs  # noqa: E741
+    firsts, lasts, query, *inputs, out, m, l = refs  # noqa: E741
     block = w.block()
     head, split = block // plan.splits, block % plan.splits
-    key = Source(w, key_bitmap, key_values, head, plan.key_slots, plan)
-    value = Source(w, value_bitmap, value_values, head, plan.value_slots, plan)
+    key, value = (source(w, inputs, head, layout, plan) for layout in (plan.key, plan.value))
     first, last = (w.load(x, (head // plan.kv_heads) << 2, 1)[0] for x in (firsts, lasts))
     last = _smaller(w, last, w.integer(plan.rows))
     begin = split * plan.units_per_split
@@ -305,11 +317,11 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     begin = _larger(w, begin, first >> 5) + w.warp()
     at = Places.of(w, shared, plan)
     # in flight while the rest is made ready
-    loaded = [x for source in (key, value) for x in source.load(w, begin, at, begin < end)]
+    loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
     fragments = load_query(w, query, head, at, plan)
     mean: list[Register] = []
     if plan.centred:
-        mean_key, turns = mean_refs
+        mean_key, turns = inputs
         mean = begin_mean(w, mean_key, turns, head, begin, begin < end, at, plan)
     else:
         clear_tile(w, at, plan)
@@ -320,7 +332,6 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     )
 
     def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
-        loaded_key, loaded_value = key.entries(carry), value.entries(carry[key.registers :])
         state = State.from_flat(carry[key.registers + value.registers + len(mean) :], plan)
         next_mean = carry[key.registers + value.registers :][: len(mean)]
         if plan.centred:
@@ -328,13 +339,13 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
         token = unit * TOKENS + at.lane
         seen = w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
         ahead = unit + plan.warps
-        scatter(w, loaded_key, seen, at, plan)
+        key.unpack(w, carry, unit, seen, at, plan)
         next_key = key.load(w, ahead, at, ahead < end)
         w.sync_warp()
         multiply_keys(w, fragments, at, plan)
         w.sync_warp()
         weigh(w, state, seen, at, plan)
-        scatter(w, loaded_value, seen, at, plan)
+        value.unpack(w, carry[key.registers :], unit, seen, at, plan)
         next_value = value.load(w, ahead, at, ahead < end)
         w.sync_warp()
         add_values(w, state, at, plan)
@@ -356,40 +367,62 @@ def _larger(w: Warp, a: Register, b: Register) -> Register:
     return w.select(a < b, b, a)
 
 
-@dataclasses.dataclass
-class Entries:
-    """A unit's rows, one per lane.
-
-    Attributes:
-        words: of the bitmap.
-        values: the slots in order, two to a register.
-    """
-
-    words: list[Register]
-    values: list[Register]
-
-
-class Source:
+class PackedSource:
     """Packed rows of one KV head in global memory. A lane reads its token's row in pieces of one chunk of slots."""
 
-    def __init__(self, w: Warp, bitmap: Any, values: Any, head: Register, slots: int, plan: Plan) -> None:
-        self.words, self.slots = plan.words, slots
-        self.chunk = 8 if slots % 8 == 0 else 4
-        self.bitmap = w.row(bitmap, head, plan.rows * plan.words * 4)
-        self.values = w.row(values, head, plan.rows * slots * 2)
-        self.registers = plan.words + slots // 2
+    def __init__(self, w: Warp, bitmap: Any, values: Any, head: Register, layout: Layout, plan: Plan) -> None:
+        self.words, self.slots = plan.words, layout.slots
+        self.chunk = 8 if self.slots % 8 == 0 else 4
+        self.bitmap = w.row(bitmap, head, layout.rows * plan.words * 4)
+        self.values = w.row(values, head, layout.rows * self.slots * 2)
+        self.registers = plan.words + self.slots // 2
 
     def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
-        """Begin to load a unit's rows; undefined where not `where`."""
+        """Begin to load a unit's rows into registers; undefined where not `where`."""
         words = w.load(self.bitmap, (unit * TOKENS + at.lane) * (4 * self.words), self.words, where=where)
         offset = unit * (TOKENS * self.slots * 2) + at.lane * (2 * self.chunk)
         for i in range(self.slots // self.chunk):
             words += w.load(self.values, offset, self.chunk // 2, i * TOKENS * self.chunk * 2, where=where)
         return words
 
-    def entries(self, registers: list[Register]) -> Entries:
-        """What was loaded."""
-        return Entries(registers[: self.words], registers[self.words : self.registers])
+    def unpack(
+        self, w: Warp, registers: list[Register], _unit: Register, seen: Register, at: Places, plan: Plan
+    ) -> None:
+        """Store what was loaded in the tile."""
+        scatter(w, registers[: self.words], registers[self.words : self.registers], seen, at, plan)
+
+
+class DenseSource:
+    """Dense rows of one KV head in global memory. They are not loaded ahead: that would take too many registers."""
+
+    registers = 0
+
+    def __init__(self, w: Warp, ref: Any, head: Register, layout: Layout, plan: Plan) -> None:
+        self.rows = layout.rows
+        self.ref = w.row(ref, head, layout.rows * plan.head_dim * 2)
+
+    def load(self, _w: Warp, _unit: Register, _at: Places, _where: Register) -> list[Register]:
+        """Load nothing yet."""
+        return []
+
+    def unpack(
+        self, w: Warp, _registers: list[Register], unit: Register, seen: Register, at: Places, plan: Plan
+    ) -> None:
+        """Copy a unit's rows to the tile, a row per lane; zeros for tokens that are not seen."""
+        row = _smaller(w, unit * TOKENS + at.lane, w.integer(self.rows - 1)) * (plan.head_dim * 2)
+        column = at.tile + (at.lane << 2)
+        for pair in range(0, plan.pairs, 8):
+            low, high = (w.load(self.ref, row, 4, 2 * channel) for channel in (pair, pair + plan.pairs))
+            for i in range(8):
+                word = w.pick_halves(low[i // 2], high[i // 2], i % 2)
+                w.store_shared(column, [w.select(seen, word, w.integer(0))], (pair + i) * _ROW)
+
+
+def source(w: Warp, inputs: list[Any], head: Register, layout: Layout, plan: Plan) -> PackedSource | DenseSource:
+    """Rows of a KV head; takes their arrays off the front of `inputs`."""
+    if layout.slots == 0:
+        return DenseSource(w, inputs.pop(0), head, layout, plan)
+    return PackedSource(w, inputs.pop(0), inputs.pop(0), head, layout, plan)
 
 
 def load_query(w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> list[list[list[Register]]]:
@@ -487,32 +520,40 @@ def fill_tile(w: Warp, mean: list[Register], at: Places, plan: Plan) -> list[Reg
     return ahead
 
 
-def scatter(w: Warp, entries: Entries, seen: Register, at: Places, plan: Plan) -> None:
-    """Store the entries of the tokens that are seen in the tile.
+def scatter(w: Warp, words: list[Register], values: list[Register], seen: Register, at: Places, plan: Plan) -> None:
+    """Store a unit's entries in the tile, one row per lane, of the tokens that are seen.
 
     The word of pair p and token t stands at byte (32 p + t) * 4 of the tile, so a lane has a bank of its own and no
     two stores meet. There are three ways, of which a unit takes the first that suits all of its rows: rows with their
     entries spread as in most rows; full rows; any rows.
+
+    Args:
+        w: the warp.
+        words: of the bitmap.
+        values: the slots in order, two to a register.
+        seen: which tokens are.
+        at: the warp's places.
+        plan: the plan.
     """
-    words = [w.select(seen, x, w.integer(0)) for x in entries.words]
+    words = [w.select(seen, x, w.integer(0)) for x in words]
     column = at.tile + (at.lane << 2)
     # of the words' first channels
     places = [column + (32 * i % plan.pairs * _ROW + 32 * i // plan.pairs * 2) for i in range(plan.words)]
-    slots = 2 * len(entries.values)
+    slots = 2 * len(values)
     guess = Guess.of(slots, plan.words)
     counts = [w.count_bits(x) for x in words]
     total = functools.reduce(lambda a, b: a + b, counts)
 
     def usual(_: list[Register]) -> list[Register]:
-        scatter_from_both_ends(w, words, places, entries.values, guess)
+        scatter_from_both_ends(w, words, places, values, guess)
         return []
 
     def full(_: list[Register]) -> list[Register]:
-        scatter_from_both_ends(w, words, places, entries.values, None)
+        scatter_from_both_ends(w, words, places, values, None)
         return []
 
     def any_rows(_: list[Register]) -> list[Register]:
-        scatter_upwards(w, words, places, entries.values, total)
+        scatter_upwards(w, words, places, values, total)
         return []
 
     def unusual(_: list[Register]) -> list[Register]:

@@ -23,6 +23,26 @@ def test_computes_splits_that_fill_a_device(heads, rows, splits, monkeypatch):
     assert launch.decode_params(heads=heads, rows=rows).splits == splits
 
 
+@pytest.mark.parametrize(
+    ("heads", "rows", "splits"),
+    [
+        (256, 4096, 1),  # one wave
+        (64, 16384, 4),  # one wave
+        (8, 100, 1),
+        (8, 4096, 32),  # fewer tiles than places for blocks: a tile each
+        (140, 4096, 3),  # one split would leave half of the places idle
+    ],
+)
+def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits):
+    assert launch.mosaic_params(heads=heads, rows=rows).splits == splits
+
+
+@pytest.mark.parametrize("wrong", [{"splits": 0}, {"splits": 1, "warps": 6}])
+def test_refuses_what_no_block_can_be(wrong):
+    with pytest.raises(ValueError, match="multiple of 4 warps"):
+        launch.MosaicParams(**wrong)
+
+
 def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
     entries = [{"heads": 64, "tiles": 128, "splits": 7}, {"heads": 8, "tiles": 4, "splits": 4}]
     monkeypatch.setattr(launch, "_tuned", lambda device: entries)

@@ -61,6 +61,8 @@ CASES = [
     (1, 1, 16, 160, 64, 0.5, 0.5, F16, "unequal"),
     (1, 1, 8, 96, 128, 0.5, 0.7, F16, "unequal"),
     (1, 2, 2, 64, 128, 0.72, 0.96, F16, "magnitude"),
+    (1, 1, 2, 96, 128, 0, 0.5, F16, "magnitude"),
+    (1, 2, 1, 96, 64, 0.5, 0, BF16, "magnitude"),
 ]
 
 
@@ -82,12 +84,15 @@ def test_agrees_with_dense_attention(case, interpret):
 
 
 @pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize("params", [MosaicParams(1, 4), MosaicParams(3, 8)])
-def test_rows_outside_the_range_have_no_effect(params, interpret):
+@pytest.mark.parametrize(
+    ("params", "sparsities"),
+    [(MosaicParams(3, 8), (0.7, 0.5)), (MosaicParams(1, 4), (0, 0.5)), (MosaicParams(1, 4), (0.5, 0))],
+)
+def test_rows_outside_the_range_have_no_effect(params, sparsities, interpret):
     rng = np.random.default_rng(2)
     first, last = np.array([0, 0, 130, 40, 7]), np.array([0, 63, 200, 41, 7])
     query = jnp.asarray(rng.standard_normal((5, 1, 2, 64)), BF16)
-    (key, dense_key), (value, dense_value) = (rows_of(rng, (5, 1, 288, 64), BF16, s) for s in (0.7, 0.5))
+    (key, dense_key), (value, dense_value) = (rows_of(rng, (5, 1, 288, 64), BF16, s) for s in sparsities)
     row = np.arange(288)
     outside = (row < first[:, None]) | (row >= last[:, None])
     actual, _ = run(
@@ -147,6 +152,7 @@ def test_a_mean_stands_for_what_keys_do_not_hold(head_dim, dtype, interpret):
 CACHES = {  # config, capacity, lengths, window
     "whole": (mj.CompressionConfig(0.7, 0.5), 224, [216, 90], None),
     "centred": (mj.CompressionConfig.recommended(0.5, 0.5), 128, [128, 70], None),
+    "dense keys": (mj.CompressionConfig.recommended(0, 0.7), 96, [96, 1], None),
     "window": (mj.CompressionConfig(0.5, 0.7, rescale_values=True, sink_tokens=3), 192, [190, 20], 100),
     "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
 }
@@ -173,16 +179,6 @@ def test_attends_a_cache_as_xla_does(name, interpret, monkeypatch):
     assert rms_error_ratio(actual[some], expected[some]) < TOLERANCE[jnp.dtype(F16)]
 
 
-def test_leaves_dense_rows_to_the_next_implementation():
-    config = mj.CompressionConfig(0, 0.5)
-    cache = mj.LayerCache.init(config, batch=1, capacity=96, num_kv_heads=1, head_dim=64, dtype=F16)
-    query = jnp.ones((1, 1, 64), F16)
-    with pytest.raises(NotImplementedError, match="dense rows"):
-        mj.decode_attention(query, cache, implementation="mosaic_gpu")
-    out = mj.decode_attention(query, cache, implementation=("mosaic_gpu", "xla"))
-    np.testing.assert_array_equal(out, jnp.zeros_like(query))
-
-
 def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
     """Argument shapes; 0 slots: dense."""
 
@@ -207,6 +203,8 @@ def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
         (1, 1, 16, 160, 64, 20, 32, BF16),
         (1, 1, 7, 160, 128, 128, 36, BF16),
         (1, 1, 1, 32, 128, 4, 4, BF16),
+        (1, 1, 2, 160, 64, 20, 0, F16),
+        (1, 1, 2, 160, 128, 0, 36, BF16),
     ],
 )
 @pytest.mark.parametrize("centred", [False, True])
@@ -224,8 +222,7 @@ def test_lowers_for_cuda(sizes, centred):
         ((1, 1, 1, 64, 128, 40, 40, jnp.float32), "float32"),
         ((1, 1, 1, 64, 96, 40, 40, BF16), "head_dim=96"),
         ((1, 1, 17, 64, 128, 40, 40, BF16), "16 query heads"),
-        ((1, 1, 1, 64, 128, 0, 40, BF16), "dense rows"),
-        ((1, 1, 1, 64, 128, 40, 0, BF16), "dense rows"),
+        ((1, 1, 1, 64, 128, 0, 0, BF16), "both are dense"),
     ],
 )
 def test_says_what_it_cannot_run(sizes, message):
