@@ -234,7 +234,7 @@ def test_wrong_arguments_are_status_2(capsys, arguments, message):
 def test_the_command_runs_as_a_module():
     command = [sys.executable, "-m", "mustafar_jax.cli", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("usage: mustafar [-h] {generate,info}")
+    assert result.stdout.startswith("usage: mustafar [-h] {generate,info,eval}")
     assert result.stderr == ""
 
 
