@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import mustafar_jax as mj
 from benchmarks.origin import where
@@ -140,33 +140,40 @@ def main() -> None:
         "data": {file.name: fingerprint(file) for file in options.data},
         "where": where(),
     }
-    evaluators = {
-        name: Evaluator(
-            model, tokenizer, batch=options.batch, padding=max(len(each.prompt) for each in test), keep_dense=True
-        )
-        for name, test in tests.items()
-    }
     part, parts = map(int, options.part.split("/"))
     chosen = caches()[part::parts]
-    for cache in track(chosen, "caches", console=Console(stderr=True)):
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         for name, examples in tests.items():
-            _measure(cache, evaluators[name], examples, options.output / cache.name / name, settings)
+            shown = progress.add_task(name, total=len(examples))
+            runs = [(cache.kind, _run(cache, name, examples, options.output, settings)) for cache in chosen]
+            longest = max(len(example.prompt) for example in examples)
+            evaluator = Evaluator(model, tokenizer, batch=options.batch, padding=options.padding or longest)
+            evaluator.run_together(
+                runs, examples, lambda done, total, task=shown: progress.update(task, completed=done)
+            )
+            for cache, (_, run) in zip(chosen, runs, strict=True):
+                run.finish(_about(cache) | _metrics(model, cache, examples))
 
 
-def _measure(cache: Cache, evaluator: Evaluator, examples: list[Example], folder: pathlib.Path, settings: Any) -> None:
-    described = {"rule": cache.rule, "pruned": cache.pruned, "kind": repr(cache.kind)}
-    run = Run(folder, settings | described | {"examples": [example.id for example in examples]})
-    evaluator.run(cache.kind, examples, run)
-    longest = max(len(example.prompt) + len(example.gold) for example in examples if example.gold is not None)
+def _run(cache: Cache, test: str, examples: list[Example], output: pathlib.Path, settings: Any) -> Run:
+    ids = {"examples": [example.id for example in examples]}
+    return Run(output / cache.name / test, settings | _about(cache) | ids)
+
+
+def _about(cache: Cache) -> dict[str, Any]:
+    return {"rule": cache.rule, "pruned": cache.pruned, "kind": repr(cache.kind)}
+
+
+def _metrics(model: Any, cache: Cache, examples: list[Example]) -> dict[str, Any]:
+    """What holds for all of a test's examples."""
     config = cache.kind if isinstance(cache.kind, Config) else None
-    run.finish(
-        described
-        | {
-            "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
-            "true_sparsity": None if config is None else config.true_sparsity(evaluator.model.config.head_dim),
-            "bytes": cache_bytes(evaluator.model, cache.kind, longest),
-        }
-    )
+    longest = max(len(example.prompt) + len(example.gold) for example in examples if example.gold is not None)
+    return {
+        "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
+        "true_sparsity": None if config is None else config.true_sparsity(model.config.head_dim),
+        "bytes": cache_bytes(model, cache.kind, longest),
+    }
 
 
 def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Example]]:
@@ -234,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of needles (%(default)s)")
     parser.add_argument("--depths", type=int, default=10, help="of needles (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="examples at once (%(default)s)")
+    parser.add_argument(
+        "--padding", type=int, help="to multiples of which prompts are padded; the longest unless given"
+    )
     parser.add_argument("--dtype", default="float32", help="of weights and cache (%(default)s)")
     return parser
 

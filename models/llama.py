@@ -101,22 +101,34 @@ class Layer(nnx.Module):
 
     def __call__(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
         """Whole sequences from position 0 on, without a cache: hidden [B, S, D], lengths int32 [B] -> [B, S, D]."""
-        attended, _, _, _ = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward_in_chunks(hidden + attended)
+        return self.run_prompt(hidden, lengths)[0]
 
-    def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
-        """Run right-padded prompts, with dense attention, and put their keys and values into an empty cache.
+    def run_prompt(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Run right-padded prompts with dense attention, and give what a cache is filled with.
 
         Args:
             hidden: [B, S, D], the tokens at positions 0 to S - 1.
-            cache: this layer's empty cache.
             lengths: int32 [B], each prompt's tokens; what stands after them is never attended to.
+
+        Returns:
+            The layer's output [B, S, D]; query [B, S, N, H] and key [B, S, K, H] after RoPE; value [B, S, K, H]. They
+            mean nothing from `lengths` on.
+        """
+        attended, query, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
+        return self._feed_forward_in_chunks(hidden + attended), query, key, value
+
+    def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """Run right-padded prompts as `run_prompt` does, and put their keys and values into an empty cache.
+
+        Args:
+            hidden, lengths: as in `run_prompt`.
+            cache: this layer's empty cache.
 
         Returns:
             The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
         """
-        attended, query, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
-        return self._feed_forward_in_chunks(hidden + attended), prefill(cache, key, value, lengths, query=query)
+        hidden, query, key, value = self.run_prompt(hidden, lengths)
+        return hidden, prefill(cache, key, value, lengths, query=query)
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None

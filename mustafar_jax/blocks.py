@@ -1,12 +1,12 @@
 """Several given tokens at a time through a cache: what teacher forcing and the checking of drafted tokens need."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from mustafar_jax.cache import DenseCache, LayerCache, append
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
 from mustafar_jax.writes import write_rows
 
 
@@ -38,31 +38,54 @@ def extend(
     if query.shape[1] > cache.config.group:
         raise ValueError(f"query has {query.shape[1]} tokens; at most group={cache.config.group} are taken at a time")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    before = cache.lengths
-    position = before[:, None] + jnp.arange(query.shape[1])
-
-    def add(cache: LayerCache, token: tuple[jax.Array, ...]) -> tuple[LayerCache, None]:
-        query, key, value = token
-        return append(cache, key, value, query=query), None
-
-    grown, _ = lax.scan(add, cache, tuple(x.swapaxes(0, 1) for x in (query, key, value)))
-    after = _attend(query, *grown.to_dense()[:2], position, scale, sliding_window)
+    position = cache.lengths[:, None] + jnp.arange(query.shape[1])
+    columns = jnp.arange(cache.capacity)[None]
     if isinstance(cache, DenseCache):
-        return after, grown
-    # Tokens that come before the one that fills a group see that group as it was.
-    old_key, old_value, _ = cache.to_dense()
-    seen_key, seen_value = write_rows(old_key, key, before, axis=1), write_rows(old_value, value, before, axis=1)
-    early = _attend(query, seen_key, seen_value, position, scale, sliding_window)
-    packs = cache.config.packed_tokens(position + 1) > cache.config.packed_tokens(before)[:, None]
-    return jnp.where(packs[..., None, None], after, early), grown
+        grown = _extend_dense(cache, key, value)
+        visible = _visible(position, columns, sliding_window)
+        return _attend(query, grown.key, grown.value, visible, scale), grown
+    assert isinstance(cache, PackedCache)
+    packed = cache.packed_lengths
+    # Tokens before the one that fills a group see the group that leaves then as it was: its tokens are columns of
+    # their own, behind those of the cache.
+    early = cache.config.packed_tokens(position + 1) == packed[:, None]
+    filled = cache.lengths + jnp.minimum(early.sum(axis=1) + 1, query.shape[1])
+    full = cache.write_tokens(key, value, query, cache.lengths, filled)
+    after = full.pack_oldest(packed).write_tokens(key, value, query, cache.lengths, position[:, -1] + 1)
+    leaves = (after.packed_lengths > packed)[:, None]
+    group = cache.config.sink_tokens + packed[:, None] + jnp.arange(cache.config.group)
+    in_group = leaves & (columns >= group[:, :1]) & (columns <= group[:, -1:])
+    visible = [
+        _visible(position, columns, sliding_window) & ~(early[..., None] & in_group[:, None]),
+        _visible(position, group, sliding_window) & early[..., None] & leaves[..., None],
+    ]
+    held, as_it_was = after.to_dense()[:2], full.oldest_group(packed)
+    keys, values = (
+        jnp.concatenate([x, jnp.where(leaves[..., None, None], y, 0).swapaxes(1, 2)], axis=1)
+        for x, y in zip(held, as_it_was, strict=True)
+    )
+    return _attend(query, keys, values, jnp.concatenate(visible, axis=2), scale), after
 
 
-def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, position: jax.Array, scale: float, window: int | None
-) -> jax.Array:
-    """Causal attention of queries [B, n, N, H] at positions [B, n] on key and value [B, S, K, H]."""
-    distance = position[:, :, None] - jnp.arange(key.shape[1])
-    visible = (distance >= 0) & (distance < (key.shape[1] if window is None else window))
+def _extend_dense(cache: DenseCache, key: jax.Array, value: jax.Array) -> DenseCache:
+    lengths = cache.lengths + key.shape[1]
+    return dataclasses.replace(
+        cache,
+        key=write_rows(cache.key, key, cache.lengths, axis=1),
+        value=write_rows(cache.value, value, cache.lengths, axis=1),
+        lengths=jnp.minimum(lengths, cache.capacity),
+        overflow=cache.overflow | (lengths > cache.capacity),
+    )
+
+
+def _visible(position: jax.Array, columns: jax.Array, window: int | None) -> jax.Array:
+    """bool [B, n, s]: what queries at positions [B, n] see of tokens at positions [B or 1, s]."""
+    distance = position[..., None] - columns[:, None]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
+    """Attention in float32 of queries [B, n, N, H] on keys and values [B, s, K, H] where visible [B, n, s]."""
     dtype = query.dtype
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], scale=scale).astype(dtype)

@@ -423,12 +423,60 @@ class PackedCache(LayerCache):
             lengths=self.lengths + fits,
             overflow=self.overflow | ~fits,
         )
-        group, packed = self.config.group, self.packed_lengths
-        first = self._slot(self.config.sink_tokens + packed)  # the ring's oldest group
-        start = jnp.where(written.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
-        return written._pack(
-            _Leaving(key, value, first, start, jnp.full_like(first, group), rows=group, head_axis=1), names
+        return written.pack_oldest(self.packed_lengths, names)
+
+    def pack_oldest(self, packed: jax.Array, names: Names | None = None) -> "PackedCache":
+        """Prune and pack the oldest group of each sequence that has one to pack beside its `packed` [B] tokens."""
+        start = jnp.where(self.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
+        group = self._oldest(packed, start)
+        return self._pack(group, names or _present())
+
+    def oldest_group(self, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What stands in the oldest group of the rings of sequences of which `packed` [B] tokens are packed.
+
+        Keys and values [B, K, group, H].
+        """
+        group = self._oldest(packed, packed)
+        return group.taken(group.key), group.taken(group.value)
+
+    def _oldest(self, packed: jax.Array, start: jax.Array) -> _Leaving:
+        first = self._slot(self.config.sink_tokens + packed)
+        held, rows = jnp.full_like(first, self.config.group), self.config.group
+        return _Leaving(self.keys.dense, self.values.dense, first, start, held, rows=rows, head_axis=1)
+
+    def write_tokens(
+        self, key: jax.Array, value: jax.Array, query: jax.Array, origin: jax.Array, lengths: jax.Array
+    ) -> Self:
+        """Add tokens without packing any: those at the positions from each sequence's length up to `lengths` [B].
+
+        Args:
+            key, value: [B, n, K, H], n at most `config.group`, the first ones at the positions `origin` [B].
+            query: [B, n, N, H], read where a method scores with queries.
+            origin, lengths: see above; the ring must have room for the tokens.
+        """
+        sinks, tail = _dense_slots(self.config, self.capacity)
+        fits = jnp.minimum(lengths, self.capacity)
+        last, slot = fits[:, None] - 1, jnp.arange(sinks + tail)
+        # the last token that a slot of the ring has come to hold; at a position before the ring, there is none
+        in_ring = last - (last - slot) % tail
+        position = jnp.where(slot < sinks, jnp.where(slot <= last, slot, -1), jnp.where(in_ring >= sinks, in_ring, -1))
+        written = dataclasses.replace(
+            self,
+            keys=Store(self._with_tokens(self.keys.dense, key, position, origin), self.keys.packed),
+            values=Store(self._with_tokens(self.values.dense, value, position, origin), self.values.packed),
+            lengths=fits,
+            overflow=self.overflow | (lengths > self.capacity),
         )
+        if self.queries is None:
+            return written
+        queries = self._with_tokens(self.queries, query.astype(self.dtype), written._query_positions(), origin)
+        return dataclasses.replace(written, queries=queries)
+
+    def _with_tokens(self, slots: jax.Array, tokens: jax.Array, position: jax.Array, origin: jax.Array) -> jax.Array:
+        """Slots [B, K, s, H], with tokens [B, n, K, H] where `position` [B, s] is a new one's."""
+        index = (position - origin[:, None])[:, None, :, None]
+        new = jnp.take_along_axis(tokens.swapaxes(1, 2), index, axis=2, mode="clip")
+        return jnp.where((position >= self.lengths[:, None])[:, None, :, None], new, slots)
 
     def _with_query(self, query: jax.Array | None, fits: jax.Array) -> jax.Array | None:
         """The most recent queries with this one [B, N, H], of the sequences for whose token there is room."""

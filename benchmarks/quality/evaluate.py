@@ -16,7 +16,8 @@ from mustafar_jax.quality.forcing import Kind, compare, empty_cache, hidden_stat
 from mustafar_jax.quality.metrics import bootstrap
 from mustafar_jax.quality.runs import Record, Run
 
-Progress = Callable[[int, int], object]
+Progress = Callable[[float, int], object]
+"""Called as progress(done, total), in examples."""
 
 PADDING = 256
 """Prompts are padded to multiples of this, so that few shapes are compiled."""
@@ -29,14 +30,10 @@ class Evaluator:
         model, tokenizer: as `models.load` gives them.
         batch: examples at once.
         padding: prompts are padded to a multiple of this.
-        keep_dense: keep what dense caches lead to, for further kinds of caches on the same examples.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, batch: int = 8, padding: int = PADDING, keep_dense: bool = False
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, batch: int = 8, padding: int = PADDING) -> None:
         self.model, self.tokenizer, self.batch, self.padding = model, tokenizer, batch, padding
-        self._dense: dict[tuple[str, ...], jax.Array] | None = {} if keep_dense else None
 
     def run(self, kind: Kind, examples: Sequence[Example], run: Run, progress: Progress | None = None) -> None:
         """Evaluate the examples of which the run has no record.
@@ -45,16 +42,31 @@ class Evaluator:
             kind: how caches are compressed; examples with a given continuation are compared with dense ones as well.
             examples: with different ids.
             run: gets the records.
-            progress: called as progress(done, total) after each batch.
+            progress: called as progress(done, total) when some more of the examples are done, or a part of one.
         """
-        missing = run.missing(example.id for example in examples)
-        pending = [example for example in examples if example.id in missing]
+        self.run_together([(kind, run)], examples, progress)
+
+    def run_together(
+        self, runs: Sequence[tuple[Kind, Run]], examples: Sequence[Example], progress: Progress | None = None
+    ) -> None:
+        """`run` for several kinds of caches: what they have in common, the prompts, passes the model once."""
+        missing = [run.missing(example.id for example in examples) for _, run in runs]
+        pending = [example for example in examples if any(example.id in ids for ids in missing)]
         done = len(examples) - len(pending)
-        for batch in self._batches(pending):
-            run.add(self._force(kind, batch) if batch[0].gold is not None else self._write(kind, batch))
-            done += len(batch)
+
+        def report(more: float) -> None:
             if progress is not None:
-                progress(done, len(examples))
+                progress(done + more, len(examples))
+
+        report(0)
+        for batch in self._batches(pending):
+            asked = [i for i, ids in enumerate(missing) if any(example.id in ids for example in batch)]
+            answer = self._write if batch[0].gold is None else self._force
+            answers = answer([runs[i][0] for i in asked], batch, functools.partial(_times, report, len(batch)))
+            for i, records in zip(asked, answers, strict=True):
+                runs[i][1].add(record for record in records if record["id"] in missing[i])
+            done += len(batch)
+            report(0)
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
         """Examples that fit one shape, the longest first, so that what does not fit the memory fails at once."""
@@ -74,42 +86,37 @@ class Evaluator:
             raise ValueError(f"example {example.id}: {len(example.prompt)} tokens exceed the {room} there is room for")
         return min(room, -(-len(example.prompt) // self.padding) * self.padding)
 
-    def _force(self, kind: Kind, batch: list[Example]) -> list[Record]:
+    def _force(
+        self, kinds: Sequence[Kind], batch: list[Example], report: Callable[[float], object]
+    ) -> Iterator[list[Record]]:
         prompts, lengths = self._prompts(batch)
         gold = np.stack([example.gold for example in batch if example.gold is not None])
-        dense = hidden = self._dense_states([example.id for example in batch], prompts, lengths, gold)
-        if kind != generation.DENSE:
-            hidden = hidden_states(self.model, kind, prompts, lengths, gold)
-        scores = jax.tree.map(np.asarray, compare(self.model, dense, hidden, gold))
-        return [
-            {"id": example.id, "group": example.group, **example.info, "scores": _forced_scores(*tokens)}
-            for example, *tokens in zip(batch, *scores, strict=True)
-        ]
+        dense, *hidden = hidden_states(self.model, [generation.DENSE, *kinds], prompts, lengths, gold, report)
+        for scores in compare(self.model, dense, hidden, gold):
+            yield [
+                {"id": example.id, "group": example.group, **example.info, "scores": _forced_scores(*tokens)}
+                for example, *tokens in zip(batch, *map(np.asarray, scores), strict=True)
+            ]
 
-    def _dense_states(self, ids: list[str], *args: np.ndarray) -> jax.Array:
-        """`hidden_states` through a dense cache."""
-        if self._dense is None:
-            return hidden_states(self.model, generation.DENSE, *args)
-        if tuple(ids) not in self._dense:
-            self._dense[tuple(ids)] = hidden_states(self.model, generation.DENSE, *args)
-        return self._dense[tuple(ids)]
-
-    def _write(self, kind: Kind, batch: list[Example]) -> list[Record]:
-        if not isinstance(kind, CompressionConfig):
-            raise NotImplementedError(f"{kind} is simulated, for given continuations only")
+    def _write(
+        self, kinds: Sequence[Kind], batch: list[Example], report: Callable[[float], object]
+    ) -> Iterator[list[Record]]:
         prompts, lengths = self._prompts(batch)
         stop = {*self.model.config.eos_ids, *batch[0].stop}
-        result = generation.generate(
-            self.model,
-            prompts,
-            lengths=lengths,
-            max_new_tokens=batch[0].max_new_tokens,
-            config=kind,
-            eos_id=sorted(stop) or None,
-        )
-        return [
-            self._written(*each) for each in zip(batch, *map(np.asarray, (result.tokens, result.lengths)), strict=True)
-        ]
+        for done, kind in enumerate(kinds, start=1):
+            if not isinstance(kind, CompressionConfig):
+                raise NotImplementedError(f"{kind} is simulated, for given continuations only")
+            result = generation.generate(
+                self.model,
+                prompts,
+                lengths=lengths,
+                max_new_tokens=batch[0].max_new_tokens,
+                config=kind,
+                eos_id=sorted(stop) or None,
+            )
+            written = zip(batch, *map(np.asarray, (result.tokens, result.lengths)), strict=True)
+            yield [self._written(*each) for each in written]
+            report(done / len(kinds))
 
     def _written(self, example: Example, tokens: np.ndarray, length: int) -> Record:
         assert example.score is not None
@@ -123,6 +130,10 @@ class Evaluator:
         for row, example in zip(prompts, batch, strict=True):
             row[: len(example.prompt)] = example.prompt
         return prompts, np.asarray([len(example.prompt) for example in batch], np.int32)
+
+
+def _times(report: Callable[[float], object], factor: float, share: float) -> None:
+    report(factor * share)
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]]]:

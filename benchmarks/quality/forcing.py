@@ -1,6 +1,7 @@
 """What a model predicts of a given continuation, when the prompt before it lies in a compressed cache."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mustafar_jax.cache import LayerCache
+from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
 
 BLOCK = 32
@@ -56,49 +57,85 @@ def empty_cache(model: Any, kind: Kind, *, batch: int, capacity: int) -> LayerCa
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init))
 
 
-def hidden_states(model: Any, kind: Kind, prompt: np.ndarray, lengths: np.ndarray, continuation: np.ndarray) -> Any:
-    """Hidden states [B, n, D] from which the tokens of a continuation are predicted.
+def hidden_states(
+    model: Any,
+    kinds: Sequence[Kind],
+    prompt: np.ndarray,
+    lengths: np.ndarray,
+    continuation: np.ndarray,
+    progress: Callable[[float], object] | None = None,
+) -> list[jax.Array]:
+    """Hidden states [B, n, D] from which the tokens of a continuation are predicted, through each kind of cache.
+
+    Prompts are prefilled with dense attention whatever the cache, so they pass the model once for all kinds.
 
     Args:
-        model: a model of `mustafar_jax.models`, whose layers have `extend`.
-        kind: how caches are compressed.
+        model: a model of `mustafar_jax.models`, whose layers have `run_prompt` and `extend`.
+        kinds: how caches are compressed.
         prompt: int32 [B, S], padded on the right; prefilled.
         lengths: int32 [B], the prompts' own.
         continuation: int32 [B, n]; each token is appended to the cache, whatever the model would have written.
+        progress: called with the share of layers that is done, after each.
 
     Raises:
-        ValueError: where a token's entries did not fit their slots in the cache.
+        ValueError: where a token's entries did not fit their slots in a cache.
     """
     batch, count = continuation.shape
     blocks = -(-(count - 1) // BLOCK)
     following = np.zeros((batch, blocks * BLOCK), np.int32)
     following[:, : count - 1] = continuation[:, :-1]
-    capacity = prompt.shape[1] + following.shape[1]
-    hidden, after = _embed(model, jnp.asarray(prompt)), _embed(model, jnp.asarray(following))
-    overflow = jnp.zeros(batch, bool)
-    for layer in model.layers:
-        cache = empty_cache(model, kind, batch=batch, capacity=capacity)
-        hidden, after, over = _through_layer(layer, cache, hidden, after, jnp.asarray(lengths))
-        overflow |= over
-    if overflow.any():
-        raise ValueError(f"{kind}: a packed value needs more entries than its slots hold")
-    last = jnp.take_along_axis(hidden, jnp.asarray(lengths)[:, None, None] - 1, axis=1)
-    return jnp.concatenate([last, after[:, : count - 1]], axis=1)
+    capacity, own = prompt.shape[1] + following.shape[1], jnp.asarray(lengths)
+    hidden, after = _embed(model, jnp.asarray(prompt)), [_embed(model, jnp.asarray(following))] * len(kinds)
+    overflow = [jnp.zeros(batch, bool)] * len(kinds)
+    for done, layer in enumerate(model.layers, start=1):
+        hidden, *entries = _run_prompt(layer, hidden, own)
+        for i, kind in enumerate(kinds):
+            cache = empty_cache(model, kind, batch=batch, capacity=capacity)
+            after[i], over = _follow(layer, cache, entries, own, after[i])
+            overflow[i] |= over
+        if progress is not None:
+            jax.block_until_ready(overflow)
+            progress(done / len(model.layers))
+    for kind, over in zip(kinds, overflow, strict=True):
+        if over.any():
+            raise ValueError(f"{kind}: a packed value needs more entries than its slots hold")
+    last = jnp.take_along_axis(hidden, own[:, None, None] - 1, axis=1)
+    return [jnp.concatenate([last, states[:, : count - 1]], axis=1) for states in after]
 
 
 @jax.jit
-def compare(model: Any, dense: jax.Array, compressed: jax.Array, continuation: jax.Array) -> Scores:
-    """Score the tokens [B, n] of a continuation, given hidden states [B, n, D] through two caches."""
+def compare(model: Any, dense: jax.Array, compressed: Sequence[jax.Array], continuation: jax.Array) -> list[Scores]:
+    """Score the tokens [B, n] of a continuation, given hidden states [B, n, D] through a dense cache and others.
 
-    def score(token: tuple[jax.Array, jax.Array, jax.Array]) -> Scores:
-        dense, compressed, target = token
-        expected, predicted = (jax.nn.log_softmax(model.logits(hidden)) for hidden in (dense, compressed))
-        kl = jnp.sum(jnp.exp(expected) * (expected - predicted))
-        return Scores(-predicted[target], -expected[target], kl, jnp.argmax(predicted) == target)
+    Returns `Scores` for each of the others.
+    """
+    count, size = len(compressed), continuation.size
+    blocks = -(-size // TOKENS)
 
-    tokens = (dense.reshape(-1, dense.shape[-1]), compressed.reshape(-1, dense.shape[-1]), continuation.reshape(-1))
-    scores = lax.map(score, tokens, batch_size=TOKENS)
-    return Scores(*(leaf.reshape(continuation.shape) for leaf in scores))
+    def in_blocks(x: jax.Array) -> jax.Array:
+        """[B, n, ...] -> [blocks, TOKENS, ...], padded with zeros."""
+        x = x.reshape(size, *x.shape[2:])
+        return jnp.pad(x, [(0, blocks * TOKENS - size), *[(0, 0)] * (x.ndim - 1)]).reshape(blocks, TOKENS, *x.shape[1:])
+
+    def score(block: tuple[jax.Array, jax.Array, jax.Array]) -> Scores:
+        dense, compressed, target = block
+        expected = jax.nn.log_softmax(model.logits(dense))
+
+        def score_one(hidden: jax.Array) -> Scores:
+            predicted = jax.nn.log_softmax(model.logits(hidden))
+            loss, dense_loss = (-jnp.take_along_axis(x, target[:, None], axis=1)[:, 0] for x in (predicted, expected))
+            kl = jnp.sum(jnp.exp(expected) * (expected - predicted), axis=1)
+            return Scores(loss, dense_loss, kl, jnp.argmax(predicted, axis=1) == target)
+
+        return lax.map(score_one, compressed)
+
+    others = jnp.stack([in_blocks(hidden) for hidden in compressed], axis=1)
+    scores = lax.map(score, (in_blocks(dense), others, in_blocks(continuation)))  # [blocks, count, TOKENS] each
+
+    def of(leaf: jax.Array, i: int) -> jax.Array:
+        return leaf[:, i].reshape(-1)[:size].reshape(continuation.shape)
+
+    return [Scores(*(of(leaf, i) for leaf in scores)) for i in range(count)]
 
 
 @jax.jit
@@ -106,16 +143,26 @@ def _embed(model: Any, tokens: jax.Array) -> jax.Array:
     return model.embed(tokens)
 
 
-@functools.partial(jax.jit, donate_argnames=("hidden", "after"))
-def _through_layer(
-    layer: Any, cache: LayerCache, hidden: jax.Array, after: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Prompts [B, S, D] and what follows them [B, n, D] through one layer; and bool [B], whether its cache overflowed.
+# What a layer makes of a token depends on its own cache and the layer below alone, so all tokens may pass one layer
+# before any passes the next: one layer is compiled, and one layer's cache is held.
 
-    What a layer makes of a token depends on its own cache and the layer below alone, so all tokens may pass one layer
-    before any passes the next: one layer is compiled, and one layer's cache is held.
+
+@functools.partial(jax.jit, donate_argnames="hidden")
+def _run_prompt(layer: Any, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Prompts [B, S, D] through one layer; and its queries, keys and values."""
+    return layer.run_prompt(hidden, lengths)
+
+
+@jax.jit
+def _follow(
+    layer: Any, cache: LayerCache, entries: Sequence[jax.Array], lengths: jax.Array, after: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What follows prompts [B, n, D] through one layer; and bool [B], whether its cache overflowed.
+
+    The cache is filled with the prompts' `entries`: queries, keys and values.
     """
-    hidden, cache = layer.prefill(hidden, cache, lengths)
+    query, key, value = entries
+    cache = prefill(cache, key, value, lengths, query=query)
     blocks = after.reshape(after.shape[0], -1, BLOCK, after.shape[2]).swapaxes(0, 1)
 
     def step(cache: LayerCache, block: jax.Array) -> tuple[LayerCache, jax.Array]:
@@ -123,4 +170,4 @@ def _through_layer(
         return cache, out
 
     cache, outs = lax.scan(step, cache, blocks)
-    return hidden, outs.swapaxes(0, 1).reshape(after.shape), cache.overflow
+    return outs.swapaxes(0, 1).reshape(after.shape), cache.overflow

@@ -63,14 +63,14 @@ def forced(count=3, prompt=100, gold=40):
 def test_losses_are_those_of_token_by_token_decoding(model):
     text, kind = tokens(2, 140), mj.CompressionConfig.recommended(0.5, 0.7)
     args = text[:, :100], np.array([100, 100]), text[:, 100:]
-    dense, hidden = (hidden_states(model, each, *args) for each in (DENSE, kind))
-    scores = compare(model, dense, hidden, args[2])
+    dense, hidden = hidden_states(model, [DENSE, kind], *args)
+    [scores, same] = compare(model, dense, [hidden, dense], args[2])
     expected = [mj.log_likelihoods(model, text, prompt_length=100, config=each) for each in (kind, DENSE)]
     np.testing.assert_allclose(-scores.loss, expected[0], atol=2e-4)
     np.testing.assert_allclose(-scores.dense_loss, expected[1], atol=2e-4)
     assert (np.asarray(scores.kl) > -1e-6).all()
     assert scores.kl.mean() > 1e-3
-    np.testing.assert_allclose(compare(model, dense, dense, args[2]).kl, 0, atol=1e-6)
+    np.testing.assert_allclose(same.kl, 0, atol=1e-6)
 
 
 def test_divergence_and_the_likeliest_token(model):
@@ -78,7 +78,7 @@ def test_divergence_and_the_likeliest_token(model):
     rng = np.random.default_rng(1)
     dense, other = (jnp.asarray(rng.standard_normal((1, 3, 64)), jnp.float32) for _ in range(2))
     target = tokens(1, 3)
-    scores = compare(model, dense, other, target)
+    [scores] = compare(model, dense, [other], target)
     p, q = (np.asarray(jax.nn.softmax(model.logits(hidden)), np.float64) for hidden in (dense, other))
     np.testing.assert_allclose(scores.kl, (p * np.log(p / q)).sum(axis=-1), rtol=1e-3)
     np.testing.assert_array_equal(scores.best, q.argmax(axis=-1) == target)
@@ -86,16 +86,16 @@ def test_divergence_and_the_likeliest_token(model):
 
 def test_prompts_of_different_lengths_are_scored_as_alone(model):
     text, gold, other = tokens(2, 100), tokens(2, 40, seed=2), tokens(2, 100, seed=3)
-    both = hidden_states(model, PUBLISHED, text, np.array([100, 77]), gold)
+    [both] = hidden_states(model, [PUBLISHED], text, np.array([100, 77]), gold)
     other[0, :77] = text[1, :77]  # in another row, beside another prompt, before other padding
-    moved = hidden_states(model, PUBLISHED, other, np.array([77, 90]), gold[::-1])
+    [moved] = hidden_states(model, [PUBLISHED], other, np.array([77, 90]), gold[::-1])
     np.testing.assert_allclose(both[1], moved[0], atol=1e-4)
 
 
 def test_a_value_that_does_not_fit_is_an_error(model):
     config = mj.CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=8)
     with pytest.raises(ValueError, match="a packed value needs more entries than its slots hold"):
-        hidden_states(model, config, tokens(1, 100), np.array([100]), tokens(1, 3))
+        hidden_states(model, [PUBLISHED, config], tokens(1, 100), np.array([100]), tokens(1, 3))
 
 
 def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
@@ -108,7 +108,8 @@ def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
     evaluator.run(PUBLISHED, examples, run, lambda *report: reports.append(report))
     assert [record["id"] for record in run.records] == ["e0", "e1", "e2"]
     assert run.records[0]["scores"]["loss"] == -1.0
-    assert reports == [(3, 3)]  # both in one batch
+    # both in one batch, whose layers are parts of the work
+    assert reports == [(1, 3), *[(1 + 2 * done / LAYERS, 3) for done in range(1, LAYERS + 1)], (3, 3)]
     assert [record["depth"] for record in run.records] == [0, 1, 2]
     again = Run(tmp_path, {"task": "x"})
     assert again.records[0] == first
@@ -117,6 +118,23 @@ def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
     assert metrics["a"]["loss"]["n"] == 2
     losses = [record["scores"]["loss"] for record in again.records]
     assert metrics["all"]["loss"]["mean"] == pytest.approx(np.mean(losses))
+
+
+def test_kinds_together_are_scored_as_alone(model, tokenizer, tmp_path):
+    examples, kinds = forced(), {"dense": DENSE, "published": PUBLISHED, "int4": Quantised(4)}
+    evaluator = Evaluator(model, tokenizer, batch=2, padding=100)
+    runs = {name: Run(tmp_path / name, {}) for name in kinds}
+    evaluator.run(kinds["int4"], examples[1:2], runs["int4"])
+    runs["int4"].records[0]["scores"]["loss"] = -1.0  # what has a record is not evaluated again
+    evaluator.run_together([(kinds[name], runs[name]) for name in kinds], examples)
+    assert runs["int4"].records[0]["scores"]["loss"] == -1.0
+    for name, kind in kinds.items():
+        alone = Run(tmp_path / f"{name} alone", {})
+        evaluator.run(kind, examples, alone)
+        expected, found = ({r["id"]: r["scores"] for r in run.records} for run in (alone, runs[name]))
+        assert len(runs[name].records) == len(found) == 3
+        for id_ in found.keys() - ({"e1"} if name == "int4" else set()):
+            assert found[id_] == pytest.approx(expected[id_], abs=1e-5)
 
 
 def test_a_record_that_was_cut_short_is_made_again(tmp_path):
@@ -200,7 +218,7 @@ def test_a_quantised_cache_rounds_what_leaves_the_window(model):
     assert cache.nbytes == 2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 4) + 5
     assert cache_bytes(model, kind, 140)["held"] == cache_bytes(model, kind, 140)["own_count"] == LAYERS * cache.nbytes
     args = text[:, :100], np.array([100]), text[:, 100:]
-    dense = hidden_states(model, DENSE, *args)
-    kl = [compare(model, dense, hidden_states(model, Quantised(bits), *args), args[2]).kl.mean() for bits in (2, 8)]
+    dense, *rounded = hidden_states(model, [DENSE, Quantised(2), Quantised(8)], *args)
+    kl = [scores.kl.mean() for scores in compare(model, dense, rounded, args[2])]
     assert kl[0] > kl[1]
     assert kl[1] < 1e-3
