@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import mustafar_jax as mj
 from benchmarks.origin import where
@@ -33,6 +33,8 @@ from mustafar_jax.quality.quantised import Quantised
 from mustafar_jax.quality.runs import Run, fingerprint
 
 Config = mj.CompressionConfig
+
+TESTS = ["perplexity", "needle"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ def main() -> None:
         "where": where(),
     }
     part, parts = map(int, options.part.split("/"))
-    chosen = caches()[part::parts]
+    chosen = [cache for cache in caches() if re.search(options.only, cache.name)][part::parts]
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name, examples in tests.items():
@@ -149,11 +151,13 @@ def main() -> None:
             runs = [(cache.kind, _run(cache, name, examples, options.output, settings)) for cache in chosen]
             longest = max(len(example.prompt) for example in examples)
             evaluator = Evaluator(model, tokenizer, batch=options.batch, padding=options.padding or longest)
-            evaluator.run_together(
-                runs, examples, lambda done, total, task=shown: progress.update(task, completed=done)
-            )
+            evaluator.run_together(runs, examples, functools.partial(_show, progress, shown))
             for cache, (_, run) in zip(chosen, runs, strict=True):
                 run.finish(_about(cache) | _metrics(model, cache, examples))
+
+
+def _show(progress: Progress, task: TaskID, done: float, total: int) -> None:
+    progress.update(task, completed=done)
 
 
 def _run(cache: Cache, test: str, examples: list[Example], output: pathlib.Path, settings: Any) -> Run:
@@ -178,13 +182,15 @@ def _metrics(model: Any, cache: Cache, examples: list[Example]) -> dict[str, Any
 
 def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Example]]:
     """The examples of each test."""
-    where_to = {"lengths": options.lengths, "depths": options.depths}
-    return {
-        "perplexity": perplexity.examples(
-            tokenizer, options.data, windows=options.windows, prompt=options.prompt, continuation=options.continuation
-        ),
-        "needle": needle.needles(tokenizer, options.data[0], **where_to) + needle.passkeys(tokenizer, **where_to),
-    }
+    sizes = {name: getattr(options, name) for name in ("windows", "prompt", "continuation")}
+    where_to = {name: getattr(options, name) for name in ("lengths", "depths")}
+
+    def make(test: str) -> list[Example]:
+        if test == "perplexity":
+            return perplexity.examples(tokenizer, options.data, **sizes)
+        return needle.needles(tokenizer, options.data[0], **where_to) + needle.passkeys(tokenizer, **where_to)
+
+    return {test: make(test) for test in options.tests}
 
 
 def collect(folder: pathlib.Path) -> dict[str, Any]:
@@ -234,6 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[], help="text files")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/sweep"), help="(%(default)s)")
     parser.add_argument("--collect", type=pathlib.Path, help="write what --output holds to this file, and stop")
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS, help="(%(default)s)")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="caches whose folder's name matches")
     parser.add_argument("--part", default="0/1", help="do every n-th cache, from the i-th on: i/n (%(default)s)")
     parser.add_argument("--windows", type=int, default=16, help="of each text (%(default)s)")
     parser.add_argument("--prompt", type=int, default=1536, help="tokens prefilled (%(default)s)")

@@ -239,15 +239,17 @@ class Llama(nnx.Module):
         head = self.embed_tokens.embedding if self.config.tie_word_embeddings else self.lm_head.kernel
         return jnp.einsum("...d,vd->...v", self.norm(hidden), head[...], preferred_element_type=jnp.float32)
 
-    def init_cache(self, config: CompressionConfig, *, batch: int, capacity: int) -> tuple[LayerCache, ...]:
-        """One empty cache per layer, for `batch` sequences of up to `capacity` tokens."""
+    def init_cache(
+        self, config: CompressionConfig, *, batch: int, capacity: int, dtype: DTypeLike | None = None
+    ) -> tuple[LayerCache, ...]:
+        """One empty cache per layer, for `batch` sequences of up to `capacity` tokens, of the model's dtype if None."""
         options: dict[str, Any] = {
             "batch": batch,
             "capacity": capacity,
             "num_heads": self.config.num_heads,
             "num_kv_heads": self.config.num_kv_heads,
             "head_dim": self.config.head_dim,
-            "dtype": self.dtype,
+            "dtype": self.dtype if dtype is None else dtype,
             "inv_freq": rope_frequencies(self.config),
         }
         return tuple(LayerCache.init(config, **options) for _ in self.layers)

@@ -55,16 +55,14 @@ def extend(
     leaves = (after.packed_lengths > packed)[:, None]
     group = cache.config.sink_tokens + packed[:, None] + jnp.arange(cache.config.group)
     in_group = leaves & (columns >= group[:, :1]) & (columns <= group[:, -1:])
-    visible = [
-        _visible(position, columns, sliding_window) & ~(early[..., None] & in_group[:, None]),
-        _visible(position, group, sliding_window) & early[..., None] & leaves[..., None],
-    ]
+    of_cache = _visible(position, columns, sliding_window) & ~(early[..., None] & in_group[:, None])
+    of_group = _visible(position, group, sliding_window) & early[..., None] & leaves[..., None]
     held, as_it_was = after.to_dense()[:2], full.oldest_group(packed)
     keys, values = (
         jnp.concatenate([x, jnp.where(leaves[..., None, None], y, 0).swapaxes(1, 2)], axis=1)
         for x, y in zip(held, as_it_was, strict=True)
     )
-    return _attend(query, keys, values, jnp.concatenate(visible, axis=2), scale), after
+    return _attend(query, keys, values, jnp.concatenate([of_cache, of_group], axis=2), scale), after
 
 
 def _extend_dense(cache: DenseCache, key: jax.Array, value: jax.Array) -> DenseCache:

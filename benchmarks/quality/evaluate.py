@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mustafar_jax import generation
@@ -149,8 +150,11 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]
 
 
 def cache_bytes(model: Any, kind: Kind, capacity: int) -> dict[str, float]:
-    """Bytes of one sequence's caches, all layers: held, of a dense one, and with only the slots that masks fill."""
-    cache = jax.eval_shape(functools.partial(empty_cache, model, kind, batch=1, capacity=capacity))
+    """Bytes of one sequence's caches, all layers: held, of a dense one, and with only the slots that masks fill.
+
+    Those of bfloat16 caches, as are used where bytes matter, whatever dtype the model is evaluated in.
+    """
+    cache = jax.eval_shape(functools.partial(empty_cache, model, kind, batch=1, capacity=capacity, dtype=jnp.bfloat16))
     layers = model.config.num_layers
     spare = _spare_slots(cache) * cache.dtype.itemsize if isinstance(cache, PackedCache) else 0
     return {

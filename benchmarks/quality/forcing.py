@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
@@ -22,8 +23,8 @@ TOKENS = 256
 class CacheKind(Protocol):
     """What caches to measure, if not those of a `CompressionConfig`; hashable."""
 
-    def init_cache(self, model: Any, *, batch: int, capacity: int) -> LayerCache:
-        """One layer's empty cache, in which everything is 0."""
+    def init_cache(self, model: Any, *, batch: int, capacity: int, dtype: DTypeLike | None = None) -> LayerCache:
+        """One layer's empty cache, in which everything is 0; of the model's dtype if None."""
 
 
 Kind = CompressionConfig | CacheKind
@@ -45,13 +46,13 @@ class Scores(NamedTuple):
     best: jax.Array
 
 
-def empty_cache(model: Any, kind: Kind, *, batch: int, capacity: int) -> LayerCache:
-    """One layer's empty cache."""
+def empty_cache(model: Any, kind: Kind, *, batch: int, capacity: int, dtype: DTypeLike | None = None) -> LayerCache:
+    """One layer's empty cache, of the model's dtype if None."""
 
     def init() -> LayerCache:
         if isinstance(kind, CompressionConfig):
-            return model.init_cache(kind, batch=batch, capacity=capacity)[0]
-        return kind.init_cache(model, batch=batch, capacity=capacity)
+            return model.init_cache(kind, batch=batch, capacity=capacity, dtype=dtype)[0]
+        return kind.init_cache(model, batch=batch, capacity=capacity, dtype=dtype)
 
     # Of the caches of all layers, one is needed at a time: take its shapes, and fill those with the zeros they hold.
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init))

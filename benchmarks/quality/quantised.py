@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mustafar_jax.cache import PackedCache, Rows, Store
 from mustafar_jax.config import CompressionConfig
@@ -28,9 +29,9 @@ class Quantised:
     bits: int
     config: CompressionConfig = dataclasses.field(default_factory=CompressionConfig)
 
-    def init_cache(self, model: Any, *, batch: int, capacity: int) -> "QuantisedCache":
-        """One layer's empty cache."""
-        pruned = model.init_cache(self.config, batch=batch, capacity=capacity)[0]
+    def init_cache(self, model: Any, *, batch: int, capacity: int, dtype: DTypeLike | None = None) -> "QuantisedCache":
+        """One layer's empty cache, of the model's dtype if None."""
+        pruned = model.init_cache(self.config, batch=batch, capacity=capacity, dtype=dtype)[0]
         assert isinstance(pruned, PackedCache)
         fields = {field.name: getattr(pruned, field.name) for field in dataclasses.fields(pruned)}
         stores = {name: Store(fields[name].dense, _zeros(fields[name].packed)) for name in ("keys", "values")}

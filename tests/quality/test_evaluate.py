@@ -184,9 +184,9 @@ def test_bytes_at_the_masks_own_count(model):
     config = mj.CompressionConfig(0, 0.7, v_method="channel_magnitude")
     held = cache_bytes(model, config, 1056)
     packed = 1024
-    assert held["dense"] == LAYERS * 2 * 1056 * HEAD_DIM * 4
+    assert held["dense"] == LAYERS * 2 * 1056 * HEAD_DIM * 2  # of 16 bits, whatever the model is evaluated in
     # All 32 slots of a value have room, of which 10 are filled on average.
-    assert held["held"] - held["own_count"] == LAYERS * packed * (32 - 10) * 4
+    assert held["held"] - held["own_count"] == LAYERS * packed * (32 - 10) * 2
     paper = cache_bytes(model, PUBLISHED, 1056)
     assert paper["held"] == paper["own_count"]
 
@@ -216,7 +216,8 @@ def test_a_quantised_cache_rounds_what_leaves_the_window(model):
     np.testing.assert_array_equal(keys[0, :32, 0], quantise(key[0, :32, 0].T, 4).T)
     # 96 of 140 tokens can be packed: 5 bits a number, beside 64 slots of the ring, lengths and flags.
     assert cache.nbytes == 2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 4) + 5
-    assert cache_bytes(model, kind, 140)["held"] == cache_bytes(model, kind, 140)["own_count"] == LAYERS * cache.nbytes
+    held = LAYERS * (2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 2) + 5)
+    assert cache_bytes(model, kind, 140)["held"] == cache_bytes(model, kind, 140)["own_count"] == held
     args = text[:, :100], np.array([100]), text[:, 100:]
     dense, *rounded = hidden_states(model, [DENSE, Quantised(2), Quantised(8)], *args)
     kl = [scores.kl.mean() for scores in compare(model, dense, rounded, args[2])]
