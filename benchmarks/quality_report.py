@@ -95,7 +95,9 @@ def main() -> None:
     """Draw, and fill the document."""
     options = _parser().parse_args()
     for file in options.results:
-        plot(json.loads(file.read_text(encoding="utf-8")), file.with_suffix(".png"))
+        results = json.loads(file.read_text(encoding="utf-8"))
+        plot(results, file.with_suffix(".png"))
+        plot_frontier(results, file.with_name(f"{file.stem}_frontier.png"))
     text = options.docs.read_text(encoding="utf-8")
     options.docs.write_text(fill(text, options.docs.parent), encoding="utf-8")
 
@@ -119,35 +121,66 @@ def fill(text: str, folder: pathlib.Path) -> str:
 
 
 def plot(results: Results, file: pathlib.Path) -> None:
-    """Divergence from dense against bytes held: below and to the left is better."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    """Divergence from dense against bytes held, of each rule: below and to the left is better."""
     rows = [row for row in results["rows"] if "perplexity" in row["tests"] and row["rule"] != "dense"]
     panels = [pruned for pruned in ("K", "V", "K+V") if any(row["pruned"] == pruned for row in rows)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 5), sharey=True, squeeze=False)
-    for axis, pruned in zip(axes[0], panels, strict=True):
+    figure, axes = _panels(len(panels), results)
+    for axis, pruned in zip(axes, panels, strict=True):
         alike = [row for row in rows if row["pruned"] == pruned]
         for rule in dict.fromkeys(row["rule"] for row in alike):
-            points = [_point(row) for row in alike if row["rule"] == rule]
-            held, mean, low, high = np.array(points).T
+            points = [_point(row, "kl") for row in alike if row["rule"] == rule]
+            held, mean, low, high = np.array(sorted(points)).T
             axis.errorbar(held, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=rule)
-        axis.set(xlabel="bytes held, % of dense", yscale="log", title=f"{pruned} compressed")
-        axis.grid(alpha=0.3)
+        axis.set(yscale="log", title=f"{pruned} compressed", ylabel="mean KL to dense, nats per token")
         axis.legend(fontsize=8)
-    axes[0, 0].set_ylabel("mean KL to dense, nats per token (95 % interval)")
-    figure.suptitle(conditions(results)[0], fontsize=9)
-    figure.tight_layout()
     figure.savefig(file, dpi=100)
-    pyplot.close(figure)
 
 
-def _point(row: Row) -> tuple[float, float, float, float]:
+def plot_frontier(results: Results, file: pathlib.Path) -> None:
+    """Loss over dense, and divergence from it, against bytes held: what no other cache beats in both is joined."""
+    rows = [row for row in results["rows"] if "perplexity" in row["tests"] and row["pruned"] == "K+V"]
+    figure, axes = _panels(2, results)
+    for axis, (name, label) in zip(axes, {"increase": "loss over dense", "kl": "KL to dense"}.items(), strict=True):
+        points = [_point(row, name) for row in rows]
+        for row, (held, mean, low, high) in zip(rows, points, strict=True):
+            axis.errorbar(held, mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
+            axis.annotate(
+                _label(row).replace(" K+V", ""), (held, mean), fontsize=6, xytext=(4, 2), textcoords="offset points"
+            )
+        best = frontier([(held, mean) for held, mean, _, _ in points])
+        axis.plot(*zip(*best, strict=True), color="gray", linestyle=":", zorder=0)
+        axis.set_ylabel(f"mean {label}, nats per token")
+        axis.set_yscale("symlog", linthresh=0.01)  # a loss may lie below dense's
+    figure.savefig(file, dpi=100)
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of which no other is as small in both numbers, by the first."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def _panels(count: int, results: Results) -> tuple[Any, Any]:
+    """A figure and its axes, side by side, against bytes held."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * count, 5), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis in axes:
+        axis.set_xlabel("bytes held, % of dense")
+        axis.grid(alpha=0.3)
+    figure.suptitle(conditions(results)[0] + " Bars: 95 % intervals.", fontsize=9)
+    return figure, axes
+
+
+def _point(row: Row, score: str) -> tuple[float, float, float, float]:
+    """Bytes held, % of dense; a score's mean and its interval."""
     test = row["tests"]["perplexity"]
-    kl = bootstrap(test["scores"]["kl"])
-    return 100 * test["bytes"]["held"] / test["bytes"]["dense"], kl["mean"], kl["low"], kl["high"]
+    found = bootstrap(test["scores"][score])
+    return 100 * test["bytes"]["held"] / test["bytes"]["dense"], found["mean"], found["low"], found["high"]
 
 
 def _ratio(scores: list[float], others: list[float], draws: int = 2000) -> tuple[float, float, float]:

@@ -60,10 +60,18 @@ def test_documents_are_filled_again(results, tmp_path):
         quality_report.fill("<!-- chart: sweep.json -->\n<!-- end -->", tmp_path)
 
 
-def test_plot(results, tmp_path):
+def test_plots(results, tmp_path):
     pytest.importorskip("matplotlib")
-    quality_report.plot(results, tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    results["rows"].append(row("ThinK", "K+V", [2.0, 6.0], "ThinK-K-V-0.5"))
+    for draw in (quality_report.plot, quality_report.plot_frontier):
+        draw(results, tmp_path / "drawn.png")
+        assert (tmp_path / "drawn.png").stat().st_size > 10_000
+        (tmp_path / "drawn.png").unlink()
+
+
+def test_frontier():
+    points = [(40, 0.2), (30, 0.3), (35, 0.4), (50, 0.2), (60, 0.1)]
+    assert quality_report.frontier(points) == [(30, 0.3), (40, 0.2), (60, 0.1)]
 
 
 def test_the_documents_tables_are_those_of_the_results():
