@@ -9,7 +9,7 @@ from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention
 from mustafar_jax.blocks import extend
 from tests.helpers import CONFIGS, rope_frequencies
 
-BATCH, KV_HEADS, HEADS, HEAD_DIM, CAPACITY = 2, 2, 4, 32, 160
+BATCH, KV_HEADS, HEADS, HEAD_DIM, CAPACITY = 5, 2, 4, 32, 160
 ALL = CONFIGS | {"output-aware": CompressionConfig(0.7, 0.5, k_method="output_aware", v_method="channel_output_aware")}
 WINDOWS = {"dense": 50, "published": None, "recommended": 50, "no window": None, "output-aware": None}
 
@@ -32,7 +32,7 @@ def test_equals_token_by_token(name, window):
         inv_freq=rope_frequencies(HEAD_DIM),
     )
     prompt = [random(rng, BATCH, 100, heads, HEAD_DIM) for heads in (KV_HEADS, KV_HEADS, HEADS)]
-    cache = jax.jit(prefill)(cache, *prompt[:2], jnp.array([100, 63]), query=prompt[2])
+    cache = jax.jit(prefill)(cache, *prompt[:2], jnp.array([100, 63, 0, 2, 36]), query=prompt[2])
     tokens = [random(rng, BATCH, 32, heads, HEAD_DIM) for heads in (KV_HEADS, KV_HEADS, HEADS)]
     blocks = jax.jit(extend, static_argnames="sliding_window")
     out, grown = blocks(cache, tokens[2], *tokens[:2], sliding_window=window)
