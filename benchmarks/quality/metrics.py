@@ -24,12 +24,28 @@ def bootstrap(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> d
     Raises:
         ValueError: no value.
     """
-    if len(values) == 0:
-        raise ValueError("values=[] has no mean; wanted at least one")
-    given = np.asarray(values, np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(given), (draws, len(given)))
-    low, high = np.quantile(given[picks].mean(axis=1), [0.025, 0.975])
-    return {"mean": float(given.mean()), "low": float(low), "high": float(high), "n": len(given)}
+    return bootstrap_groups([values], draws=draws, seed=seed)
+
+
+def bootstrap_groups(groups: Sequence[Sequence[float]], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """The mean of the groups' means with its 95 % interval, by drawing as many values of each group again.
+
+    RULER's and LongBench's averages over tasks are such means: a task counts once, however many examples it has.
+
+    Returns:
+        {"mean", "low", "high", "n"}, n of all groups together.
+
+    Raises:
+        ValueError: no group, or one without a value.
+    """
+    if not groups or not all(map(len, groups)):
+        raise ValueError(f"{groups=} has no mean; wanted at least one value in each group")
+    rng = np.random.default_rng(seed)
+    given = [np.asarray(group, np.float64) for group in groups]
+    drawn = [group[rng.integers(0, len(group), (draws, len(group)))].mean(axis=1) for group in given]
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    mean = float(np.mean([group.mean() for group in given]))
+    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, given))}
 
 
 def qa_f1(prediction: str, answer: str) -> float:

@@ -163,3 +163,16 @@ def test_bootstrap():
     assert metrics.bootstrap([2.0]) == {"mean": 2, "low": 2, "high": 2, "n": 1}
     with pytest.raises(ValueError, match="has no mean"):
         metrics.bootstrap([])
+
+
+def test_bootstrap_of_groups():
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(0, 1, 100).tolist(), rng.normal(6, 3, 900).tolist()]
+    found = metrics.bootstrap_groups(groups)
+    assert found["mean"] == pytest.approx((np.mean(groups[0]) + np.mean(groups[1])) / 2)
+    assert found["n"] == 1000
+    half = 1.96 * np.sqrt(1 / 100 + 9 / 900) / 2  # each group is drawn from on its own
+    assert found["low"] == pytest.approx(found["mean"] - half, abs=0.03)
+    assert found["high"] == pytest.approx(found["mean"] + half, abs=0.03)
+    with pytest.raises(ValueError, match="at least one value in each group"):
+        metrics.bootstrap_groups([[1.0], []])
