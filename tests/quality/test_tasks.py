@@ -1,5 +1,6 @@
 """What the evaluations ask, and what they say of bad data."""
 
+import argparse
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mustafar_jax.quality import choice, longbench, metrics, needle, perplexity, ruler
 from mustafar_jax.quality.examples import first_tokens, read_rows, read_text, tokens_after, tokens_of
+from mustafar_jax.quality.tasks import TASKS
 
 SENTENCES = " ".join(f"Sentence {i} tells of nothing much." for i in range(400))
 
@@ -580,3 +582,17 @@ def test_texts_that_are_none(tmp_path):
 
 def test_first_tokens(byte_tokenizer):
     assert first_tokens(byte_tokenizer) == [256]
+
+
+# the command line
+
+
+def test_flags_of_ruler():
+    parser = argparse.ArgumentParser()
+    for flag, settings in TASKS["ruler"].options.items():
+        parser.add_argument(flag, **settings)
+    assert parser.parse_args(["--tasks", "vt", "qa_1"]).tasks == ["vt", "qa_1"]
+    assert parser.parse_args([]).tasks == []
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--tasks", "niah"])
+    assert "prompt and answer together" in parser.format_help()
