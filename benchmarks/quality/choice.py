@@ -1,6 +1,13 @@
 """Multiple choice, as in L-Eval's closed tasks: of the answers given, which does the model find likeliest?
 
-Rows of JSON Lines files: {"context": ..., "question": ..., "choices": [...], "answer": index of the right one}.
+A file holds JSON Lines, one object per line, with the fields
+
+    context   text, the document
+    question  text
+    choices   list of texts, none of them empty
+    answer    int, the index of the right choice, from 0
+
+The prompt is the document, then the question; each choice is scored behind a blank.
 """
 
 import pathlib
@@ -9,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from mustafar_jax.quality.examples import Example, Problem, first_tokens, read_rows, tokens_of
+from mustafar_jax.quality.examples import (
+    Example,
+    Problem,
+    first_tokens,
+    read_rows,
+    tokens_after,
+    tokens_of,
+    usable,
+)
 from mustafar_jax.quality.longbench import cut_middle
 from mustafar_jax.quality.runs import Record
 
@@ -17,7 +32,7 @@ _FIELDS = {"context": str, "question": str, "choices": list, "answer": int}
 
 
 def examples(tokenizer: Any, files: Sequence[pathlib.Path], *, context: int) -> tuple[list[Example], list[Problem]]:
-    """One example for each choice of each question, to be scored by likelihood, and the lines that are left out.
+    """One example for each choice of each question, to be scored by likelihood, and what is left out.
 
     Args:
         tokenizer: the model's.
@@ -25,7 +40,7 @@ def examples(tokenizer: Any, files: Sequence[pathlib.Path], *, context: int) -> 
         context: tokens that the model takes at most; of a longer document the middle is cut out.
 
     Raises:
-        ValueError: a file without a usable line.
+        ValueError: no usable line in any file.
     """
     found: list[Example] = []
     problems: list[Problem] = []
@@ -33,12 +48,11 @@ def examples(tokenizer: Any, files: Sequence[pathlib.Path], *, context: int) -> 
         rows, bad = read_rows(file, _FIELDS)
         problems += bad
         for line, row in rows:
-            what = _problem(row)
-            if what:
-                problems.append(Problem(file.name, line, what))
-            else:
+            try:
                 found += _choices(tokenizer, file.stem, line, row, context)
-    return found, problems
+            except ValueError as error:
+                problems.append(Problem(str(file), line, str(error)))
+    return usable(found, problems)
 
 
 def accuracy(records: Sequence[Record]) -> list[Record]:
@@ -60,23 +74,25 @@ def _likeliest(choices: list[Record]) -> Record:
     return min(choices, key=lambda record: record["scores"]["loss"])
 
 
-def _problem(row: dict[str, Any]) -> str:
+def _check(row: dict[str, Any]) -> None:
     choices, answer = row["choices"], row["answer"]
-    wrong = [choice for choice in choices if not isinstance(choice, str) or not choice]
-    if wrong:
-        return f"field 'choices' holds {wrong[0]!r:.60}; wanted text"
-    if isinstance(answer, bool) or not 0 <= answer < len(choices):
-        return f"field 'answer' is {answer}; wanted 0 .. {len(choices) - 1}, an index into 'choices'"
-    return ""
+    if not all(choices):
+        raise ValueError("field 'choices' holds ''; wanted text")
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"field 'answer' is {answer}; wanted 0 .. {len(choices) - 1}, an index into 'choices'")
 
 
 def _choices(tokenizer: Any, group: str, line: int, row: dict[str, Any], context: int) -> list[Example]:
-    before, document = first_tokens(tokenizer), tokens_of(tokenizer, row["context"])
-    question = tokens_of(tokenizer, f"\n\nQuestion: {row['question']}\nAnswer:")
-    golds = [tokens_of(tokenizer, f" {choice}") for choice in row["choices"]]
-    room = context - len(before) - len(question) - max(map(len, golds))
-    first, last = cut_middle(document, room)
-    prompt = np.asarray([*before, *first, *last, *question], np.int32)
+    """The examples of a question; ValueError says why there are none."""
+    _check(row)
+    question = f"\n\nQuestion: {row['question']}\nAnswer:"
+    before, after = first_tokens(tokenizer), tokens_after(tokenizer, question)
+    golds = [tokens_after(tokenizer, f" {choice}", before=question) for choice in row["choices"]]
+    beside = len(before) + len(after) + max(map(len, golds))
+    if context - beside < 1:
+        raise ValueError(f"{context=} leaves no room for the document beside {beside} tokens of question and choice")
+    first, last = cut_middle(tokens_of(tokenizer, row["context"]), context - beside)
+    prompt = np.asarray([*before, *first, *last, *after], np.int32)
     return [
         Example(
             f"{group}:{line}:{index}",

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ class Example:
         group: metrics are given for each group and for all examples.
         gold: int32 [n], the continuation to score; None where the model writes.
         max_new_tokens: that the model writes.
+        min_new_tokens: that it writes before a token may end it.
         stop: tokens that end what it writes, beside the model's own.
         score: what it wrote -> 0 .. 1.
         info: what else its record says.
@@ -29,21 +30,23 @@ class Example:
     group: str = ""
     gold: np.ndarray | None = None
     max_new_tokens: int = 0
+    min_new_tokens: int = 0
     stop: tuple[int, ...] = ()
     score: Callable[[str], float] | None = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class Problem:
-    """What is wrong with a line of a data file; the lines are counted from 1."""
+    """What is wrong with a line of a data file, counted from 1, or, as line 0, with all of it."""
 
     file: str
     line: int
     what: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.what}"
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {self.what}"
 
 
 Row = tuple[int, dict[str, Any]]
@@ -53,11 +56,9 @@ def read_rows(file: pathlib.Path, fields: Mapping[str, type | tuple[type, ...]])
     """The objects of a JSON Lines file with their line numbers, and what is wrong with the lines that are left out.
 
     Args:
-        file: UTF-8, one JSON object per line; empty lines are skipped.
-        fields: that an object must have, and their types; a list must hold something.
-
-    Raises:
-        ValueError: no line is of use, with the first one's problem.
+        file: UTF-8, one JSON object per line; empty lines are skipped. Without a usable line it has one
+            problem, of the file.
+        fields: that an object must have, and their types; a list must hold texts, of which one is not empty.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
@@ -65,14 +66,22 @@ def read_rows(file: pathlib.Path, fields: Mapping[str, type | tuple[type, ...]])
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            what = _problem(line, fields)
-            if what:
-                problems.append(Problem(file.name, number, what))
-            else:
-                rows.append((number, json.loads(line)))
+            try:
+                rows.append((number, _row(line, fields)))
+            except ValueError as error:
+                problems.append(Problem(str(file), number, str(error)))
     if not rows:
-        raise ValueError(f"{file} holds no usable line" + (f"; the first problem is {problems[0]}" if problems else ""))
+        first = f"; the first problem is in line {problems[0].line}: {problems[0].what}" if problems else ""
+        problems = [Problem(str(file), 0, f"no usable line{first}")]
     return rows, problems
+
+
+def usable(examples: list[Example], problems: Iterable[Problem]) -> tuple[list[Example], list[Problem]]:
+    """What an evaluation has found, the problems by file and line; ValueError where there is no example."""
+    ordered = sorted(problems)
+    if not examples:
+        raise ValueError(f"nothing to evaluate: {'; '.join(map(str, ordered[:3]))}")
+    return examples, ordered
 
 
 def read_text(file: pathlib.Path) -> str:
@@ -93,27 +102,60 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
     )  # verbose: it warns of long texts
 
 
+def tokens_after(tokenizer: Any, text: str, before: str = "a") -> list[int]:
+    """The tokens of a text that continues another one.
+
+    SentencePiece tokenizers put a blank before the first word of a text, so " 7" alone begins with two of them. Both
+    texts are encoded together, therefore, and the tokens of the first taken off. Where tokens span the seam, the text's
+    own are given.
+    """
+    head, whole = tokens_of(tokenizer, before), tokens_of(tokenizer, before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else tokens_of(tokenizer, text)
+
+
 def first_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer puts before every text."""
     with_text, text = tokenizer("a")["input_ids"], tokens_of(tokenizer, "a")
     return list(with_text[: with_text.index(text[0])])
 
 
-def _problem(line: bytes, fields: Mapping[str, type | tuple[type, ...]]) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"no JSON: {error}"
+def _row(line: bytes, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """A line's object; ValueError says what is wrong with it."""
+    row = _parsed(line)
     if not isinstance(row, dict):
-        return f"a JSON {type(row).__name__}; wanted an object"
+        raise ValueError(f"a JSON {type(row).__name__}; wanted an object")
     for name, kind in fields.items():
         if name not in row:
-            return f"no field {name!r}; it has {sorted(row)}"
-        if not isinstance(row[name], kind):
-            return f"field {name!r} is {row[name]!r:.60}; wanted {_names(kind)}"
-        if isinstance(row[name], list) and not row[name]:
-            return f"field {name!r} is an empty list"
-    return ""
+            raise ValueError(f"no field {name!r}; it has {sorted(row)}")
+        value = row[name]
+        if not isinstance(value, kind) or isinstance(value, bool):  # true is an int to Python
+            raise ValueError(f"field {name!r} is {value!r:.60}; wanted {_names(kind)}")
+        if isinstance(value, list):
+            _check_texts(name, value)
+    return row
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a character, {error.object[error.start]!r}, which no text may hold") from error
+    except ValueError as error:
+        raise ValueError(f"no JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+    return row
+
+
+def _check_texts(name: str, texts: list[Any]) -> None:
+    if not texts:
+        raise ValueError(f"field {name!r} is an empty list")
+    wrong = [each for each in texts if not isinstance(each, str)]
+    if wrong:
+        raise ValueError(f"field {name!r} holds {wrong[0]!r:.60}; wanted text")
+    if not any(each.strip() for each in texts):
+        raise ValueError(f"field {name!r} holds {texts[0]!r:.60} and no other text; wanted some that is not empty")
 
 
 def _names(kind: type | tuple[type, ...]) -> str:

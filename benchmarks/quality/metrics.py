@@ -8,9 +8,7 @@ import collections
 import difflib
 import re
 import string
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -26,12 +24,28 @@ def bootstrap(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> d
     Raises:
         ValueError: no value.
     """
-    if len(values) == 0:
-        raise ValueError("values=[] has no mean; wanted at least one")
-    given = np.asarray(values, np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(given), (draws, len(given)))
-    low, high = np.quantile(given[picks].mean(axis=1), [0.025, 0.975])
-    return {"mean": float(given.mean()), "low": float(low), "high": float(high), "n": len(given)}
+    return bootstrap_groups([values], draws=draws, seed=seed)
+
+
+def bootstrap_groups(groups: Sequence[Sequence[float]], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """The mean of the groups' means with its 95 % interval, by drawing as many values of each group again.
+
+    RULER's and LongBench's averages over tasks are such means: a task counts once, however many examples it has.
+
+    Returns:
+        {"mean", "low", "high", "n"}, n of all groups together.
+
+    Raises:
+        ValueError: no group, or one without a value.
+    """
+    if not groups or not all(map(len, groups)):
+        raise ValueError(f"{groups=} has no mean; wanted at least one value in each group")
+    rng = np.random.default_rng(seed)
+    given = [np.asarray(group, np.float64) for group in groups]
+    drawn = [group[rng.integers(0, len(group), (draws, len(group)))].mean(axis=1) for group in given]
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    mean = float(np.mean([group.mean() for group in given]))
+    return {"mean": mean, "low": float(low), "high": float(high), "n": sum(map(len, given))}
 
 
 def qa_f1(prediction: str, answer: str) -> float:
@@ -40,7 +54,7 @@ def qa_f1(prediction: str, answer: str) -> float:
 
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
-    """`qa_f1` for Chinese: words as `jieba` cuts them."""
+    """`qa_f1` for Chinese: words as `jieba` cuts them, without the punctuation that LongBench's metrics.py lists."""
     return _f1(_chinese_words(prediction), _chinese_words(answer))
 
 
@@ -112,6 +126,15 @@ def best_of(metric: Callable[[str, str], float], prediction: str, answers: Itera
     return max(metric(prediction, answer) for answer in answers)
 
 
+def chinese_cutter() -> Callable[[str], list[str]]:
+    """What cuts Chinese into words; ValueError where it is not installed."""
+    try:
+        import jieba
+    except ImportError as error:
+        raise ValueError("scoring Chinese needs the package jieba, which cuts it into words") from error
+    return lambda text: list(jieba.cut(text, cut_all=False))
+
+
 def _f1(predicted: Words, expected: Words) -> float:
     common = (collections.Counter(predicted) & collections.Counter(expected)).total()
     return 2 * common / (len(predicted) + len(expected)) if common else 0.0
@@ -149,18 +172,24 @@ def _common_subsequence(a: Words, b: Words) -> list[str]:
 
 
 def _chinese_words(text: str) -> Words:
-    bare = ("".join(char for char in word.lower() if not _is_punctuation(char)).strip() for word in _cut(text))
+    bare = ("".join(char for char in word.lower() if not _is_dropped(char)) for word in _cut(text))
     return [word for word in bare if word]
 
 
-def _is_punctuation(char: str) -> bool:
-    return char in string.punctuation or unicodedata.category(char).startswith("P")
+# Beside ASCII's, as code points, first to last: general punctuation; CJK punctuation; a wavy underline; fullwidth and
+# halfwidth forms. Not all that Unicode calls punctuation: the opening brackets U+3008 and U+300A are kept, for one.
+_CHINESE_PUNCTUATION = [
+    *[(0x2013, 0x2014), (0x2018, 0x2019), (0x201B, 0x201F), (0x2026, 0x2027)],
+    *[(0x3001, 0x3003), (0x300B, 0x3011), (0x3014, 0x301F), (0x3030, 0x3030), (0x303E, 0x303F)],
+    *[(0xFE4F, 0xFE4F)],
+    *[(0xFF01, 0xFF0D), (0xFF0F, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF64)],
+]
+
+
+def _is_dropped(char: str) -> bool:
+    listed = any(first <= ord(char) <= last for first, last in _CHINESE_PUNCTUATION)
+    return char.isspace() or char in string.punctuation or listed
 
 
 def _cut(text: str) -> list[str]:
-    try:
-        import jieba
-    except ImportError as error:
-        raise ValueError("scoring Chinese needs the package jieba, which cuts it into words") from error
-    words: list[Any] = list(jieba.cut(text, cut_all=False))
-    return words
+    return chinese_cutter()(text)

@@ -6,13 +6,14 @@ mean probability, and whether each is the likeliest, which is to say that greedy
 """
 
 import bisect
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mustafar_jax.quality.examples import Example, first_tokens, read_text, tokens_of
+from mustafar_jax.quality.examples import Example, first_tokens, read_text, tokens_after, tokens_of
 
 DIGITS = 7
 
@@ -62,11 +63,7 @@ def passkeys(
     tokenizer: Any, *, lengths: Sequence[int], depths: int = 10, repeats: int = 1, seed: int = 0
 ) -> list[Example]:
     """Passkeys at even depths of repeated sentences; arguments and errors as those of `needles`."""
-    filler, rng = tokens_of(tokenizer, FILLER), np.random.default_rng(seed)
-
-    def stretch(count: int) -> list[int]:
-        return (filler * (count // len(filler) + 1))[:count]
-
+    rng, stretch = np.random.default_rng(seed), functools.partial(noise, tokenizer)
     found = []
     for length, depth, repeat in _places(lengths, depths, repeats):
         number = _number(rng)
@@ -75,6 +72,12 @@ def passkeys(
         name = f"passkey:{length}:{depth:.2f}:{repeat}"
         found.append(_hide(tokenizer, name, stretch, fact, question, number, length, depth))
     return found
+
+
+def noise(tokenizer: Any, count: int) -> list[int]:
+    """So many tokens of a few sentences, repeated."""
+    filler = tokens_after(tokenizer, FILLER, before="\n")
+    return (filler * (count // len(filler) + 1))[:count]
 
 
 def _places(lengths: Sequence[int], depths: int, repeats: int) -> Iterator[tuple[int, float, int]]:
@@ -92,12 +95,12 @@ def _hide(
     tokenizer: Any, name: str, stretch: Any, fact: str, question: str, number: str, length: int, depth: float
 ) -> Example:
     """A prompt of `length` tokens with the fact at a depth, behind the end of a sentence where one is near."""
-    before, needle, after = first_tokens(tokenizer), tokens_of(tokenizer, fact), tokens_of(tokenizer, question)
+    before, needle, after = first_tokens(tokenizer), tokens_after(tokenizer, fact), tokens_after(tokenizer, question)
     room = length - len(before) - len(needle) - len(after)
     if room < 1:
         raise ValueError(f"{length=} leaves no room for text beside {length - room} tokens of needle and question")
     prompt = [*before, *insert(tokenizer, stretch(room), [(depth, needle)]), *after]
-    gold = tokens_of(tokenizer, f" {number}")
+    gold = tokens_after(tokenizer, f" {number}", before=question)
     kind = name.partition(":")[0]
     return Example(
         name,

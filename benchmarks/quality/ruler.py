@@ -5,25 +5,42 @@ variables that are assigned to each other; two ask for the commonest words of a 
 lie among others. Scores are RULER's: the share of the answers found in what the model writes; for questions, whether
 any is found. Prompts show no worked example, and words are made of syllables.
 
-Two sources are the user's: a text that hides needles (essays there), and for the questions JSON Lines files with
-{"question": ..., "answers": [...], "documents": [...]}: a row's documents are put among those of the other rows.
+Two sources are the user's: a text that hides needles (essays there), repeated where it is too short, and for the
+questions JSON Lines files, one object per line, with the fields
+
+    question   text
+    answers    list of texts; empty ones do not count
+    documents  list of texts, which together answer the question; they are put among those of the other rows
 """
 
 import dataclasses
 import functools
 import pathlib
 import uuid
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mustafar_jax.quality import metrics
-from mustafar_jax.quality.examples import Example, Problem, first_tokens, read_rows, read_text, tokens_of
-from mustafar_jax.quality.needle import FILLER, insert
+from mustafar_jax.quality.examples import (
+    Example,
+    Problem,
+    Row,
+    first_tokens,
+    read_rows,
+    read_text,
+    tokens_after,
+    tokens_of,
+    usable,
+)
+from mustafar_jax.quality.needle import insert, noise
 
 Tokens = list[int]
+
+
+class NoRoomError(ValueError):
+    """A text does not fit in the tokens that there are for it."""
 
 
 class Parts(NamedTuple):
@@ -32,7 +49,7 @@ class Parts(NamedTuple):
     Attributes:
         head, tail: of the prompt; the tail begins the answer.
         answers: to be found in what the model writes.
-        fill: room in tokens -> the text's tokens.
+        fill: room in tokens -> the text's tokens; raises NoRoomError.
     """
 
     head: str
@@ -43,16 +60,17 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What tasks are made of: random numbers, the tokenizer, the text that hides needles, and rows of questions."""
+    """What tasks are made of: random numbers, the tokenizer, the text that hides needles; a question, and documents."""
 
     rng: np.random.Generator
     tokenizer: Any
     text: Tokens
-    rows: Sequence[dict[str, Any]] = ()
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    documents: Sequence[str] = ()
 
     def tokens(self, text: str) -> Tokens:
-        """A text's tokens."""
-        return tokens_of(self.tokenizer, text)
+        """The tokens of a text that others stand before."""
+        return tokens_after(self.tokenizer, text)
 
     def words(self, count: int) -> list[str]:
         """Different words of three syllables."""
@@ -70,20 +88,31 @@ class Source:
         return str(uuid.UUID(bytes=self.rng.bytes(16), version=4))
 
     def stretch(self, room: int) -> Tokens:
-        """Consecutive tokens of the text."""
-        start = self.rng.integers(max(1, len(self.text) - room + 1))
-        return self.text[start : start + room]
+        """Consecutive tokens of the text, which is repeated where it has too few."""
+        start = int(self.rng.integers(max(1, len(self.text) - room + 1)))
+        return (self.text * (room // len(self.text) + 1))[start : start + room]
 
-    def most(self, build: Callable[[int], str], room: int) -> Tokens:
-        """The tokens of build(n) for the largest n with which there is room; build(n + 1) is longer than build(n)."""
-        low, high = 0, 1
-        while len(self.tokens(build(high))) <= room:
+    def most(self, build: Callable[[int], str], room: int, least: int = 1, limit: int | None = None) -> Tokens:
+        """The tokens of build(n) for the largest n, from `least` to `limit`, with which there is room.
+
+        build(n + 1) is not shorter than build(n), and without a limit it grows.
+
+        Raises:
+            NoRoomError: build(least) is too long.
+        """
+
+        def fits(count: int) -> bool:
+            return len(self.tokens(build(count))) <= room
+
+        if not fits(least):
+            raise NoRoomError(f"there is no room for a text in {max(0, room)} tokens")
+        low, high = least, least + 1
+        while (limit is None or high <= limit) and fits(high):
             low, high = high, 2 * high
+        high = high if limit is None else min(high, limit + 1)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if len(self.tokens(build(middle))) <= room else (low, middle)
-        if low == 0:
-            raise ValueError(f"there is no room for a text in {room} tokens")
+            low, high = (middle, high) if fits(middle) else (low, middle)
         return self.tokens(build(low))
 
 
@@ -115,35 +144,53 @@ class Needles:
         asked, others = keys[: self.asked], keys[self.asked :]
         pairs = [(key, self._value(source)) for key in asked for _ in range(self.values)]
         distraction = [(key, self._value(source)) for key in others]
-        names = " and ".join(asked)
-        plural = "s" if len(pairs) > 1 else ""
+        names = " and ".join(filter(None, [", ".join(asked[:-1]), asked[-1]]))
+        if len(pairs) == 1:
+            what, subject, verb = "What is", f"the secret {self.value} of {names}", "is"
+        else:
+            what, subject, verb = "What are all", f"the secret {self.value}s of {names}", "are"
         return Parts(
             f"Secret {self.value}s are hidden in the following text. Remember them.\n\n",
-            f"\n\nQuestion: What are all the secret {self.value}s of {names} in the text?\n"
-            f"Answer: The secret {self.value}{plural} of {names} in the text:",
+            f"\n\nQuestion: {what} {subject} in the text?\nAnswer: In the text, {subject} {verb}",
             [value for _, value in pairs],
-            functools.partial(self._fill, source, [self._needle(*pair) for pair in pairs + distraction]),
+            functools.partial(self._fill, source, asked, [self._needle(*pair) for pair in pairs + distraction]),
         )
 
-    def _fill(self, source: Source, needles: list[str], room: int) -> Tokens:
+    def _fill(self, source: Source, asked: list[str], needles: list[str], room: int) -> Tokens:
         if self.hay == "needles":
-            place = source.rng.random(len(needles))
-
-            def build(count: int) -> str:
-                rng = np.random.default_rng(count)
-                made = dataclasses.replace(source, rng=rng)
-                lines = [self._needle(key, self._value(made)) for key in self._keys(made, count)]
-                for where, needle in zip(place, needles, strict=True):
-                    lines.insert(int(where * len(lines)), needle)
-                return "".join(lines)
-
-            return source.most(build, room)
+            return self._among_needles(source, asked, needles, room)
         pieces = [(float(source.rng.random()), source.tokens(needle)) for needle in needles]
-        room -= sum(len(tokens) for _, tokens in pieces)
-        return insert(source.tokenizer, source.stretch(room) if self.hay == "text" else _noise(source, room), pieces)
+        left = _left(room, [tokens for _, tokens in pieces])
+        return insert(
+            source.tokenizer, source.stretch(left) if self.hay == "text" else noise(source.tokenizer, left), pieces
+        )
+
+    def _among_needles(self, source: Source, asked: list[str], needles: list[str], room: int) -> Tokens:
+        places = source.rng.random(len(needles))
+        others = self._others(source, asked)
+        hay: list[str] = []  # grows with the counts that are tried
+
+        def build(count: int) -> str:
+            hay.extend(next(others) for _ in range(count - len(hay)))
+            lines = hay[:count]
+            for place, needle in zip(places, needles, strict=True):
+                lines.insert(int(place * len(lines)), needle)
+            return "".join(lines)
+
+        return source.most(build, room)
+
+    def _others(self, source: Source, asked: list[str]) -> Iterator[str]:
+        """Needles of other keys, all different."""
+        taken = set(asked)
+        while True:
+            [key] = self._keys(source, 1)
+            value = self._value(source)
+            if key not in taken:
+                taken.add(key)
+                yield self._needle(key, value)
 
     def _needle(self, key: str, value: str) -> str:
-        return f" The secret {self.value} of {key} is {value}."
+        return f" One of the secret {self.value}s of {key} is {value}."
 
     def _keys(self, source: Source, count: int) -> list[str]:
         return source.words(count) if self.key == "word" else [source.uuid() for _ in range(count)]
@@ -163,7 +210,7 @@ def variables(source: Source, *, hops: int = 4) -> Parts:
     def fill(room: int) -> Tokens:
         lines = [source.tokens(line) for line in given]
         depths = np.sort(source.rng.random(len(lines)))
-        hay = _noise(source, room - sum(map(len, lines)))
+        hay = noise(source.tokenizer, _left(room, lines))
         return insert(source.tokenizer, hay, list(zip(depths.tolist(), lines, strict=True)))
 
     return Parts(
@@ -203,54 +250,55 @@ def common_words(source: Source, *, common: int = 10, often: tuple[int, ...] = (
     )
 
 
-def frequent_words(source: Source, *, alpha: float = 2.0, asked: int = 3) -> Parts:
-    """Aggregation: the three commonest words, where the k-th commonest is drawn with probability ~ 1 / k**alpha."""
-    words = source.words(200)
-    seed = int(source.rng.integers(2**32))
-    share = 1 / np.arange(1, len(words) + 1) ** alpha
-    # Drawn once, and cut to the room there is, so that a longer text continues a shorter one.
-    drawn = np.random.default_rng(seed).choice(len(words), 200_000, p=share / share.sum())
+def frequent_words(source: Source, *, asked: int = 3) -> Parts:
+    """Aggregation: the three commonest words, where the k-th of a text of n stands in it n / (zeta(2) k**2) times.
 
-    def build(count: int) -> str:
-        return " ".join(words[i] for i in drawn[:count])
+    As RULER's generator has it (NVIDIA/RULER, freq_words_extraction.py): the counts are that share, rounded down, so
+    that no two of the words asked for are equally common; the commonest of all is noise, three dots; and there is one
+    word for each 50 tokens.
+    """
+    frequent = source.words(asked)
+    seed = int(source.rng.integers(2**32))
 
     def fill(room: int) -> Tokens:
-        tokens = source.most(build, room)
-        counts = Counter(source.tokenizer.decode(tokens).split()).most_common(asked)
-        answers[:] = [word for word, _ in counts]
-        return tokens
+        size = max(asked + 2, room // 50)
+        words = ["...", *dict.fromkeys([*frequent, *source.words(size)])][:size]
+        share = 6 / np.pi**2 / np.arange(1, size + 1) ** 2
 
-    answers: list[str] = []
+        def build(count: int) -> str:
+            listed = np.repeat(words, (count * share).astype(int))
+            return " ".join(np.random.default_rng(seed).permutation(listed))
+
+        # From so many words on, the last one that is asked for is commoner than the next.
+        least = int(1 / (share[asked] - share[asked + 1])) + 1
+        return source.most(build, room, least)
+
     return Parts(
         "Read the following text of made-up words and remember how often each stands in it.\n\n",
-        f"\n\nQuestion: Which {asked} words stand in the text most often?\n"
+        f"\n\nQuestion: Which {asked} words, not counting the dots, stand in the text most often?\n"
         f"Answer: The {asked} words that stand in the text most often:",
-        answers,
+        frequent,
         fill,
     )
 
 
 def questions(source: Source) -> Parts:
     """Question answering: a row's documents, among as many of other rows as there is room for."""
-    row = source.rows[int(source.rng.integers(len(source.rows)))]
-    others = [document for other in source.rows if other is not row for document in other["documents"]]
-    others = [others[i] for i in source.rng.permutation(len(others)) if others[i] not in row["documents"]]
-    order = source.rng.random(len(others) + len(row["documents"]))
+    own = source.row["documents"]
+    others = [document for document in source.documents if document not in own]
+    others = [others[i] for i in source.rng.permutation(len(others))]
+    order = source.rng.random(len(others) + len(own))
 
     def build(count: int) -> str:
-        chosen = row["documents"] + others[:count]
+        chosen = own + others[:count]
         shuffled = [chosen[i] for i in np.argsort(order[: len(chosen)])]
         return "\n\n".join(f"Document {index}:\n{document}" for index, document in enumerate(shuffled, 1))
 
-    def fill(room: int) -> Tokens:
-        whole = source.tokens(build(len(others)))
-        return whole if len(whole) <= room else source.most(build, room)
-
     return Parts(
         "Answer the question from the following documents, in a few words.\n\n",
-        f"\n\nQuestion: {row['question']}\nAnswer:",
-        row["answers"],
-        fill,
+        f"\n\nQuestion: {source.row['question']}\nAnswer:",
+        [answer for answer in source.row["answers"] if answer.strip()],
+        lambda room: source.most(build, room, least=0, limit=len(others)),
     )
 
 
@@ -280,6 +328,12 @@ TASKS = {
 """With the sizes that the paper's thirteen have."""
 
 
+QUESTIONS = ("qa_1", "qa_2")
+"""Whose questions the user's files hold, in this order."""
+
+_FIELDS = {"question": str, "answers": list, "documents": list}
+
+
 def examples(
     tokenizer: Any,
     text: pathlib.Path,
@@ -290,7 +344,7 @@ def examples(
     samples: int = 10,
     seed: int = 0,
 ) -> tuple[list[Example], list[Problem]]:
-    """Examples of the tasks at each length, and the lines of question files that are left out.
+    """Examples of the tasks at each length, and the lines and files of questions that are left out.
 
     Args:
         tokenizer: the model's.
@@ -302,37 +356,78 @@ def examples(
         seed: of all that is random; a task's examples do not depend on which others are made.
 
     Raises:
-        ValueError: an unknown task, one without its file, a text or a length too short.
+        ValueError: an unknown task, one without its file, a file without its task, an empty text, a length too short,
+            no usable line in any file where questions alone are asked.
     """
-    rows, problems = [], []
-    for file in questions:
-        found, bad = read_rows(file, {"question": str, "answers": list, "documents": list})
-        rows.append([row for _, row in found])
-        problems += bad
-    names = tasks or [name for name in TASKS if not name.startswith("qa_") or int(name[3:]) <= len(rows)]
+    _check(tasks, questions)
     hay = tokens_of(tokenizer, read_text(text))
-    made = []
-    for name in names:
+    made: list[Example] = []
+    problems: list[Problem] = []
+    for name in dict.fromkeys(tasks or TASKS):
+        make = functools.partial(_example, tokenizer, hay, seed, name)
+        if name not in QUESTIONS:
+            made += [make(length, sample) for length in lengths for sample in range(samples)]
+        elif QUESTIONS.index(name) < len(questions):
+            file = questions[QUESTIONS.index(name)]
+            rows, bad = read_rows(file, _FIELDS)
+            problems += bad
+            for length in lengths if rows else ():
+                order = np.random.default_rng([seed, list(TASKS).index(name), length]).permutation(len(rows))
+                found, bad = _ask(make, length, samples, file, [rows[i] for i in order])
+                made, problems = made + found, problems + bad
+    return usable(made, problems)
+
+
+def _check(tasks: Sequence[str], questions: Sequence[pathlib.Path]) -> None:
+    if len(questions) > len(QUESTIONS):
+        raise ValueError(f"questions names {len(questions)} files; wanted one for each of {QUESTIONS}")
+    for name in tasks:
         if name not in TASKS:
             raise ValueError(f"task {name!r} is none of {sorted(TASKS)}")
-        if name.startswith("qa_") and int(name[3:]) > len(rows):
-            raise ValueError(f"{name} needs {int(name[3:])} question files; got {len(rows)}")
-        own = rows[int(name[3:]) - 1] if name.startswith("qa_") else ()
-        for length in lengths:
-            for sample in range(samples):
-                rng = np.random.default_rng([seed, list(TASKS).index(name), length, sample])
-                made.append(_example(name, length, sample, Source(rng, tokenizer, hay, own)))
+        if name in QUESTIONS[len(questions) :]:
+            raise ValueError(f"{name} needs {QUESTIONS.index(name) + 1} question files; got {len(questions)}")
+
+
+def _ask(
+    make: Callable[..., Example], length: int, samples: int, file: pathlib.Path, rows: Sequence[Row]
+) -> tuple[list[Example], list[Problem]]:
+    """Examples of the first rows that fit, and a problem for each that does not."""
+    documents = list(dict.fromkeys(document for _, row in rows for document in row["documents"]))
+    made: list[Example] = []
+    problems: list[Problem] = []
+    for line, row in rows:
+        if len(made) == samples:
+            break
+        try:
+            made.append(make(length, len(made), row, documents))
+        except NoRoomError as error:
+            problems.append(Problem(str(file), line, str(error)))
+    if problems and not made:  # one problem, not one for each row
+        return [], [dataclasses.replace(problems[0], line=0, what=f"no row fits; {problems[0].what}")]
+    if len(made) < samples:
+        problems.append(Problem(str(file), 0, f"{len(made)} rows to ask at {length=}; wanted {samples=}"))
     return made, problems
 
 
-def _example(name: str, length: int, sample: int, source: Source) -> Example:
+def _example(
+    tokenizer: Any,
+    hay: Tokens,
+    seed: int,
+    name: str,
+    length: int,
+    sample: int,
+    row: Mapping[str, Any] | None = None,
+    documents: Sequence[str] = (),
+) -> Example:
+    rng = np.random.default_rng([seed, list(TASKS).index(name), length, sample])
+    source = Source(rng, tokenizer, hay, row or {}, documents)
     parts, count = TASKS[name].make(source), TASKS[name].max_new_tokens
-    head, tail = [*first_tokens(source.tokenizer), *source.tokens(parts.head)], source.tokens(parts.tail)
-    room = length - count - len(head) - len(tail)
-    if room < 1:
-        raise ValueError(f"{length=} leaves no room for {name}, which needs {length - room} tokens beside its text")
-    prompt = np.asarray([*head, *parts.fill(room), *tail], np.int32)
-    metric = metrics.found_any if name.startswith("qa_") else metrics.found_all
+    head, tail = [*first_tokens(tokenizer), *tokens_of(tokenizer, parts.head)], source.tokens(parts.tail)
+    try:
+        prompt = np.asarray([*head, *parts.fill(length - count - len(head) - len(tail)), *tail], np.int32)
+    except NoRoomError as error:
+        raise NoRoomError(f"{length=} leaves no room for {name}: {error}") from error
+    metric = metrics.found_any if name in QUESTIONS else metrics.found_all
     return Example(
         f"{name}:{length}:{sample}",
         prompt,
@@ -343,6 +438,11 @@ def _example(name: str, length: int, sample: int, source: Source) -> Example:
     )
 
 
-def _noise(source: Source, room: int) -> Tokens:
-    filler = source.tokens(FILLER)
-    return (filler * (room // len(filler) + 1))[: max(0, room)]
+def _left(room: int, pieces: Sequence[Tokens]) -> int:
+    """Tokens for what hides the pieces."""
+    left = room - sum(map(len, pieces))
+    if left < 1:
+        raise NoRoomError(
+            f"there is no room for a text in {max(0, room)} tokens beside the {room - left} that it hides"
+        )
+    return left

@@ -22,7 +22,7 @@ class Task:
         data: what the files of --data hold; "" where none is needed.
         examples: tokenizer, options, the model's context in tokens -> examples, and what is wrong with the data.
         options: flags of its own, with the keyword arguments of `add_argument`; they are part of a run's settings.
-        gather: records -> further ones that metrics are made of, beside those of the examples.
+        gather: records -> those that metrics are made of; if None, the examples' own.
     """
 
     help: str
@@ -73,7 +73,10 @@ def _choice(tokenizer: Any, options: argparse.Namespace, context: int) -> Exampl
     return choice.examples(tokenizer, options.data, context=context)
 
 
-_LENGTHS = {"type": int, "nargs": "+", "default": [1024, 2048, 4096], "help": "tokens of the prompts (%(default)s)"}
+def _lengths(what: str) -> dict[str, Any]:
+    return {"type": int, "nargs": "+", "default": [1024, 2048, 4096], "help": f"tokens of {what} (%(default)s)"}
+
+
 _SEED = {"type": int, "default": 0, "help": "of what is made at random (%(default)s)"}
 
 TASKS = {
@@ -92,7 +95,7 @@ TASKS = {
         "text files for haystacks",
         _needle,
         {
-            "--lengths": _LENGTHS,
+            "--lengths": _lengths("the prompts, the answer not included"),
             "--depths": {"type": int, "default": 10, "help": "places from beginning to end (%(default)s)"},
             "--repeats": {"type": int, "default": 1, "help": "examples at each length and place (%(default)s)"},
             "--seed": _SEED,
@@ -100,18 +103,24 @@ TASKS = {
     ),
     "ruler": Task(
         "RULER's synthetic tasks",
-        "one text file, which hides needles",
+        "one text file, which hides needles; repeated where it is short",
         _ruler,
         {
-            "--tasks": {"nargs": "+", "default": [], "metavar": "TASK", "help": "all that there are files for"},
+            "--tasks": {
+                "nargs": "+",
+                "choices": list(ruler.TASKS),
+                "default": [],
+                "metavar": "TASK",
+                "help": f"all that there are files for, unless given: {', '.join(ruler.TASKS)}",
+            },
             "--questions": {
                 "type": pathlib.Path,
                 "nargs": "+",
                 "default": [],
                 "metavar": "FILE",
-                "help": "jsonl of qa_1 and qa_2: question, answers, documents",
+                "help": "jsonl files of qa_1 and qa_2: question, answers, documents",
             },
-            "--lengths": _LENGTHS,
+            "--lengths": _lengths("prompt and answer together"),
             "--samples": {"type": int, "default": 10, "help": "of each task at each length (%(default)s)"},
             "--seed": _SEED,
         },
@@ -127,12 +136,15 @@ TASKS = {
                 "metavar": "FILE",
                 "help": "LongBench's config/dataset2prompt.json",
             },
-            "--max-length": {"type": int, "help": "cut the middle of longer prompts; the model's context unless given"},
+            "--max-length": {
+                "type": int,
+                "help": "tokens; the middle of longer prompts is cut out. What the context has room for unless given",
+            },
         },
     ),
     "choice": Task(
         "multiple choice by likelihood",
-        "jsonl files: context, question, choices, answer",
+        "jsonl files: context, question, choices, answer (the index of the right choice)",
         _choice,
         {},
         gather=choice.accuracy,

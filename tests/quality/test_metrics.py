@@ -1,6 +1,7 @@
 """Every metric against cases worked out by hand."""
 
-import importlib.util
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ def test_qa_f1(prediction, answer, expected):
         ("the cat sat on the mat", "the cat is on the mat", 4 / 5),  # the, cat, on, mat of five different words each
         ("b a", "a b", 1 / 2),  # one word is in order
         ("cat.\n", "cat", 2 / 3),  # the blank behind the stop is a word to the published evaluation
+        # Each sentence of the answer shares a word with each of the prediction; as one sentence they would give 3/4.
+        ("a b. c d", "a c. b d", 1),
         # The union over two sentences is w1 w2 w3 w5: recall 4/5, precision 4/8.
         ("w1 w2 w6 w7 w8. w1 w3 w8 w9 w5", "w1 w2 w3 w4 w5", 8 / 13),
         ("one two", "three", 0),
@@ -100,14 +103,54 @@ def test_found():
     assert metrics.best_of(metrics.qa_f1, "cat", ["dog", "cat dog", "bird"]) == pytest.approx(2 / 3)
 
 
-def test_chinese():
-    if importlib.util.find_spec("jieba") is None:
-        for metric in (metrics.qa_f1_zh, metrics.rouge_l_zh):
-            with pytest.raises(ValueError, match="scoring Chinese needs the package jieba"):
-                metric("猫", "猫")
-    else:
-        assert metrics.qa_f1_zh("猫，狗", "猫。") == pytest.approx(2 / 3)
-        assert metrics.rouge_l_zh("猫 狗", "猫 鸟") > 0
+@pytest.fixture
+def cut_by_character(monkeypatch):
+    """In place of the package jieba, which the tests do without."""
+    jieba = types.SimpleNamespace(cut=lambda text, cut_all: iter(text))
+    monkeypatch.setitem(sys.modules, "jieba", jieba)
+    return jieba
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("猫，狗", "猫。", 2 / 3),  # the comma and the full stop are dropped
+        ("《猫》", "猫", 2 / 3),  # the published list has the closing bracket only
+        ("A猫 ", "a猫", 1),
+        ("鸟", "猫", 0),
+        ("，", "猫", 0),
+    ],
+)
+def test_qa_f1_zh(cut_by_character, prediction, answer, expected):
+    assert metrics.qa_f1_zh(prediction, answer) == pytest.approx(expected)
+
+
+def test_chinese_punctuation_is_that_of_longbench(cut_by_character):
+    assert (
+        metrics.qa_f1_zh(
+            "猫!？｡。＂＃＄％（）＊＋，－／：；＜＝＞＠［］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.",
+            "猫",
+        )
+        == 1
+    )
+    for char in "《〈〉·・﹃﹄§※¿•．":
+        assert metrics.qa_f1_zh(f"猫{char}", "猫") == pytest.approx(2 / 3), char
+
+
+def test_blanks_within_a_chinese_word_are_dropped(cut_by_character):
+    cut_by_character.cut = lambda text, cut_all: text.split("|")
+    assert metrics.qa_f1_zh("新 闻|猫", "新闻|猫") == 1
+
+
+def test_rouge_l_zh(cut_by_character):
+    assert metrics.rouge_l_zh("猫狗", "猫鸟") == pytest.approx(1 / 2)
+
+
+def test_chinese_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    for metric in (metrics.qa_f1_zh, metrics.rouge_l_zh):
+        with pytest.raises(ValueError, match="scoring Chinese needs the package jieba"):
+            metric("猫", "猫")
 
 
 def test_bootstrap():
@@ -120,3 +163,16 @@ def test_bootstrap():
     assert metrics.bootstrap([2.0]) == {"mean": 2, "low": 2, "high": 2, "n": 1}
     with pytest.raises(ValueError, match="has no mean"):
         metrics.bootstrap([])
+
+
+def test_bootstrap_of_groups():
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(0, 1, 100).tolist(), rng.normal(6, 3, 900).tolist()]
+    found = metrics.bootstrap_groups(groups)
+    assert found["mean"] == pytest.approx((np.mean(groups[0]) + np.mean(groups[1])) / 2)
+    assert found["n"] == 1000
+    half = 1.96 * np.sqrt(1 / 100 + 9 / 900) / 2  # each group is drawn from on its own
+    assert found["low"] == pytest.approx(found["mean"] - half, abs=0.03)
+    assert found["high"] == pytest.approx(found["mean"] + half, abs=0.03)
+    with pytest.raises(ValueError, match="at least one value in each group"):
+        metrics.bootstrap_groups([[1.0], []])
