@@ -63,13 +63,21 @@ def caches_table(results: Results) -> list[str]:
 
 
 def comparisons_table(results: Results) -> list[str]:
-    """The ratio of two caches' mean divergences from dense, on the same windows."""
+    """The ratio of two caches' mean divergences from dense on the same windows: of all, of each text, by window."""
     rows = {row["name"]: row for row in results["rows"] if "perplexity" in row["tests"]}
-    lines = ["| cache | against | ratio of mean KL |", "|---|---|---|"]
+    texts = np.asarray(results["groups"]["perplexity"])
+    names = list(dict.fromkeys(texts.tolist()))
+    lines = [
+        "| " + " | ".join(["cache", "against", "ratio of mean KL", *names, "median window's ratio"]) + " |",
+        "|---" * (len(names) + 4) + "|",
+    ]
     for name, other in COMPARISONS:
         if name in rows and other in rows:
-            low, middle, high = _ratio(*(rows[each]["tests"]["perplexity"]["scores"]["kl"] for each in (name, other)))
-            lines.append(f"| {_label(rows[name])} | {_label(rows[other])} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
+            a, b = (np.asarray(rows[each]["tests"]["perplexity"]["scores"]["kl"]) for each in (name, other))
+            low, middle, high = _ratio(a, b)
+            cells = [_label(rows[name]), _label(rows[other]), f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+            cells += [f"{a[texts == text].mean() / b[texts == text].mean():.2f}" for text in names]
+            lines.append("| " + " | ".join([*cells, f"{np.median(a / b):.2f}"]) + " |")
     return lines
 
 
@@ -183,9 +191,8 @@ def _point(row: Row, score: str) -> tuple[float, float, float, float]:
     return 100 * test["bytes"]["held"] / test["bytes"]["dense"], found["mean"], found["low"], found["high"]
 
 
-def _ratio(scores: list[float], others: list[float], draws: int = 2000) -> tuple[float, float, float]:
+def _ratio(a: np.ndarray, b: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
     """The ratio of two means over the same examples with its 95 % interval: low, value, high."""
-    a, b = np.asarray(scores), np.asarray(others)
     picks = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
     low, high = np.quantile(a[picks].mean(axis=1) / b[picks].mean(axis=1), [0.025, 0.975])
     return float(low), float(a.mean() / b.mean()), float(high)

@@ -30,7 +30,16 @@ def results():
     rows[1]["tests"]["needle"] = needles
     where = {"device": "abacus", "jax": "1", "commit": "0123456789"}
     examples = {"perplexity": ["a", "b"], "needle": ["c", "d"]}
-    return {"model": "m", "dtype": "float32", "data": {"t.txt": ""}, "where": where, "examples": examples, "rows": rows}
+    groups = {"perplexity": ["novel", "news"], "needle": ["c", "c"]}
+    return {
+        "model": "m",
+        "dtype": "float32",
+        "data": {"t.txt": ""},
+        "where": where,
+        "examples": examples,
+        "groups": groups,
+        "rows": rows,
+    }
 
 
 def test_tables(results):
@@ -40,7 +49,11 @@ def test_tables(results):
         "| 2.0000 | not measured | not measured |"
     )
     assert lines[3].endswith("| 0.500 (0.500 to 0.500) | 1.000 (1.000 to 1.000) |")
-    assert quality_report.comparisons_table(results)[2:] == ["| ThinK K 0.5 | magnitude K 0.5 | 2.00 (2.00 to 2.00) |"]
+    assert quality_report.comparisons_table(results)[2:] == [
+        "| ThinK K 0.5 | magnitude K 0.5 | 2.00 (2.00 to 2.00) | 2.00 | 2.00 | 2.00 |"
+    ]
+    results["rows"][1]["tests"]["perplexity"]["scores"]["kl"] = [3.0, 6.0]
+    assert quality_report.comparisons_table(results)[2].endswith("| 2.25 (2.00 to 3.00) | 3.00 | 2.00 | 2.50 |")
     assert quality_report.conditions(results) == [
         "m, float32; 2 windows, 2 needles of t.txt; abacus, jax 1, commit 0123456."
     ]
