@@ -1,0 +1,49 @@
+import json
+
+import jax
+import pytest
+
+from benchmarks import attention, compression
+from benchmarks.compression import Prompt, Steps
+from benchmarks.synthetic import Shape
+
+SMALL = Shape("small", 1, 1, 1, 64, 64)
+
+
+def test_rows_are_checked_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention, "COPY_BYTES", 2**16)
+    monkeypatch.setitem(compression.SHAPES, "tiny", SMALL)
+    sizes = ["--shapes", "tiny", "--rules", "published", "--sparsities", "0.7", "--interpret", "--attention", "xla"]
+    compression.main([*sizes, "--implementations", "xla", "triton", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "compression.json").read_text())["rows"]
+    assert [(row["what"], row["implementation"]) for row in rows] == [
+        ("prompt", "triton"), ("steps", "xla"), ("steps", "triton"),
+    ]  # fmt: skip
+    prompt, steps, refused = rows
+    assert prompt["us"] > 0
+    assert prompt["error"] == 0
+    assert prompt["bytes"] == SMALL.dense_nbytes + 2 * 64 * (8 + 2 * 20)
+    assert (steps["error"], steps["us"]) == (0, None)  # no GPU, so nothing tells the parts of a step
+    assert steps["reason"].startswith("no GPU")
+    assert refused["reason"].startswith("NotImplementedError")
+    assert all(row["where"]["jax"] == jax.__version__ for row in rows)
+    assert "of a copy's speed" in capsys.readouterr().out
+
+
+def test_a_wrong_pack_shows_no_time():
+    prompt = Prompt(SMALL, "published", 0.7)
+    programs = {
+        ("pack", prompt): lambda targets, tokens, mean: targets,  # packs nothing
+        ("error", prompt): jax.jit(prompt.error),
+    }
+    row = compression.measure_prompt(prompt, programs)
+    assert (row["us"], row["error"]) == (None, pytest.approx(1))
+
+
+@pytest.mark.parametrize("rule", ["published", "recommended"])
+def test_the_steps_pack_one_group_of_every_sequence(rule):
+    steps = Steps(Shape("wide", 2, 1, 1, 200, 32), rule, 0.7, "xla", "xla")
+    before = steps.config.packed_tokens(steps.length)
+    assert steps.config.packed_tokens(steps.length + 1) == before + steps.config.group
+    assert steps.config.packed_tokens(steps.length + steps.config.group) == before + steps.config.group
+    assert len(steps.tokens()[0]) == steps.config.group
