@@ -7,8 +7,8 @@ which tells a tie from a fault. Writes a JSON file and prints a summary; the exi
 
 The bars follow from what attention itself may be off by, an RMS error ratio of 5e-3 in bfloat16. Each layer adds such
 an error of its own to the others', so that the logits may be off by 5e-3 times the root of the layers; that holds for
-the RMS over all steps. Two logits that are off by so much each change places if they are nearer than about 1.4 times that:
-greedy tokens may differ where the gap between the two best is at most four times as large, 6 times the error.
+the RMS over all steps. Two logits that are off by so much each change places if they are nearer than about 1.4 times
+that: greedy tokens may differ where the gap between the two best is at most four times as large, 6 times the error.
 """
 
 import argparse

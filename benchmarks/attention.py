@@ -200,7 +200,8 @@ def calls_of(attend: Callable[[jax.Array, Any], jax.Array], nbytes: int, calls: 
 
 def check_and_time(program: Any, check: Any, query: jax.Array, cache: mj.LayerCache) -> Row:
     """Microseconds of a call, if the last one is right; `program`, `check`: `calls_of` and `reference`, compiled."""
-    error = relative_error(*device_time.run(program, query, cache), cache, check)
+    asked, out = device_time.run(program, query, cache)
+    error = relative_error(asked, out, cache, check)
     if not error < TOLERANCE:
         return {"us": None, "error": error, "reason": f"wrong: error ratio {error:.1e}"}
     return {"error": error} | time_calls(program, query, cache)

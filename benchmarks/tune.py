@@ -103,7 +103,11 @@ def attention(kernel: str, splits: int) -> Any:
     kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
 
     def attend(query: jax.Array, cache: PackedCache) -> jax.Array:
-        keys, values = (Packed(rows.bitmap, rows.values) for rows in (cache.keys.packed, cache.values.packed))
+        keys, values = (
+            Packed(store.packed.bitmap, store.packed.values)
+            for store in (cache.keys, cache.values)
+            if isinstance(store.packed, mj.BitmapArray)
+        )
         tail = Tail(cache.keys.dense, cache.values.dense, 0)
         out: jax.Array = kernels.decode_attention(
             query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim),

@@ -6,6 +6,9 @@ import pytest
 from benchmarks import attention, compression
 from benchmarks.compression import Prompt, Steps
 from benchmarks.synthetic import Shape
+from mustafar_jax import bitmap
+from mustafar_jax.pallas_kernels.rows import Packed
+from mustafar_jax.pruning import magnitude_mask
 
 SMALL = Shape("small", 1, 1, 1, 64, 64)
 
@@ -38,6 +41,28 @@ def test_a_wrong_pack_shows_no_time():
     }
     row = compression.measure_prompt(prompt, programs)
     assert (row["us"], row["error"]) == (None, pytest.approx(1))
+
+
+def test_wrong_entries_and_wrong_masks_are_both_seen_and_ties_are_not():
+    prompt = Prompt(SMALL, "published", 0.7)
+    tokens, [empty, _] = prompt.tokens(), prompt.targets()
+    error = jax.jit(prompt.error)
+
+    def packed(key, mask_of):
+        both = [bitmap.pack(x.swapaxes(1, 2), magnitude_mask(mask_of(x.swapaxes(1, 2)), 0.7)) for x in (key, tokens[1])]
+        return [Packed(rows.bitmap, rows.values) for rows in both]
+
+    assert empty.bitmap.shape == packed(tokens[0], lambda x: x)[0].bitmap.shape
+    assert error(packed(tokens[0], lambda x: x), tokens, None) == 0
+    assert error(packed(1.02 * tokens[0], lambda x: x), tokens, None) > compression.TOLERANCE
+    assert error(packed(tokens[0], lambda x: x.at[:, :, 5].set(1)), tokens, None) > compression.TOLERANCE
+    assert error(packed(tokens[0], lambda x: x * 1.01), tokens, None) < compression.TOLERANCE
+
+
+def test_a_group_that_is_wrong_differs():
+    one = jax.random.normal(jax.random.key(0), (1, 95, 2, 64))
+    assert compression.different(one, one + 1e-3) == 0
+    assert compression.different(one, one.at[:, 7].multiply(1.5)) > compression.TOLERANCE
 
 
 @pytest.mark.parametrize("rule", ["published", "recommended"])
