@@ -3,13 +3,19 @@
 Teacher-forced: a prompt is prefilled, and the same tokens are then decoded one by one with either implementation; of
 each step, the RMS error ratio of the logits of one to those of the other. Free: either continues the prompt greedily;
 for each row, the first step at which their tokens differ, and the gap between the reference's two best logits there,
-which tells a tie from a fault. Writes a JSON file and prints a summary.
+which tells a tie from a fault. Writes a JSON file and prints a summary; the exit status is 1 where a bar is missed.
+
+The bars follow from what attention itself may be off by, an RMS error ratio of 5e-3 in bfloat16. Each layer adds such
+an error of its own to the others', so that the logits may be off by 5e-3 times the root of the layers; that holds for
+the RMS over all steps. Two logits that are off by so much each change places if they are nearer than about 1.4 times
+that: greedy tokens may differ where the gap between the two best is at most four times as large, 6 times the error.
 """
 
 import argparse
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,12 +27,18 @@ from jax import lax
 import mustafar_jax as mj
 from benchmarks.generation import SHAPES, random_model
 from benchmarks.origin import where
+from benchmarks.table import folder_of
 from mustafar_jax.generation import Caches, decode_step, prefill_prompt
 
+BAR = 5e-3
+"""The RMS error ratio that attention may have, in bfloat16."""
+GAP = 6.0
+"""Errors of a logit that two logits may lie apart that change places."""
 
-def main() -> None:
-    """Compare, print and write."""
-    options = _parser().parse_args()
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare, print and write; SystemExit where the two do not agree."""
+    options = _parser().parse_args(arguments)
     if options.model and not options.text:
         raise SystemExit("--model needs --text")
     model, tokens = _model_and_tokens(options)
@@ -34,14 +46,45 @@ def main() -> None:
     names = {"implementation": options.implementation, "reference": options.reference}
     ratios = forced(model, tokens, options.prompt, config, **names)
     different = free(model, tokens[:, : options.prompt], options.steps, config, **names)
-    names = {name: pathlib.Path(path).name for name in ("model", "text", "output") if (path := getattr(options, name))}
-    result = {"settings": vars(options) | names, "where": where(), "ratios": ratios.tolist(), "free": different}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(ratios)} steps: error ratio of the logits, median {np.median(ratios):.2e}, largest {ratios.max():.2e}")
+    verdict = judge(ratios, different, model.config.num_layers)
+    origin = where()
+    path = options.output or folder_of(origin["device"]) / "agreement.json"
+    settings = vars(options) | {"output": None}
+    settings |= {name: pathlib.Path(given).name for name in ("model", "text") if (given := settings[name])}
+    result = {"settings": settings, "where": origin} | verdict | {"ratios": ratios.tolist(), "free": different}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{len(ratios)} steps: error ratio of the logits, RMS {verdict['rms']:.2e} (bar {verdict['bar']:.2e})", end=""
+    )
+    print(f", median {np.median(ratios):.2e}, largest {ratios.max():.2e}")
     for row, found in enumerate(different):
-        text = "no difference" if found is None else f"differs at step {found['step']}, gap {found['gap']:.4f}"
+        text = "no difference"
+        if found is not None:
+            text = (
+                f"differs at step {found['step']}, gap {found['gap']:.4f} (bar {verdict['gap_bar'] * found['rms']:.4f})"
+            )
         print(f"greedy, row {row}: {text}")
+    if not verdict["passed"]:
+        raise SystemExit("the two do not agree")
+
+
+def judge(ratios: np.ndarray, different: Sequence[dict[str, Any] | None], layers: int) -> dict[str, Any]:
+    """Whether the bars hold.
+
+    Args:
+        ratios: [steps], from `forced`.
+        different: from `free`.
+        layers: of the model.
+
+    Returns:
+        "rms" of the ratios and its "bar"; "gap_bar", the gap that differing tokens may have, relative to the logits'
+        RMS; "forced", "greedy" and "passed", whether either bar and both hold.
+    """
+    rms, bar = float(np.sqrt(np.mean(ratios**2))), BAR * layers**0.5
+    ties = all(found is None or found["gap"] <= GAP * bar * found["rms"] for found in different)
+    parts = {"forced": rms <= bar, "greedy": ties}
+    return {"rms": rms, "bar": bar, "gap_bar": GAP * bar} | parts | {"passed": all(parts.values())}
 
 
 def _model_and_tokens(options: argparse.Namespace) -> tuple[Any, np.ndarray]:
@@ -63,7 +106,7 @@ def forced(
     prompt_length: int,
     config: mj.CompressionConfig,
     *,
-    implementation: str,
+    implementation: str | None,
     reference: str,
 ) -> np.ndarray:
     """RMS error ratio of each step's logits, [steps], when both decode the tokens that follow the prompt."""
@@ -75,7 +118,7 @@ def forced(
 
 
 def forced_logits(
-    model: Any, tokens: np.ndarray, prompt_length: int, config: mj.CompressionConfig, implementation: str
+    model: Any, tokens: np.ndarray, prompt_length: int, config: mj.CompressionConfig, implementation: str | None
 ) -> jax.Array:
     """float32 [steps, B, V]: the logits after each token that follows the prompt in [B, S]."""
     batch, length = tokens.shape
@@ -86,7 +129,7 @@ def forced_logits(
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
-def _decode_given(model: Any, tokens: jax.Array, caches: Caches, implementation: str) -> jax.Array:
+def _decode_given(model: Any, tokens: jax.Array, caches: Caches, implementation: str | None) -> jax.Array:
     def step(caches: Caches, token: jax.Array) -> tuple[Caches, jax.Array]:
         logits, caches = decode_step(model, token, caches, implementation=implementation)
         return caches, logits
@@ -95,9 +138,18 @@ def _decode_given(model: Any, tokens: jax.Array, caches: Caches, implementation:
 
 
 def free(
-    model: Any, prompts: np.ndarray, steps: int, config: mj.CompressionConfig, *, implementation: str, reference: str
+    model: Any,
+    prompts: np.ndarray,
+    steps: int,
+    config: mj.CompressionConfig,
+    *,
+    implementation: str | None,
+    reference: str,
 ) -> list[dict[str, Any] | None]:
-    """For each prompt, the first step at which greedy tokens differ, with the gap there; None where none does."""
+    """For each prompt, the first step at which greedy tokens differ; None where none does.
+
+    "step"; "gap", between the reference's two best logits that the token was chosen by; "rms", of all those logits.
+    """
     actual, expected = (
         np.asarray(mj.generate(model, prompts, max_new_tokens=steps, config=config, implementation=name).tokens)
         for name in (implementation, reference)
@@ -105,13 +157,17 @@ def free(
     if (actual == expected).all():
         return [None] * len(prompts)
     whole = np.concatenate([prompts, expected], axis=1)
-    best = np.asarray(lax.top_k(forced_logits(model, whole, prompts.shape[1], config, reference), 2)[0])
+    logits = forced_logits(model, whole, prompts.shape[1], config, reference)
+    best, sizes = np.asarray(lax.top_k(logits, 2)[0]), np.asarray(jnp.sqrt(jnp.mean(logits**2, axis=-1)))
     found: list[dict[str, Any] | None] = []
     for row, differs in enumerate(actual != expected):
+        if not differs.any():
+            found.append(None)
+            continue
         step = int(np.argmax(differs))
-        # the logits after the token before; the first token comes from the prefill, which both share
-        likeliest, next_likeliest = best[max(step - 1, 0), row]
-        found.append({"step": step, "gap": float(likeliest - next_likeliest)} if differs.any() else None)
+        before = max(step - 1, 0), row  # the first token comes from the prefill, which both share
+        likeliest, next_likeliest = best[before]
+        found.append({"step": step, "gap": float(likeliest - next_likeliest), "rms": float(sizes[before])})
     return found
 
 
@@ -130,10 +186,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sparsity", type=float, default=0.7, help="of keys and values (%(default)s)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens prefilled (%(default)s)")
     parser.add_argument("--steps", type=int, default=1024, help="tokens decoded (%(default)s)")
-    parser.add_argument("--implementation", default="triton", help="what is compared (%(default)s)")
+    parser.add_argument("--implementation", help="what is compared (the best that works)")
     parser.add_argument("--reference", default="xla", help="with what (%(default)s)")
-    output = pathlib.Path("benchmarks/results/local/agreement.json")
-    parser.add_argument("--output", type=pathlib.Path, default=output, help="the result file (%(default)s)")
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="the result file (benchmarks/results/<device>/agreement.json)"
+    )
     return parser
 
 

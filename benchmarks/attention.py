@@ -1,10 +1,15 @@
 """Time a decode step's attention on compressed caches beside dense attention: python -m benchmarks.attention.
 
-A row is one call of `mustafar_jax.decode_attention` on a whole cache: packed part, dense window, their merge, and for
-"recommended" the centred keys' mean. It is checked against attention in float32 on the pruned tensors first, and shows
-no time where it fails. Dense attention is cuDNN's through `jax.nn.dot_product_attention`, and the best of PyTorch's
-backends where torch is installed. Writes benchmarks/results/<device>/attention.json, and attention.png where matplotlib
-is installed.
+A row is one call of `mustafar_jax.decode_attention` on a whole cache of random data: packed part, dense window, their
+merge, and for "recommended" the centred keys' mean. The last of the calls that are timed is checked against attention
+in float32 on what the cache holds, and a row whose check fails shows no time. Dense attention is cuDNN's, through
+`jax.nn.dot_product_attention` as it is and through the library, which tells it each sequence's length, and the best of
+PyTorch's backends where torch is installed.
+
+Times are of the device, from the profiler, the median of 20 calls, each on what the call before found; `clock_us` is by
+the clock. Where a cache is not much larger than the second-level cache of the GPU, that is swept out between the calls,
+and no time by the clock is given. Writes benchmarks/results/<device>/attention.json after each row, in which a row that
+is measured again replaces what was there, and attention.png where matplotlib is installed.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,139 +29,216 @@ import jax.numpy as jnp
 from jax import lax
 
 import mustafar_jax as mj
+from benchmarks import device_time, synthetic
 from benchmarks.origin import where
+from benchmarks.synthetic import MASKS, Shape
+from benchmarks.table import Row, Table, attempt, folder_of
+from mustafar_jax.pallas_kernels import cuda
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-HEAD_DIM = 128
-DTYPE = jnp.bfloat16
 TOLERANCE = 5e-3
 REPEATS, CALLS = 7, 20
-INV_FREQ = 500000.0 ** (-jnp.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-CONFIGS: dict[str, Callable[[float, float], mj.CompressionConfig]] = {
+COPY_BYTES = 2**30
+SWEEP_BYTES = 2**27
+"""Bytes that sweep out the second-level cache, of 50 MB on an H100 and 60 MB on an H200; caches of more do so alone."""
+RULES: dict[str, Callable[[float, float], mj.CompressionConfig]] = {
     "published": mj.CompressionConfig,
     "recommended": mj.CompressionConfig.recommended,
 }
+PUBLISHED_KERNELS = {("A", 0.7): 379.0, ("B", 0.7): 1427.0, ("A", 0.5): 470.0, ("B", 0.5): 1768.0}
+"""Microseconds that the paper's CUDA kernels take for both products on an H100, by shape and sparsity."""
+
+A, B = Shape("A", 8, 32, 1, 4096), Shape("B", 8, 8, 4, 16384)
+SETS: dict[str, list[Shape]] = {
+    "A": [A],
+    "B": [B],
+    "heads": [dataclasses.replace(B, name=f"B, group {group}", group=group) for group in (1, 8)],
+    "context": [Shape(f"1 x {tokens}", 1, 8, 4, tokens) for tokens in (1024, 4096, 16384, 65536, 131072)],
+    "batch": [Shape(f"{batch} x 8192", batch, 8, 4, 8192) for batch in (2, 8, 32)],
+    "tiny": [Shape("tiny", 2, 2, 2, 256, 32)],
+}
+"""Names of sets of shapes; "tiny" is for trying the program where there is no GPU."""
+SWEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """One query token per sequence against a cache of `tokens`."""
+class Case:
+    """What is timed: an implementation on caches of one kind; of rule "dense" are dense caches, with lengths or not."""
 
-    name: str
-    batch: int
-    kv_heads: int
-    group: int
-    tokens: int
+    shape: Shape
+    rule: str
+    sparsity: float
+    implementation: str
+    lengths: bool = True
 
     @property
-    def dense_nbytes(self) -> int:
-        """Bytes of the dense keys and values."""
-        return 2 * self.batch * self.kv_heads * self.tokens * HEAD_DIM * 2
+    def config(self) -> mj.CompressionConfig:
+        """The cache's."""
+        return RULES[self.rule](self.sparsity, self.sparsity) if self.sparsity else mj.CompressionConfig(0, 0)
+
+    def attend(self, query: jax.Array, cache: mj.LayerCache) -> jax.Array:
+        """One call: [B, N, H]."""
+        if self.lengths:
+            return mj.decode_attention(query, cache, implementation=self.implementation)
+        assert isinstance(cache, mj.cache.DenseCache)
+        options: dict[str, Any] = {"implementation": self.implementation}
+        return jax.nn.dot_product_attention(query[:, None], cache.key, cache.value, **options)[:, 0]
+
+    @property
+    def name(self) -> str:
+        """Of a row, with its mask unless that is random."""
+        if not self.sparsity:
+            shown = "cuDNN" if self.implementation == "cudnn" else self.implementation
+            return f"dense, {shown}" + ", lengths" * self.lengths
+        return f"{self.rule} {self.sparsity}, {self.implementation}"
 
 
-SHAPES = [Shape("A", 8, 32, 1, 4096), Shape("B", 8, 8, 4, 16384)]
-SWEEPS = {
-    "context": [Shape(f"1 x {tokens}", 1, 8, 4, tokens) for tokens in (1024, 4096, 16384, 65536, 131072)],
-    "batch": [Shape(f"{batch} x 8192", batch, 8, 4, 8192) for batch in (2, 8, 32)],
-}
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
-    parser.add_argument("--implementations", nargs="+", default=["triton"])
-    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--no-sweeps", action="store_true", help="only the shapes A and B")
-    parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
-    options = parser.parse_args()
-    shapes = SHAPES + ([] if options.no_sweeps else [shape for sweep in SWEEPS.values() for shape in sweep])
+    options = _parser().parse_args(arguments)
+    origin = where()
+    folder = folder_of(origin["device"], options.output)
+    table = Table(folder / "attention.json", lambda row: (row["shape"], row["name"]))
+    shapes = [shape for name in options.shapes for shape in SETS[name]]
     bandwidth = copy_bandwidth()
-    torch_times = time_torch(shapes)
-    record = where() | {"copy_bytes_per_s": bandwidth}
-    folder = options.output or RESULTS / str(record["device"]).replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        for row in measure(shape, options, torch_times.get(shape.name)):
-            rows.append(describe(shape) | row | {"limit_us": row["bytes"] / bandwidth * 1e6})
-            print_row(rows)
-            (folder / "attention.json").write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
-    plot(rows, folder / "attention.png")
+    try:
+        dense = [*time_torch(shapes)] if options.torch else []
+        for shape in shapes:
+            for row in (*(row for row in dense if row["shape"] == shape.name), *measure(shape, options)):
+                limit = {"limit_us": row["bytes"] / bandwidth * 1e6, "copy_bytes_per_s": bandwidth}
+                table.add(shape.describe() | row | limit | {"where": origin})
+                print_row(table.rows)
+    finally:
+        plot(table.rows, folder / "attention.png")
 
 
-def measure(
-    shape: Shape, options: argparse.Namespace, torch_times: dict[str, float] | None
-) -> Iterator[dict[str, Any]]:
-    """The rows of one shape."""
-    dense = {"sparsity": 0.0, "bytes": shape.dense_nbytes}
-    query, cache = make(shape, mj.CompressionConfig(0, 0))
-    yield {"name": "dense, cuDNN", "us": time_attention(query, cache, "cudnn")} | dense
-    if torch_times:
-        best = min(torch_times, key=torch_times.__getitem__)
-        yield {"name": f"dense, torch {best}", "us": torch_times[best]} | dense
-    del cache
-    for name in options.configs:
-        for sparsity in options.sparsities:
-            query, cache = make(shape, CONFIGS[name](sparsity, sparsity))
-            wanted = reference(query, cache)
-            for implementation in options.implementations:
-                out = mj.decode_attention(query, cache, implementation=implementation).astype(jnp.float32)
-                error = float(jnp.linalg.norm(out - wanted) / jnp.linalg.norm(wanted))
-                us = time_attention(query, cache, implementation) if error < TOLERANCE else None
-                row = {"name": f"{name} {sparsity}, {implementation}", "sparsity": sparsity, "us": us, "error": error}
-                yield row | {"bytes": cache.nbytes}
+def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
+    """The cases of a shape; all sparsities where it is A or B, else the largest."""
+    dense = [Case(shape, "dense", 0.0, options.dense_implementation, lengths) for lengths in (False, True)]
+    several = options.sparsities if shape.name in ("A", "B", "tiny") else [max(options.sparsities)]
+    return dense + [
+        Case(shape, rule, sparsity, implementation)
+        for sparsity in several
+        for rule in options.rules
+        for implementation in options.implementations
+    ]
 
 
-def make(shape: Shape, config: mj.CompressionConfig) -> tuple[jax.Array, mj.LayerCache]:
-    """A random query [B, N, H] and a full cache."""
-    cache = mj.LayerCache.init(
-        config,
-        batch=shape.batch,
-        capacity=shape.tokens,
-        num_kv_heads=shape.kv_heads,
-        head_dim=HEAD_DIM,
-        dtype=DTYPE,
-        inv_freq=INV_FREQ,
-    )
-    fill = jax.jit(functools.partial(_fill_rows, shape))
-    for row in range(shape.batch):  # one sequence at a time: pruning through XLA takes many times its bytes
-        cache = fill(cache, row)
-    size = (shape.batch, shape.kv_heads * shape.group, HEAD_DIM)
-    return jax.random.normal(jax.random.key(2), size, DTYPE), cache
+def measure(shape: Shape, options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one shape; everything is compiled first, side by side."""
+    cases = cases_of(shape, options)
+    programs = device_time.compile_all({key: job for case in cases for key, job in jobs(case).items()})
+    for config in dict.fromkeys(case.config for case in cases):
+        of_config = [case for case in cases if case.config == config]
+        for mask in _masks(of_config[0], options.masks):
+            yield from _measure_cache(of_config, mask, programs)
 
 
-def _fill_rows(shape: Shape, cache: mj.LayerCache, row: jax.Array) -> mj.LayerCache:
-    size = (1, shape.tokens, shape.kv_heads, HEAD_DIM)
-    key, value = (jax.random.normal(jax.random.fold_in(jax.random.key(i), row), size, DTYPE) for i in range(2))
-    return mj.prefill(cache, key, value, rows=row[None])
+def _masks(case: Case, masks: Iterable[str]) -> list[str]:
+    """Those other than random at A and B, for the published rule at 0.7, where they are compared."""
+    skewed = case.shape.name in ("A", "B", "tiny") and (case.rule, case.sparsity) == ("published", 0.7)
+    return [mask for mask in masks if mask == "random" or skewed]
+
+
+def _measure_cache(cases: Sequence[Case], mask: str, programs: dict[Any, Any]) -> Iterator[Row]:
+    """Rows of cases with the same cache, which is made here."""
+    shape, config = cases[0].shape, cases[0].config
+    sink = jnp.float32(8.0 if mask == "sinks" else 1.0)
+    cache = None
+    for case in cases:
+
+        def row(case: Case = case) -> Row:
+            nonlocal cache
+            if cache is None:
+                cache = device_time.run(programs["fill", config], synthetic.scales(mask, shape), sink)
+            return check_and_time(programs[case], programs["reference", config], synthetic.query(shape), cache)
+
+        fields = {"rule": case.rule, "sparsity": case.sparsity, "implementation": case.implementation, "mask": mask}
+        name = case.name + f", {mask} mask" * (mask != "random")
+        yield fields | {"name": name, "bytes": cache_nbytes(shape, config)} | attempt(row)
+
+
+def jobs(case: Case) -> dict[Any, jax.stages.Lowered | Exception]:
+    """What a case needs compiled: how its cache is filled, the reference, and the calls that are timed."""
+    shape, config = case.shape, case.config
+    cache = jax.eval_shape(functools.partial(synthetic.empty_cache, shape, config))
+    query = jax.eval_shape(functools.partial(synthetic.query, shape))
+    scales = jax.ShapeDtypeStruct((2, shape.kv_heads, shape.head_dim), jnp.float32)
+    sink = jax.ShapeDtypeStruct((), jnp.float32)
+    return {
+        ("fill", config): device_time.lowered(synthetic.full_cache, shape, config, scales, sink),
+        ("reference", config): device_time.lowered(reference, query, cache),
+        case: device_time.lowered(calls_of(case.attend, cache.nbytes), query, cache),
+    }
+
+
+def cache_nbytes(shape: Shape, config: mj.CompressionConfig) -> int:
+    """Bytes that such a cache holds."""
+    return jax.eval_shape(functools.partial(synthetic.empty_cache, shape, config)).nbytes
+
+
+def calls_of(attend: Callable[[jax.Array, Any], jax.Array], nbytes: int, calls: int = CALLS) -> Any:
+    """A jitted (query, cache of so many bytes) -> the query of the last of some calls, and what it found.
+
+    Each call's query depends on what the call before found, but only a little: queries that were other calls' results
+    would shrink to means of values. What stands between two calls has the scope "between".
+    """
+    sweep = nbytes < SWEEP_BYTES
+
+    def run(query: jax.Array, cache: Any) -> tuple[jax.Array, jax.Array]:
+        def call(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            _, out, swept = carry
+            with jax.named_scope("between"):
+                swept = swept * 0.5 + out[0, 0, 0]
+                asked = (query + 1e-2 * out + 1e-6 * swept[0]).astype(query.dtype)
+            return asked, attend(asked, cache), swept
+
+        numbers = jnp.zeros(SWEEP_BYTES // 4 if sweep else 1, jnp.float32)
+        return lax.fori_loop(0, calls, call, (query, jnp.zeros_like(query), numbers))[:2]
+
+    return jax.jit(run)
+
+
+def check_and_time(program: Any, check: Any, query: jax.Array, cache: mj.LayerCache) -> Row:
+    """Microseconds of a call, if the last one is right; `program`, `check`: `calls_of` and `reference`, compiled."""
+    asked, out = device_time.run(program, query, cache)
+    error = relative_error(asked, out, cache, check)
+    if not error < TOLERANCE:
+        return {"us": None, "error": error, "reason": f"wrong: error ratio {error:.1e}"}
+    return {"error": error} | time_calls(program, query, cache)
+
+
+def relative_error(asked: jax.Array, out: jax.Array, cache: mj.LayerCache, check: Any) -> float:
+    """||out - expected|| / ||expected||; `check` is `reference`, compiled."""
+    wanted = device_time.run(check, asked, cache)
+    return float(jnp.linalg.norm(out.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted))
+
+
+def time_calls(program: jax.stages.Compiled, query: jax.Array, cache: Any, calls: int = CALLS) -> Row:
+    """What one of the calls in `calls_of`'s program takes, on the device or, where there is no GPU, by the clock."""
+    swept = cache.nbytes < SWEEP_BYTES
+    clock = None if swept else time_call(program, query, cache) / calls
+    _, seconds = device_time.profile(program, query, cache, scopes=["between"], total=device_time.steady)
+    if seconds["rest"]:
+        return {"us": seconds["rest"] / calls * 1e6, "timed": "profiler", "clock_us": clock}
+    reason = {"reason": "the profiler saw no kernels"} if swept else {}
+    return {"us": clock, "timed": "clock", "clock_us": clock} | reason
 
 
 @jax.jit
 def reference(query: jax.Array, cache: mj.LayerCache) -> jax.Array:
     """Attention in float32 on what the cache holds, a KV head of a sequence at a time."""
     key, value, _ = cache.to_dense()
-    grouped = query.reshape(cache.batch * cache.num_kv_heads, -1, HEAD_DIM)
+    head_dim = query.shape[-1]
+    grouped = query.reshape(cache.batch * cache.num_kv_heads, -1, head_dim)
 
     def one(arguments: tuple[jax.Array, ...]) -> jax.Array:
         query, key, value = (x.astype(jnp.float32) for x in arguments)
-        scores = jnp.dot(query, key.T, precision=lax.Precision.HIGHEST) * HEAD_DIM**-0.5
-        return jnp.dot(jax.nn.softmax(scores), value, precision=lax.Precision.HIGHEST)
+        # sums, not matrix products, which would be tuned for a while when they are compiled
+        scores = jnp.sum(query[:, None] * key, axis=-1) * head_dim**-0.5
+        return jnp.sum(jax.nn.softmax(scores)[..., None] * value, axis=1)
 
-    heads = (x.swapaxes(1, 2).reshape(-1, cache.capacity, HEAD_DIM) for x in (key, value))
+    heads = (x.swapaxes(1, 2).reshape(-1, cache.capacity, head_dim) for x in (key, value))
     return lax.map(one, (grouped, *heads)).reshape(query.shape)
-
-
-def time_attention(query: jax.Array, cache: mj.LayerCache, implementation: str) -> float:
-    """Microseconds of a call among calls of which each attends with the result of the one before."""
-
-    @jax.jit
-    def calls(query: jax.Array, cache: mj.LayerCache) -> jax.Array:
-        for _ in range(CALLS):
-            query = mj.decode_attention(query, cache, implementation=implementation)
-        return query
-
-    return time_call(calls, query, cache) / CALLS
 
 
 def time_call(function: Callable[..., Any], *arguments: Any) -> float:
@@ -172,76 +254,151 @@ def time_call(function: Callable[..., Any], *arguments: Any) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes per second, read and written together, of plain copies of 1 GiB that queue one behind the other."""
-    x = jnp.ones(2**28, jnp.float32)
+    x = jnp.ones(COPY_BYTES // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
     return 2 * x.nbytes * CALLS / time_call(lambda x: [copy(x) for _ in range(CALLS)], x) * 1e6
 
 
-def time_torch(shapes: list[Shape]) -> dict[str, dict[str, float]]:
-    """Microseconds of PyTorch's backends by shape, measured in a process of their own; none where torch cannot run."""
-    arguments = json.dumps([dataclasses.asdict(shape) for shape in shapes])
-    command = [sys.executable, "-m", "benchmarks.torch_attention", arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        print(f"without PyTorch: {(result.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-        return {}
+def time_torch(shapes: list[Shape], timeout: float = 180) -> Iterator[Row]:
+    """Rows of PyTorch's best backend for each shape, from a process of its own; none where torch cannot run."""
+    command = [sys.executable, "-m", "benchmarks.torch_attention"]
+    command += [json.dumps([dataclasses.asdict(shape) for shape in shapes]), str(SWEEP_BYTES)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
+    except subprocess.SubprocessError as error:
+        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        print(f"without PyTorch: {(reason or ['no reason given'])[-1]}")
+        return
     times: dict[str, dict[str, float]] = json.loads(result.stdout.splitlines()[-1])
-    return times
+    for shape in shapes:
+        if backends := times.get(shape.name):
+            best = min(backends, key=backends.__getitem__)
+            row = {"rule": "dense", "sparsity": 0.0, "implementation": f"torch {best}", "mask": "random"}
+            row |= {"name": "dense, torch", "bytes": shape.dense_nbytes, "us": backends[best], "timed": "events"}
+            yield shape.describe() | row | {"backends": backends}
 
 
-def describe(shape: Shape) -> dict[str, Any]:
-    """A row's first fields."""
-    fields = dataclasses.asdict(shape)
-    return {"shape": fields.pop("name")} | fields
+def dense_times(rows: Iterable[Row], shape: str) -> dict[str, float]:
+    """Microseconds of dense attention at a shape, by name, cuDNN's through `jax.nn` first."""
+    times = {row["name"]: row["us"] for row in rows if row["shape"] == shape and row["rule"] == "dense" and row["us"]}
+    return dict(sorted(times.items(), key=lambda time: time[0] != "dense, cuDNN"))
 
 
-def print_row(rows: list[dict[str, Any]]) -> None:
-    """The last row, beside cuDNN's of its shape."""
-    row = rows[-1]
-    dense = next(other for other in rows if other["shape"] == row["shape"])
-    shown = "wrong: no time" if row["us"] is None else f"{row['us']:8.1f} us  {row['us'] / dense['us']:.2f} of dense"
-    print(f"{row['shape']:12s} {row['name']:32s} {shown}  limit {row['limit_us']:6.1f} us", flush=True)
+def print_row(rows: list[Row]) -> None:
+    """The last row, beside dense attention of its shape."""
+    row, dense = rows[-1], dense_times(rows, rows[-1]["shape"])
+    if row["us"] is None:
+        shown = row["reason"]
+    else:
+        shown = f"{row['us']:8.1f} us (limit {row['limit_us']:6.1f})"
+        if dense:
+            first = next(iter(dense))
+            shown += f"  {row['us'] / dense[first]:.2f} of {first}, {row['us'] / min(dense.values()):.2f} of the best"
+    print(f"{row['shape']:12s} {row['name']:40s} {shown}", flush=True)
 
 
-def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Time against context length, batch and sparsity, with the byte limits."""
+def plot(rows: list[Row], path: pathlib.Path) -> None:
+    """Time at A and B, and against context length, batch and sparsity, with byte limits; what has been measured."""
     try:
         from matplotlib import pyplot
     except ImportError:
         return
-    sweeps = {
-        ("tokens", "batch 1, 8 KV heads, 32 query heads"): SWEEPS["context"],
-        ("batch", "8192 tokens, 8 KV heads, 32 query heads"): SWEEPS["batch"],
-    }
-    measured = {row["shape"] for row in rows}
-    drawn = {label: shapes for label, shapes in sweeps.items() if measured >= {shape.name for shape in shapes}}
-    figure, axes = pyplot.subplots(1, 1 + len(drawn), figsize=(7 + 5 * len(drawn), 4.5), squeeze=False)
-    _draw_bars(axes[0, 0], [row for row in rows if row["shape"] in ("A", "B") and row["us"]])
-    for axis, ((x, sizes), shapes) in zip(axes[0, 1:], drawn.items(), strict=True):
-        names = {shape.name for shape in shapes}
-        _draw_lines(axis, [row for row in rows if row["shape"] in names], x)
-        axis.set_xlabel(f"{x} ({sizes})")
-    for axis in axes[0]:
+    drawn = [row for row in rows if row["us"] and row["mask"] == "random"]
+    panels = {title: panel for title, panel in _panels(drawn).items() if panel[1]}
+    bars = [row for row in rows if row["us"] and row["shape"] in ("A", "B")]
+    figure, axes = pyplot.subplots(1, len(panels) + bool(bars) or 1, figsize=(7 + 5 * len(panels), 5), squeeze=False)
+    free = list(axes[0])
+    if bars:
+        _draw_bars(free.pop(0), bars)
+    for axis, (title, (x, panel)) in zip(free, panels.items(), strict=False):
+        _draw_lines(axis, panel, x)
+        axis.set_xlabel(title)
         axis.legend(fontsize="x-small")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
-def _draw_bars(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _panels(rows: list[Row]) -> dict[str, tuple[str, list[Row]]]:
+    """By title: what is on the x axis, and the rows."""
+
+    def of_set(name: str) -> list[Row]:
+        names = {shape.name for shape in SETS[name]}
+        return [row for row in rows if row["shape"] in names]
+
+    panels = {
+        "tokens (batch 1, 8 KV heads, 32 query heads)": ("tokens", of_set("context")),
+        "batch (8192 tokens, 8 KV heads, 32 query heads)": ("batch", of_set("batch")),
+    }
+    for name in ("A", "B"):
+        panels[f"sparsity (shape {name})"] = ("sparsity", of_set(name))
+    return panels
+
+
+def _draw_bars(axis: Any, rows: list[Row]) -> None:
     axis.barh([f"{row['shape']}: {row['name']}" for row in rows], [row["us"] for row in rows])
     limits = [row["limit_us"] for row in rows]
     axis.scatter(limits, range(len(rows)), color="black", marker="|", zorder=3, label="byte limit")
     axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize="x-small")
     axis.set_xlabel("microseconds")
+    axis.legend(fontsize="x-small")
 
 
-def _draw_lines(axis: Any, rows: list[dict[str, Any]], x: str) -> None:
-    for name in dict.fromkeys(row["name"].partition(" torch")[0] for row in rows):
-        line = [row for row in rows if row["name"].startswith(name) and row["us"]]
-        [drawn] = axis.loglog([row[x] for row in line], [row["us"] for row in line], "o-", label=name)
-        limits = [row["limit_us"] for row in line]
-        axis.loglog([row[x] for row in line], limits, ":", color=drawn.get_color())
+def _draw_lines(axis: Any, rows: list[Row], x: str) -> None:
+    """A line for each rule and implementation (and sparsity, unless that is the axis), dotted its byte limit."""
+    for name, line in lines(rows, x).items():
+        if x == "sparsity" and line[0]["rule"] == "dense":
+            axis.axhline(line[0]["us"], linestyle="--", color="black", linewidth=0.8)
+            axis.annotate(name, (0.02, line[0]["us"]), xycoords=("axes fraction", "data"), fontsize="x-small")
+            continue
+        [drawn] = axis.plot([row[x] for row in line], [row["us"] for row in line], "o-", label=name)
+        axis.plot([row[x] for row in line], [row["limit_us"] for row in line], ":", color=drawn.get_color())
+    if x != "sparsity":
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
     axis.set_ylabel("microseconds (dotted: byte limit)")
+
+
+def lines(rows: list[Row], x: str) -> dict[str, list[Row]]:
+    """Rows of each line of a plot, by its name, in the order of x."""
+    named: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row[x]):
+        by_sparsity = x == "sparsity" and row["rule"] != "dense"
+        named.setdefault(f"{row['rule']}, {row['implementation']}" if by_sparsity else row["name"], []).append(row)
+    return named
+
+
+def present() -> list[str]:
+    """The implementations for packed caches that run here."""
+    capability = cuda.compute_capability()
+    if capability is None:
+        return ["xla"]
+    return ["triton", "mosaic_gpu"] if capability == 9.0 else ["triton"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sets = [name for name in SETS if name != "tiny"]
+    parser.add_argument("--shapes", nargs="+", choices=SETS, default=sets, help="sets of shapes (%(default)s)")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES], help="of pruning (%(default)s)")
+    parser.add_argument(
+        "--sparsities",
+        nargs="+",
+        type=float,
+        default=[0.5, 0.7],
+        help=f"of keys and values; the plot against sparsity wants {SWEPT} at A and B (%(default)s)",
+    )
+    parser.add_argument(
+        "--masks", nargs="+", choices=MASKS, default=[*MASKS], help="which entries are held (%(default)s)"
+    )
+    parser.add_argument(
+        "--implementations", nargs="+", default=present(), help="for packed caches; all that run here (%(default)s)"
+    )
+    parser.add_argument("--dense-implementation", default="cudnn", help="for dense caches (%(default)s)")
+    parser.add_argument("--no-torch", dest="torch", action="store_false", help="without PyTorch's backends")
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
+    return parser
 
 
 if __name__ == "__main__":

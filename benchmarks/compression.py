@@ -1,18 +1,19 @@
 """Time pruning and packing: python -m benchmarks.compression.
 
-Prompts, beside copying as many bytes (dense rows read, packed rows written); and decoding's appends, averaged over the
-steps of a group, beside appends that fill none. Each row is checked against the XLA implementation first, and shows no
-time where it fails. Writes benchmarks/results/<device>/compression.json.
+Prompts, beside copying as many bytes (dense rows read, packed rows written). And decode steps: what `append` takes, on
+average over the steps in which every sequence packs one group, beside the attention of the same steps. Each row is
+checked against the XLA implementation first, and shows no time where it fails. Times are of the device, from the
+profiler; `clock_us` is by the clock. Writes benchmarks/results/<device>/compression.json after each row, in which a row
+that is measured again replaces what was there.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,162 +21,255 @@ import jax.numpy as jnp
 from jax import lax
 
 import mustafar_jax as mj
-from benchmarks.attention import (
-    CALLS,
-    CONFIGS,
-    DTYPE,
-    HEAD_DIM,
-    INV_FREQ,
-    REPEATS,
-    RESULTS,
-    SHAPES,
-    TOLERANCE,
-    Shape,
-    copy_bandwidth,
-    describe,
-)
+from benchmarks import device_time, synthetic
+from benchmarks.attention import CALLS, REPEATS, RULES, TOLERANCE, A, B, copy_bandwidth, present
 from benchmarks.origin import where
+from benchmarks.synthetic import DTYPE, Shape
+from benchmarks.table import Row, Table, attempt, folder_of
 from mustafar_jax import bitmap
 from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
 from mustafar_jax.pallas_kernels.rows import Mean, Packed
 from mustafar_jax.pruning import keep_count, magnitude_mask, rescale_to_norm
 from mustafar_jax.rope import rotate
 
-SPARSITY = 0.7
-"""Of the caches that are appended to."""
+SHAPES = {"A": A, "B": B, "tiny": Shape("tiny", 2, 2, 2, 192, 64)}
+SCOPES = ["append", "decode_attention"]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7])
-    parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
-    options = parser.parse_args()
-    bandwidth, rows = copy_bandwidth(), []
-    for shape in SHAPES:
-        for sparsity in options.sparsity:
-            for name in CONFIGS:
-                rows.append(measure_prompt(shape, sparsity, name, bandwidth))
-                print_row(rows[-1])
-        for name in CONFIGS:
-            for implementation in ("triton", "xla"):
-                rows.append(measure_appends(shape, name, implementation))
-                print_row(rows[-1])
-    record = where() | {"copy_bytes_per_s": bandwidth, "rows": rows}
-    folder = options.output or RESULTS / str(record["device"]).replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compression.json").write_text(json.dumps(record, indent=1) + "\n")
+    options = _parser().parse_args(arguments)
+    origin, bandwidth = where(), copy_bandwidth()
+    identity = ("shape", "what", "rule", "implementation", "attention", "sparsity")
+    path = folder_of(origin["device"], options.output) / "compression.json"
+    table = Table(path, lambda row: tuple(row.get(field) for field in identity))
+    for name in options.shapes:
+        shape = SHAPES[name]
+        for row in (*measure_prompts(shape, options, bandwidth), *measure_steps(shape, options)):
+            table.add(shape.describe() | row | {"where": origin})
+            print_row(table.rows[-1])
 
 
-def measure_prompt(shape: Shape, sparsity: float, name: str, bandwidth: float) -> dict[str, Any]:
-    """Prune and pack all of a prompt's keys and values; a row of the table."""
-    config = CONFIGS[name](sparsity, sparsity)
-    size = (shape.batch, shape.tokens, shape.kv_heads, HEAD_DIM)
-    prompt = [jax.random.normal(key, size, DTYPE) for key in jax.random.split(jax.random.key(0))]
-    mean = jax.random.normal(jax.random.key(1), (shape.batch, shape.kv_heads, HEAD_DIM)) if config.center_keys else None
-    zeros = jnp.zeros(shape.batch, jnp.int32)
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A whole prompt's keys and values, pruned and packed by one call of the kernel."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def pack(targets: list[Packed], prompt: list[jax.Array]) -> list[Packed]:
-        taken_off = None if mean is None else Mean(mean, jnp.asarray(INV_FREQ), 0)
-        prunes = [Prune(prompt[0], targets[0], taken_off), Prune(prompt[1], targets[1], rescale=config.rescale_values)]
-        return prune_pack(prunes, zeros, zeros, zeros + shape.tokens, rows=shape.tokens, head_axis=2)
+    shape: Shape
+    rule: str
+    sparsity: float
+    interpret: bool = False
 
-    nbytes = sum(x.nbytes for x in [*prompt, *jax.tree.leaves(empty_rows(shape, sparsity))])
-    packed = pack(empty_rows(shape, sparsity), prompt)
-    error = float(prompt_error(packed, prompt, mean, sparsity, config.rescale_values))
-    del packed
-    microseconds = time_chain(pack, empty_rows(shape, sparsity), prompt) if error < TOLERANCE else None
-    row = {"what": "prompt", "rule": name, "implementation": "triton", "sparsity": sparsity, "error": error}
-    return describe(shape) | row | {"bytes": nbytes, "us": microseconds, "copy_us": nbytes / bandwidth * 1e6}
+    @property
+    def config(self) -> mj.CompressionConfig:
+        """Of the cache that they would be for."""
+        return RULES[self.rule](self.sparsity, self.sparsity)
 
+    def targets(self) -> list[Packed]:
+        """Packed keys and values that hold nothing."""
+        leading = (self.shape.batch, self.shape.kv_heads)
+        sizes = (self.shape.tokens, self.shape.head_dim, keep_count(self.shape.head_dim, self.sparsity))
+        both = (bitmap.empty(leading, *sizes, jnp.dtype(DTYPE)) for _ in range(2))
+        return [Packed(rows.bitmap, rows.values) for rows in both]
 
-def empty_rows(shape: Shape, sparsity: float) -> list[Packed]:
-    """Packed keys and values that hold nothing."""
-    leading, kept = (shape.batch, shape.kv_heads), keep_count(HEAD_DIM, sparsity)
-    both = (bitmap.empty(leading, shape.tokens, HEAD_DIM, kept, jnp.dtype(DTYPE)) for _ in range(2))
-    return [Packed(rows.bitmap, rows.values) for rows in both]
+    def tokens(self) -> list[jax.Array]:
+        """Random keys and values [B, S, K, H]."""
+        shape = self.shape
+        size = (shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
+        return [jax.random.normal(key, size, DTYPE) for key in jax.random.split(jax.random.key(0))]
 
+    def mean(self) -> jax.Array | None:
+        """The mean key [B, K, H] where keys are centred."""
+        size = (self.shape.batch, self.shape.kv_heads, self.shape.head_dim)
+        return jax.random.normal(jax.random.key(1), size) if self.config.center_keys else None
 
-@functools.partial(jax.jit, static_argnames=("sparsity", "rescale"))
-def prompt_error(
-    packed: list[Packed], prompt: list[jax.Array], mean: jax.Array | None, sparsity: float, rescale: bool
-) -> jax.Array:
-    """||packed - expected|| / ||expected||, a head at a time."""
+    def abstract(self) -> tuple[Any, Any, Any]:
+        """Targets, tokens and mean as shapes."""
+        return jax.eval_shape(lambda: (self.targets(), self.tokens(), self.mean()))
 
-    def one(arguments: Any) -> jax.Array:
-        packed, (key, value), mean = arguments
-        ranked = key
-        if mean is not None:
-            turned = rotate(mean[None], jnp.arange(key.shape[0]), jnp.asarray(INV_FREQ))
-            ranked = (key.astype(jnp.float32) - turned).astype(key.dtype)
-        masks = [magnitude_mask(x, sparsity) for x in (ranked, value)]
-        value = rescale_to_norm(value, masks[1]) if rescale else value
-        sums = []
-        for rows, x, mask in zip(packed, (key, value), masks, strict=True):
-            dense = bitmap.unpack(mj.BitmapArray(rows.bitmap, rows.values, jnp.zeros((), bool), x.shape[0])).astype(
-                jnp.float32
-            )
-            wanted = jnp.where(mask, x, 0).astype(jnp.float32)
-            sums.append(jnp.stack([jnp.sum((dense - wanted) ** 2), jnp.sum(wanted**2)]))
-        return jnp.stack(sums)
+    def pack(self, targets: list[Packed], tokens: list[jax.Array], mean: jax.Array | None) -> list[Packed]:
+        """The targets with all tokens in them."""
+        zeros = jnp.zeros(self.shape.batch, jnp.int32)
+        taken_off = None if mean is None else Mean(mean, jnp.asarray(self.shape.inv_freq, jnp.float32), 0)
+        rescale = self.config.rescale_values
+        prunes = [Prune(tokens[0], targets[0], taken_off), Prune(tokens[1], targets[1], rescale=rescale)]
+        rows = self.shape.tokens
+        return prune_pack(prunes, zeros, zeros, zeros + rows, rows=rows, head_axis=2, interpret=self.interpret)
 
-    by_head = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (packed, [x.swapaxes(1, 2) for x in prompt], mean))
-    sums = lax.map(one, by_head).sum(axis=0)
-    return jnp.sqrt(sums[:, 0] / sums[:, 1]).max()
+    def error(self, packed: list[Packed], tokens: list[jax.Array], mean: jax.Array | None) -> jax.Array:
+        """How wrong packed rows are, 0 if not at all: the worst of keys and values.
 
+        The sum of two: ||packed - expected|| / ||expected||, where what is expected has the mask that was found; and by
+        what share the magnitudes that were kept fall short of the largest ones. So a mask may differ where magnitudes
+        are equal but for rounding, as distances from a rotated mean are.
+        """
+        inv_freq, rescale = jnp.asarray(self.shape.inv_freq, jnp.float32), self.config.rescale_values
 
-def measure_appends(shape: Shape, name: str, implementation: str) -> dict[str, Any]:
-    """Append the tokens of a group to a cache that then packs one, in one compiled loop; a row of the table."""
-    config = CONFIGS[name](SPARSITY, SPARSITY)
-    length = config.sink_tokens + config.residual_length + shape.tokens - config.group
-    size = (config.group, shape.batch, shape.kv_heads, HEAD_DIM)
-    tokens = [jax.random.normal(key, size, DTYPE) for key in jax.random.split(jax.random.key(2))]
+        def one(arguments: Any) -> jax.Array:
+            packed, (key, value), mean = arguments
+            ranked = key
+            if mean is not None:
+                turned = rotate(mean[None], jnp.arange(key.shape[0]), inv_freq)
+                ranked = (key.astype(jnp.float32) - turned).astype(key.dtype)
+            sums = []
+            for rows, x, by, rescaled in zip(packed, (key, value), (ranked, value), (False, rescale), strict=True):
+                found = mj.BitmapArray(rows.bitmap, rows.values, jnp.zeros((), bool), x.shape[0])
+                mask, magnitudes = bitmap.held(found), jnp.abs(by.astype(jnp.float32))
+                wanted = jnp.where(mask, rescale_to_norm(x, mask) if rescaled else x, 0).astype(jnp.float32)
+                difference = bitmap.unpack(found).astype(jnp.float32) - wanted
+                kept = [jnp.sum(magnitudes, where=m) for m in (mask, magnitude_mask(by, self.sparsity))]
+                sums.append(jnp.stack([jnp.sum(difference**2), jnp.sum(x.astype(jnp.float32) ** 2), *kept]))
+            return jnp.stack(sums)
 
-    @functools.partial(jax.jit, static_argnames=("steps", "by"), donate_argnums=0)
-    def grow(cache: mj.LayerCache, tokens: list[jax.Array], *, steps: int, by: str = implementation) -> mj.LayerCache:
-        def step(cache: mj.LayerCache, token: list[jax.Array]) -> tuple[mj.LayerCache, None]:
-            return mj.append(cache, *token, implementation=by), None
-
-        return lax.scan(step, cache, [x[:steps] for x in tokens])[0]
-
-    def filled() -> mj.LayerCache:
-        cache = mj.LayerCache.init(
-            config,
-            batch=shape.batch,
-            capacity=length + 2 * config.group,
-            num_kv_heads=shape.kv_heads,
-            head_dim=HEAD_DIM,
-            dtype=DTYPE,
-            inv_freq=INV_FREQ,
+        by_head = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (packed, [x.swapaxes(1, 2) for x in tokens], mean)
         )
-        # older tokens may be anything; the group that is packed next is appended here
-        lengths = jnp.full(shape.batch, length - config.group, jnp.int32)
-        return grow(dataclasses.replace(cache, lengths=lengths), tokens, steps=config.group, by="xla")
-
-    result, wanted = (grow(filled(), tokens, steps=config.group, by=by) for by in (implementation, "xla"))
-    error = cache_error(result, wanted)
-    row: dict[str, Any] = {"what": "appends", "rule": name, "implementation": implementation, "sparsity": SPARSITY}
-    times = {"us": config.group, "none_full_us": config.group - 1}
-    for field, steps in times.items():
-        run = functools.partial(grow, steps=steps)
-        microseconds = time_fresh(run, filled, tokens) / steps if error < TOLERANCE else None
-        row |= {field: microseconds}
-    return describe(shape) | row | {"error": error}
+        sums = lax.map(one, by_head).sum(axis=0)
+        return (jnp.sqrt(sums[:, 0] / sums[:, 1]) + jnp.abs(1 - sums[:, 2] / sums[:, 3])).max()
 
 
-def cache_error(actual: mj.LayerCache, expected: mj.LayerCache) -> float:
-    """The largest ||actual - expected|| / ||expected|| of what attention sees."""
-    errors = []
-    for one, other in zip(actual.to_dense()[:2], expected.to_dense()[:2], strict=True):
-        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
-        errors.append(float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other)))
-    return max(errors)
+def measure_prompts(shape: Shape, options: argparse.Namespace, bandwidth: float) -> Iterator[Row]:
+    """Prune and pack all of a prompt's keys and values, at each sparsity by each rule."""
+    prompts = [
+        Prompt(shape, rule, sparsity, options.interpret) for sparsity in options.sparsities for rule in options.rules
+    ]
+    programs = device_time.compile_all({key: job for prompt in prompts for key, job in _prompt_jobs(prompt).items()})
+    for prompt in prompts:
+        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prompt.abstract()[:2]))
+        fields = {"what": "prompt", "rule": prompt.rule, "implementation": "triton", "sparsity": prompt.sparsity}
+        times = {"bytes": nbytes, "copy_us": nbytes / bandwidth * 1e6, "copy_bytes_per_s": bandwidth}
+        yield fields | times | attempt(functools.partial(measure_prompt, prompt, programs))
 
 
-def time_chain(function: Callable[..., Any], state: Any, *arguments: Any) -> float:
-    """Microseconds per call of state = function(state, ...), whose state is donated; the median over repeats."""
-    state = jax.block_until_ready(function(state, *arguments))
+def _prompt_jobs(prompt: Prompt) -> dict[Any, jax.stages.Lowered | Exception]:
+    targets, tokens, mean = prompt.abstract()
+    return {
+        ("pack", prompt): device_time.lowered(jax.jit(prompt.pack, donate_argnums=0), targets, tokens, mean),
+        ("error", prompt): device_time.lowered(jax.jit(prompt.error), targets, tokens, mean),
+    }
+
+
+def measure_prompt(prompt: Prompt, programs: dict[Any, Any]) -> Row:
+    """Microseconds of a call, if it is right."""
+    pack, tokens, mean = programs["pack", prompt], prompt.tokens(), prompt.mean()
+    packed = device_time.run(pack, prompt.targets(), tokens, mean)
+    error = float(device_time.run(programs["error", prompt], packed, tokens, mean))
+    if not error < TOLERANCE:
+        return {"us": None, "error": error, "reason": f"wrong: error ratio {error:.1e}"}
+    packed, clock = time_chain(pack, packed, tokens, mean)
+    seconds = device_time.profile(pack, packed, tokens, mean, scopes=())[1]["rest"]
+    return {
+        "error": error,
+        "us": seconds * 1e6 or clock,
+        "timed": "profiler" if seconds else "clock",
+        "clock_us": clock,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps in which every sequence of a full cache fills, and packs, one group.
+
+    Attributes:
+        shape, rule, sparsity: of the cache.
+        implementation: of pruning and packing.
+        attention: of attention.
+    """
+
+    shape: Shape
+    rule: str
+    sparsity: float
+    implementation: str
+    attention: str
+
+    @property
+    def config(self) -> mj.CompressionConfig:
+        """The cache's."""
+        return RULES[self.rule](self.sparsity, self.sparsity)
+
+    @property
+    def length(self) -> int:
+        """Tokens that are held before: with one more, a group leaves the dense part."""
+        config, groups = self.config, self.config.packed_tokens(self.shape.tokens) // self.config.group
+        return config.sink_tokens + config.residual_length + groups * config.group - 1
+
+    def cache(self) -> mj.LayerCache:
+        """Full of random rows, and of random recent tokens; with room for the steps."""
+        tokens = self.length + 1 + self.config.group
+        shape = dataclasses.replace(self.shape, tokens=tokens)
+        cache = synthetic.full_cache(shape, self.config, synthetic.scales("random", shape))
+        return dataclasses.replace(cache, lengths=jnp.full(shape.batch, self.length, jnp.int32))
+
+    def tokens(self) -> list[jax.Array]:
+        """Keys and values of the steps, [steps, B, K, H]."""
+        size = (self.config.group, self.shape.batch, self.shape.kv_heads, self.shape.head_dim)
+        return [jax.random.normal(key, size, DTYPE) for key in jax.random.split(jax.random.key(2))]
+
+    def run(self, cache: mj.LayerCache, tokens: list[jax.Array], query: jax.Array) -> tuple[mj.LayerCache, jax.Array]:
+        """All steps, each an `append` and attention by queries that depend on the step before."""
+
+        def step(carry: tuple[mj.LayerCache, jax.Array], token: list[jax.Array]) -> tuple[Any, None]:
+            cache, out = carry
+            cache = mj.append(cache, *token, implementation=self.implementation)
+            asked = (query + 1e-2 * out).astype(query.dtype)
+            return (cache, mj.decode_attention(asked, cache, implementation=self.attention)), None
+
+        return lax.scan(step, (cache, jnp.zeros_like(query)), tokens)[0]
+
+    def packed_last(self, cache: mj.LayerCache) -> list[jax.Array]:
+        """Keys and values, float32, of the tokens that were packed or written last."""
+        first = self.length + 1 - self.config.residual_length - self.config.group
+        return [x[:, first : self.length + self.config.group].astype(jnp.float32) for x in cache.to_dense()[:2]]
+
+
+def measure_steps(shape: Shape, options: argparse.Namespace) -> Iterator[Row]:
+    """Steps at the largest sparsity, by each rule, with each implementation of attention that runs here."""
+    sparsity = max(options.sparsities)
+    rows = [
+        Steps(shape, rule, sparsity, implementation, attention)
+        for rule in options.rules
+        for implementation in options.implementations
+        for attention in options.attention
+    ]
+    references = {steps: dataclasses.replace(steps, implementation="xla", attention="xla") for steps in rows}
+    programs = device_time.compile_all(
+        {steps: _steps_job(steps) for steps in {**dict.fromkeys(references.values()), **dict.fromkeys(rows)}}
+    )
+    for steps in rows:
+        fields = dataclasses.asdict(steps) | {"what": "steps"}
+        del fields["shape"]
+        yield fields | attempt(functools.partial(measure_step, steps, programs[steps], programs[references[steps]]))
+
+
+def _steps_job(steps: Steps) -> jax.stages.Lowered | Exception:
+    arguments = jax.eval_shape(lambda: (steps.cache(), steps.tokens(), synthetic.query(steps.shape)))
+    return device_time.lowered(jax.jit(steps.run, donate_argnums=0), *arguments)
+
+
+def measure_step(steps: Steps, program: Any, reference: Any) -> Row:
+    """Microseconds of a step's compression and of its attention, if what is packed is right."""
+    tokens, query = steps.tokens(), synthetic.query(steps.shape)
+
+    def held(program: Any) -> list[jax.Array]:
+        return steps.packed_last(device_time.run(program, steps.cache(), tokens, query)[0])
+
+    error = max(different(one, other) for one, other in zip(held(program), held(reference), strict=True))
+    if not error < TOLERANCE:
+        return {"us": None, "error": error, "reason": f"wrong: error ratio {error:.1e}"}
+    clock = time_fresh(program, steps.cache, tokens, query) / steps.config.group
+    _, seconds = device_time.profile(program, steps.cache(), tokens, query, scopes=SCOPES)
+    append, attention = (seconds[scope] / steps.config.group * 1e6 for scope in SCOPES)
+    parts = {"us": append, "attention_us": attention, "share": append / attention} if attention else {"us": None}
+    reason = {} if attention else {"reason": "no GPU: nothing tells compression from attention"}
+    return {"error": error, "clock_us": clock} | parts | reason
+
+
+def different(one: jax.Array, other: jax.Array) -> float:
+    """The share of entries that differ by more than rounding; a few may, where what to keep was nearly a tie."""
+    return float(jnp.mean(jnp.abs(one - other) > 0.02 * jnp.sqrt(jnp.mean(other**2))))
+
+
+def time_chain(function: Callable[..., Any], state: Any, *arguments: Any) -> tuple[Any, float]:
+    """The last state, and microseconds per call of state = function(state, ...), whose state is donated; the median."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -183,12 +277,11 @@ def time_chain(function: Callable[..., Any], state: Any, *arguments: Any) -> flo
             state = function(state, *arguments)
         jax.block_until_ready(state)
         times.append((time.perf_counter() - start) / CALLS * 1e6)
-    return statistics.median(times)
+    return state, statistics.median(times)
 
 
 def time_fresh(function: Callable[..., Any], make: Callable[[], Any], *arguments: Any) -> float:
     """Microseconds per call of function(state, ...), each on a state of its own, which is donated; the median."""
-    jax.block_until_ready(function(make(), *arguments))
     times = []
     for _ in range(REPEATS):
         state = jax.block_until_ready(make())
@@ -198,16 +291,32 @@ def time_fresh(function: Callable[..., Any], make: Callable[[], Any], *arguments
     return statistics.median(times)
 
 
-def print_row(row: dict[str, Any]) -> None:
+def print_row(row: Row) -> None:
     """One line of the table."""
-    name = f"{row['shape']:3s} {row['what']:8s} {row['rule']:12s} {row['implementation']:7s} {row['sparsity']}"
+    name = f"{row['shape']:4s} {row['what']:6s} {row['rule']:11s} {row['sparsity']} {row['implementation']:6s}"
     if row["us"] is None:
-        shown = "wrong: no time"
+        shown = row["reason"]
     elif row["what"] == "prompt":
         shown = f"{row['us']:8.1f} us  {row['copy_us'] / row['us']:.2f} of a copy's speed"
     else:
-        shown = f"{row['us']:8.1f} us a step, {row['none_full_us']:.1f} where none is full"
+        shown = f"{row['us']:8.2f} us a step, {row['share']:.1%} of attention ({row['attention']})"
     print(f"{name}  {shown}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["A", "B"], help="(%(default)s)")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES], help="of pruning (%(default)s)")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7], help="(%(default)s)")
+    parser.add_argument(
+        "--implementations", nargs="+", default=["triton"], help="of a step's pruning and packing (%(default)s)"
+    )
+    parser.add_argument("--attention", nargs="+", default=present(), help="of a step's attention (%(default)s)")
+    parser.add_argument(
+        "--interpret", action="store_true", help="prompts through the interpreter, where there is no GPU"
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
+    return parser
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ batch of prompts of one length, prefilled and then continued by 256 tokens; both
 decode step, dense caches through cuDNN. Each case has a process of its own: one that fails, or for which memory does
 not suffice, is noted with its reason, and the rest goes on. Writes benchmarks/results/<device>/generation.json after
 each case, in which a case that is run again replaces what was there, and two plots where matplotlib is installed.
+
+What is compiled is kept in the folder $JAX_COMPILATION_CACHE_DIR, where that is set, else until the program ends.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -23,26 +26,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import device_time
+from benchmarks.attention import RULES
 from benchmarks.origin import where
+from benchmarks.table import Row, Table, folder_of
 from mustafar_jax.cli import parse_size
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, Caches, decode_step, prefill_prompt
 from mustafar_jax.models import Llama, ModelConfig, memory
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 DTYPE = jnp.bfloat16
 BLOCK = 32
 """Steps of one call: each sequence packs one group in it."""
 BLOCKS = 2
 """Calls that are timed together; what remains of a case's steps is a call to warm up and one under the profiler."""
-LONG = 30.0
-"""Seconds of prefill above which it runs once: its time is then that of all layers but the first, which compiles."""
+LONG, SHORT = 30.0, 10.0
+"""Seconds of prefill above which it runs once: its time is then that of all layers but the first, which compiles; and
+below which it runs three times more, otherwise once more."""
 SCOPES = {"decode_attention": "attention", "append": "compression", "rest": "rest"}
 
 _COMMON: dict[str, Any] = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "head_dim": 128}
@@ -78,6 +84,8 @@ class Case:
         implementation: of attention during decoding.
         largest: whether `batch` is the largest that the memory plan lets fit, or less where that did not.
         new_tokens: how long the prompts are continued; a multiple of 64, at least 128.
+        rule: of pruning, a name in `attention.RULES`.
+        split: whether each part of a step is timed, for which it is compiled again.
     """
 
     shape: str
@@ -87,11 +95,13 @@ class Case:
     implementation: str | None
     largest: bool = False
     new_tokens: int = 256
+    rule: str = "recommended"
+    split: bool = True
 
     @property
     def compression(self) -> CompressionConfig:
         """The caches' config."""
-        return CompressionConfig.recommended(self.sparsity, self.sparsity) if self.sparsity else DENSE
+        return RULES[self.rule](self.sparsity, self.sparsity) if self.sparsity else DENSE
 
     @property
     def capacity(self) -> int:
@@ -105,7 +115,7 @@ class Case:
         return memory.plan(SHAPES[self.shape], self.compression, **sizes, dtype=DTYPE)
 
     def __str__(self) -> str:
-        cache = f"packed {self.sparsity} ({self.implementation})" if self.sparsity else "dense"
+        cache = f"{self.rule} {self.sparsity} ({self.implementation or 'best'})" if self.sparsity else "dense"
         return f"{self.shape}, {self.context:,} tokens, batch {self.batch}{' (largest)' * self.largest}, {cache}"
 
 
@@ -113,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the cases, print and write."""
     options = _parser().parse_args(arguments)
     if options.one:
-        print(json.dumps(run_here(Case(**json.loads(options.one)), split=options.split)))
+        print(json.dumps(run_here(Case(**json.loads(options.one)), complete if options.complete else measure)))
         return
     if options.describe:
         print(json.dumps({"where": where(), "limit_bytes": _memory("bytes_limit")}))
@@ -125,10 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.memory and device["limit_bytes"]:
             share *= min(1.0, options.memory * memory.USABLE / device["limit_bytes"])
             device = describe(Launcher(share, 300, cache))
-        folder = options.output or RESULTS / device["where"]["device"].replace(" ", "_")
-        folder.mkdir(parents=True, exist_ok=True)
-        launch = Launcher(share, options.timeout, cache, () if options.split else ("--no-split",))
-        run_all(list(cases_of(options, device["limit_bytes"])), folder, device, launch)
+        folder = folder_of(device["where"]["device"], options.output)
+        cases = list((bar_cases if options.bars else cases_of)(options, device["limit_bytes"]))
+        flags = {"check_plan": options.check_plan or options.bars, "resume": options.resume}
+        run_all(cases, folder, device, Launcher(share, options.timeout, cache), **flags)
 
 
 def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
@@ -142,31 +152,103 @@ def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
         for context in options.contexts:
             for batch in options.batches:
                 for sparsity in options.sparsities:
-                    name = options.implementation if sparsity else options.dense_implementation
-                    case = Case(shape, context, sparsity, batch or 1, name, not batch, options.new_tokens)
-                    if case.largest:
-                        if limit is None:
-                            raise ValueError("--batches largest: this device does not say how much memory it has")
-                        sizes = {"capacity": case.capacity, "dtype": DTYPE}
-                        fits = memory.largest_batch(limit, SHAPES[shape], case.compression, **sizes)
-                        case = dataclasses.replace(case, batch=max(1, fits))
-                    yield case
+                    yield case_with(options, limit, shape, context, batch, sparsity, options.new_tokens, options.split)
+
+
+def bar_cases(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
+    """The cases that the comparisons of `benchmarks.bars` need, the most telling ones first; arguments as `cases_of`.
+
+    Parts of a step are timed at batch 8, where dense attention is compared with dense attention by itself.
+    """
+    for context, batch, sparsities, new_tokens in (
+        (16384, 8, (0.0, 0.7, 0.5), 256),
+        (16384, 0, (0.0, 0.7, 0.5), 256),
+        (65536, 1, (0.0, 0.7, 0.5), 256),
+        (16384, 1, (0.0, 0.7), 256),
+        (4096, 8, (0.7,), 4096),
+    ):
+        for sparsity in sparsities:
+            split = (context, batch) == (16384, 8)
+            yield case_with(options, limit, "llama-3-8b", context, batch, sparsity, new_tokens, split)
+
+
+def case_with(
+    options: argparse.Namespace,
+    limit: int | None,
+    shape: str,
+    context: int,
+    batch: int,
+    sparsity: float,
+    new_tokens: int,
+    split: bool,
+) -> Case:
+    """The case of these sizes; batch 0 is the largest that fits, which is an error where `limit` is None."""
+    name = options.implementation if sparsity else options.dense_implementation
+    case = Case(shape, context, sparsity, batch or 1, name, not batch, new_tokens, options.rule, split)
+    if not case.largest:
+        return case
+    if limit is None:
+        raise ValueError("--batches largest: this device does not say how much memory it has")
+    sizes = {"capacity": case.capacity, "dtype": DTYPE}
+    fits = memory.largest_batch(limit, SHAPES[shape], case.compression, **sizes)
+    return dataclasses.replace(case, batch=max(1, fits))
 
 
 def run_all(
-    cases: Sequence[Case], folder: pathlib.Path, device: dict[str, Any], ask: Callable[[list[str]], dict[str, Any]]
+    cases: Sequence[Case],
+    folder: pathlib.Path,
+    device: dict[str, Any],
+    ask: Callable[[list[str]], dict[str, Any]],
+    *,
+    check_plan: bool = False,
+    resume: bool = False,
 ) -> None:
-    """Run each case, and write what is known after it; `ask` is a `Launcher`."""
-    path = folder / "generation.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for number, case in enumerate(cases, 1):
-        print(f"[{number}/{len(cases)}] {case}", flush=True)
-        row = run_one(case, device["limit_bytes"], ask) | device
-        rows = merged(rows, row)
-        print("    " + describe_row(row, rows), flush=True)
-        path.write_text(json.dumps({"device": device["where"]["device"], "rows": rows}, indent=1) + "\n")
-    plot_speed(rows, folder / "generation_speed.png")
-    plot_memory(rows, folder / "generation_memory.png")
+    """Run each case, and write what is known after it.
+
+    Args:
+        cases: what is to be run.
+        folder: of the results.
+        device: where it is run, as `describe` says.
+        ask: a `Launcher`.
+        check_plan: at the end, try largest batches 5 % larger than planned, where what was planned did fit.
+        resume: leave out cases that a row of the same commit already tells about.
+    """
+    table = Table(folder / "generation.json", _identity)
+    try:
+        for number, case in enumerate(cases, 1):
+            print(f"[{number}/{len(cases)}] {case}", flush=True)
+            if resume and (found := _row_of(case, device, table.rows)):
+                print("    " + describe_row(found, table.rows), flush=True)
+                continue
+            table.add(run_one(case, device["limit_bytes"], ask) | device)
+            print("    " + describe_row(table.rows[-1], table.rows), flush=True)
+        for case in cases if check_plan else ():
+            row = _row_of(case, device, table.rows)
+            if row and case.largest and row["batch"] == row["planned_batch"] and "larger_fits" not in row:
+                table.add(row | run_larger(case_of(row), ask))
+    finally:
+        plot_speed(table.rows, folder / "generation_speed.png")
+        plot_memory(table.rows, folder / "generation_memory.png")
+
+
+def _row_of(case: Case, device: dict[str, Any], rows: list[Row]) -> Row | None:
+    """The row of a case that ran, on this device and at this commit."""
+    wanted = _identity(dataclasses.asdict(case) | device)
+    commit = device["where"]["commit"]
+    for row in rows:
+        if _identity(row) == wanted and row["status"] == "ok" and row["where"]["commit"] == commit:
+            return row
+    return None
+
+
+def run_larger(case: Case, ask: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
+    """Whether 5 % more sequences than planned fit; if not, the plan is true within 5 %."""
+    larger = dataclasses.replace(case, batch=math.ceil(1.05 * case.batch))
+    print(f"does the plan leave room? {larger}", flush=True)
+    answer = ask(["--one", json.dumps(dataclasses.asdict(larger)), "--complete"])
+    found = {"ok": True, "out of memory": False}.get(answer["status"])  # None: it failed for another reason
+    print(f"    {answer['status']}: {answer.get('reason', 'it fits')}", flush=True)
+    return {"larger_batch": larger.batch, "larger_fits": found}
 
 
 def run_one(case: Case, limit: int | None, ask: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
@@ -192,18 +274,16 @@ class Launcher:
     Attributes:
         share: of the device's memory that the process may take.
         timeout: seconds that it may take.
-        cache: a folder for what is compiled, which later processes find there.
-        options: of the command line, for all processes.
+        cache: a folder for what is compiled, which later processes find there; $JAX_COMPILATION_CACHE_DIR comes first.
     """
 
     share: float
     timeout: float
     cache: str
-    options: Sequence[str] = ()
 
     def __call__(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The last line of the process's output, or why there is none."""
-        command = [sys.executable, "-m", "benchmarks.generation", *arguments, *self.options]
+        command = [sys.executable, "-m", "benchmarks.generation", *arguments]
         environment = {"JAX_COMPILATION_CACHE_DIR": self.cache} | os.environ
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{self.share:.4f}"
         try:
@@ -226,20 +306,34 @@ def describe(launch: Launcher) -> dict[str, Any]:
     return answer
 
 
-def run_here(case: Case, *, split: bool) -> dict[str, Any]:
-    """Measure in this process; an error is an answer."""
+def run_here(case: Case, run: Callable[[Case], dict[str, Any]]) -> dict[str, Any]:
+    """What `run`, `measure` or `complete`, tells in this process; an error is an answer."""
     try:
-        return {"status": "ok"} | measure(case, split=split)
+        return {"status": "ok"} | run(case)
     except Exception as error:
         full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"))
         status = "out of memory" if full else "failed"
         return {"status": status, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
-def measure(case: Case, *, split: bool) -> dict[str, Any]:
-    """Prefill and decode, and say what that took."""
+def complete(case: Case) -> dict[str, Any]:
+    """Prefill and decode, and measure nothing."""
+    model, tokens = _model_and_tokens(case)
+    token, caches, _ = _prefill(model, tokens, case, show=True)
+    decode = lower_decode(model, token, caches, case.implementation).compile()
+    for _ in range(case.new_tokens // BLOCK):
+        token, caches = jax.block_until_ready(decode(model, token, caches))
+    return {}
+
+
+def _model_and_tokens(case: Case) -> tuple[Llama, jax.Array]:
     model = random_model(SHAPES[case.shape])
-    tokens = jax.random.randint(jax.random.key(1), (case.batch, case.context), 0, model.config.vocab_size)
+    return model, jax.random.randint(jax.random.key(1), (case.batch, case.context), 0, model.config.vocab_size)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Prefill and decode, and say what that took."""
+    model, tokens = _model_and_tokens(case)
     token, caches, row = time_prefill(model, tokens, case)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
@@ -251,10 +345,10 @@ def measure(case: Case, *, split: bool) -> dict[str, Any]:
     token, caches, steps = time_decode(compiled, model, token, caches, case.new_tokens // (BLOCKS * BLOCK) - 1)
     row["peak_bytes"] = _memory("peak_bytes_in_use")
     row |= {"tokens_per_s": case.batch / steps["step_ms"] * 1e3} | steps
-    if split:
+    if case.split:
         token, caches, parts = split_decode(decode, model, token, caches)
         row |= parts
-    held_tokens = case.capacity - BLOCK * (not split)
+    held_tokens = case.capacity - BLOCK * (not case.split)
     if any((cache.overflow | (cache.lengths != held_tokens)).any() for cache in caches):
         raise RuntimeError(f"the caches do not hold the {held_tokens} tokens of prompt and continuation")
     return row
@@ -280,9 +374,12 @@ def time_prefill(model: Llama, tokens: jax.Array, case: Case) -> tuple[jax.Array
     token, caches, seconds = _prefill(model, tokens, case, show=True)
     if seconds >= LONG:
         return token, caches, {"ttft_s": seconds, "ttft_from": "the layers after the first, which compiles"}
-    del token, caches
-    token, caches, seconds = _prefill(model, tokens, case, show=False)
-    return token, caches, {"ttft_s": seconds, "ttft_from": "a second prefill"}
+    times: list[float] = []
+    for _ in range(3 if seconds < SHORT else 1):
+        del token, caches  # there may be no room for two
+        token, caches, seconds = _prefill(model, tokens, case, show=False)
+        times.append(seconds)
+    return token, caches, {"ttft_s": statistics.median(times), "ttft_from": f"{len(times)} more, their median"}
 
 
 def _prefill(model: Llama, tokens: jax.Array, case: Case, *, show: bool) -> tuple[jax.Array, Caches, float]:
@@ -332,7 +429,19 @@ def time_decode(
             token, caches = decode(model, token, caches)
         jax.block_until_ready(token)
         times.append((time.perf_counter() - start) / (BLOCKS * BLOCK) * 1e3)
-    return token, caches, {"step_ms": statistics.median(times), "steps_ms": times}
+    return token, caches, {"step_ms": statistics.median(times), "steps_ms": times, "flatness": flatness(times)}
+
+
+def flatness(times: Sequence[float]) -> float | None:
+    """The largest deviation of times from a straight line, relative to it; None of fewer than 8 times.
+
+    A cache that grows by the same number of tokens from time to time explains a straight line.
+    """
+    if len(times) < 8:
+        return None
+    place = np.arange(len(times))
+    fitted = np.polynomial.Polynomial.fit(place, times, 1)(place)
+    return float(np.max(np.abs(np.asarray(times) / fitted - 1)))
 
 
 def split_decode(
@@ -340,13 +449,11 @@ def split_decode(
 ) -> tuple[jax.Array, Caches, dict[str, float]]:
     """Go on from a token and caches under the profiler; milliseconds of each part of a step."""
     decode = lowered.compile(compiler_options=device_time.NO_GRAPHS)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            token, caches = jax.block_until_ready(decode(model, token, caches))
-        seconds = device_time.split(pathlib.Path(folder), decode.as_text() or "", list(SCOPES)[:-1])
+    (token, caches), seconds = device_time.profile(decode, model, token, caches, scopes=list(SCOPES)[:-1])
     if not any(seconds.values()):  # no GPU
         return token, caches, {}
-    return token, caches, {f"{part}_ms": seconds[scope] / BLOCK * 1e3 for scope, part in SCOPES.items()}
+    parts = {f"{part}_ms": seconds[scope] / BLOCK * 1e3 for scope, part in SCOPES.items()}
+    return token, caches, parts | {"layer_attention_us": parts["attention_ms"] * 1e3 / len(caches)}
 
 
 def _memory(name: str) -> int | None:
@@ -354,16 +461,11 @@ def _memory(name: str) -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get(name)
 
 
-def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with one more, in place of an earlier run of the same case."""
-    return [other for other in rows if _identity(other) != _identity(row)] + [row]
-
-
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What two runs of the same case have in common; the largest batch is one with the same memory."""
     case = case_of(row)
     batch = ("largest", row["limit_bytes"]) if case.largest else case.batch
-    return (case.shape, case.context, case.sparsity, case.implementation, case.new_tokens, batch)
+    return (case.shape, case.context, case.compression, case.implementation, case.new_tokens, batch)
 
 
 def case_of(row: dict[str, Any]) -> Case:
@@ -383,6 +485,8 @@ def describe_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
     text = f"{row['tokens_per_s']:.1f} tokens/s, first token {row['ttft_s']:.2f} s, step {row['step_ms']:.2f} ms"
+    if row.get("flatness") is not None:
+        text += f", within {row['flatness']:.1%} of a straight line"
     if "rest_ms" in row:
         text += " (" + ", ".join(f"{part} {row[f'{part}_ms']:.2f}" for part in SCOPES.values()) + ")"
     if "decode_bytes" in row:
@@ -429,7 +533,7 @@ def plot_memory(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 def _lines(panel: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     for sparsity, name in sorted({(row["sparsity"], row["implementation"]) for row in panel}, key=str):
         line = [row for row in panel if (row["sparsity"], row["implementation"]) == (sparsity, name)]
-        label = f"packed {sparsity}, {name}" if sparsity else "dense"
+        label = f"packed {sparsity}, {name or 'best'}" if sparsity else "dense"
         yield label, sorted(line, key=lambda row: (row["batch"], row["context"]))
 
 
@@ -480,13 +584,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.0, 0.5, 0.7],
         help="of keys and values; 0: a dense cache (%(default)s)",
     )
-    parser.add_argument("--implementation", default="triton", help="of attention on packed caches (%(default)s)")
+    parser.add_argument("--rule", choices=RULES, default="recommended", help="of pruning (%(default)s)")
+    parser.add_argument("--implementation", help="of attention on packed caches (the best that works)")
     parser.add_argument("--dense-implementation", default="cudnn", help="of attention on dense caches (%(default)s)")
     parser.add_argument(
         "--new-tokens", type=_new_tokens, default=256, help="how long prompts are continued (%(default)s)"
     )
     parser.add_argument("--memory", type=parse_size, help="measure as on a device of this size, such as 80GB")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds that a case may take (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=540, help="seconds that a case may take (%(default)s)")
     parser.add_argument("--output", type=pathlib.Path, help="folder of the results")
     parser.add_argument(
         "--no-split",
@@ -494,6 +599,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="leave out what each part of a step takes, for which it is compiled again",
     )
+    parser.add_argument(
+        "--bars", action="store_true", help="the cases that benchmarks.bars needs; sizes are not looked at"
+    )
+    parser.add_argument(
+        "--check-plan", action="store_true", help="try 5 %% more than the largest batch, too; --bars does"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out what has run at this commit")
+    parser.add_argument("--complete", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     return parser

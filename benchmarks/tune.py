@@ -1,79 +1,152 @@
-"""Find the best launch parameters of decode attention on this GPU: python -m benchmarks.tune.
+"""Find the best launch parameters of decode attention on this GPU: python -m benchmarks.tune --kernel triton.
 
-Times the kernel for a grid of sizes and writes what was fastest to pallas_kernels/tuned.json, beside other devices'
-entries.
+Times whole calls, with the merge of the splits, for a grid of sizes and splits, and after each size writes what was
+fastest to pallas_kernels/tuned.json, by device and kernel, in place of what was there for that size. Caches hold
+exactly 40 of 128 entries of each row, and do not stay in the GPU's second-level cache from call to call.
 """
 
 import argparse
-import concurrent.futures
 import functools
+import importlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.progress import track
 
-from benchmarks.attention import DTYPE, HEAD_DIM, time_call
-from mustafar_jax.pallas_kernels.decode_attention import attend_rows
-from mustafar_jax.pallas_kernels.launch import TILE, WAVE, DecodeParams
-from mustafar_jax.pallas_kernels.rows import WORD, Packed
+import mustafar_jax as mj
+from benchmarks import device_time, synthetic
+from benchmarks.attention import calls_of, check_and_time, present, reference
+from benchmarks.synthetic import Shape
+from benchmarks.table import attempt
+from mustafar_jax.cache import PackedCache
+from mustafar_jax.pallas_kernels import launch
+from mustafar_jax.pallas_kernels.rows import Packed, Tail
 
 TUNED = pathlib.Path(__file__).parents[1] / "pallas_kernels" / "tuned.json"
-SIZES = [(8, 32), (8, 128), (8, 512), (8, 1024), (32, 128), (64, 32), (64, 128), (64, 256), (256, 32), (256, 128)]
+SIZES = ["8x32", "8x128", "8x512", "8x1024", "32x128", "64x32", "64x128", "64x256", "256x32", "256x128"]
 SPLITS = (1, 2, 3, 4, 6, 8, 11, 16, 24, 32, 64, 66, 128)
-SLOTS, GROUP, CALLS = 40, 4, 20
+CONFIG = mj.CompressionConfig(0.7, 0.7)
+KERNELS: dict[str, tuple[str, Any]] = {
+    "triton": ("decode_attention", launch.DecodeParams),
+    "mosaic_gpu": ("mosaic_decode_attention", launch.MosaicParams),
+}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, default=TUNED)
-    options = parser.parse_args()
-    cases = [(heads, tiles, splits) for heads, tiles in SIZES for splits in SPLITS if _plausible(heads, tiles, splits)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        compiled = dict(zip(cases, pool.map(compile_case, cases), strict=True))
-    best: dict[tuple[int, int], dict[str, Any]] = {}
-    for case in track(cases, description="sizes and splits"):
-        heads, tiles, splits = case
-        us = time_call(compiled[case], *make(heads, tiles)) / CALLS
-        entry = {"heads": heads, "tiles": tiles, "splits": splits, "us": round(us, 1)}
-        best[heads, tiles] = min(entry, best.get((heads, tiles), entry), key=lambda e: e["us"])
-    tuned = json.loads(options.output.read_text()) if options.output.exists() else {}
-    tuned[jax.devices()[0].device_kind] = list(best.values())
-    lines = {kind: "[\n  " + ",\n  ".join(map(json.dumps, entries)) + "\n ]" for kind, entries in tuned.items()}
-    options.output.write_text("{\n" + ",\n".join(f' "{kind}": {text}' for kind, text in lines.items()) + "\n}\n")
+    options = _parser().parse_args(arguments)
+    kind = jax.devices()[0].device_kind
+    for kernel in options.kernels:
+        for heads, tiles in options.sizes:
+            times = time_splits(kernel, heads, tiles, options.group, options.head_dim)
+            shown = ", ".join(f"{splits}: {us:.1f}" for splits, us in times.items())
+            print(
+                f"{kernel}, {heads} heads of {tiles} tiles, us by splits: {shown or 'none could be timed'}", flush=True
+            )
+            if times:
+                best = min(times, key=times.__getitem__)
+                entry = {"heads": heads, "tiles": tiles, "splits": best, "us": round(times[best], 1)}
+                write(options.output, kind, kernel, entry)
 
 
-def _plausible(heads: int, tiles: int, splits: int) -> bool:
-    return splits <= tiles and (heads * splits >= WAVE / 4 or splits == tiles) and heads * splits <= 4 * WAVE
+def write(path: pathlib.Path, kind: str, kernel: str, entry: dict[str, Any]) -> None:
+    """Put an entry beside those of other devices, kernels and sizes; each on a line of its own."""
+    tuned = json.loads(path.read_text()) if path.exists() else {}
+    entries = tuned.setdefault(kind, {}).setdefault(kernel, [])
+    size = ("heads", "tiles")
+    entries[:] = [e for e in entries if any(e[field] != entry[field] for field in size)] + [entry]
+    entries.sort(key=lambda e: [e[field] for field in size])
+    devices = []
+    for name, kernels in tuned.items():
+        lists = (
+            f'  "{kernel}": [\n   ' + ",\n   ".join(map(json.dumps, found)) + "\n  ]"
+            for kernel, found in kernels.items()
+        )
+        devices.append(f' "{name}": {{\n' + ",\n".join(lists) + "\n }")
+    path.write_text("{\n" + ",\n".join(devices) + "\n}\n")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def make(heads: int, tiles: int) -> tuple[jax.Array, Packed, Packed, jax.Array]:
-    """Query, keys, values and length of one sequence with so many KV heads; a quarter of the bits is set."""
-    rows = tiles * TILE
+def time_splits(kernel: str, heads: int, tiles: int, group: int, head_dim: int) -> dict[int, float]:
+    """Microseconds of a call, by splits, of those that might be best; without those that fail or are wrong."""
+    tokens = tiles * launch.TILE + CONFIG.residual_length
+    shape = Shape("tuned", 1, heads, group, tokens, head_dim)
+    query, cache = jax.eval_shape(lambda: (synthetic.query(shape), synthetic.empty_cache(shape, CONFIG)))
 
-    def packed(seed: int) -> Packed:
-        key = jax.random.key(seed)
-        first, second = jax.random.bits(key, (2, 1, heads, rows, HEAD_DIM // WORD), jnp.uint32)
-        return Packed(first & second, jax.random.normal(key, (1, heads, rows // WORD, SLOTS // 8, WORD, 8), DTYPE))
+    def job(splits: int) -> Any:
+        return device_time.lowered(calls_of(attention(kernel, splits), cache.nbytes), query, cache)
 
-    return jnp.ones((1, heads, GROUP, HEAD_DIM), DTYPE), packed(0), packed(1), jnp.full(1, rows, jnp.int32)
+    jobs = {n: job(n) for n in SPLITS if plausible(kernel, heads, tiles, n)}
+    programs = device_time.compile_all({0: device_time.lowered(reference, query, cache)} | jobs)
+    query, cache = synthetic.query(shape), synthetic.full_cache(shape, CONFIG, synthetic.scales("random", shape))
+    times: dict[int, float] = {}
+    for n in jobs:
+        row = attempt(functools.partial(check_and_time, programs[n], programs[0], query, cache))
+        if row["us"] is None:
+            print(f"{n} splits: {row['reason']}")
+        else:
+            times[n] = row["us"]
+    return times
 
 
-def compile_case(case: tuple[int, int, int]) -> Any:
-    """Calls of the kernel, one after another."""
-    heads, tiles, splits = case
+def plausible(kernel: str, heads: int, tiles: int, splits: int) -> bool:
+    """Whether so many splits might be best: they fill a quarter of the device, or cannot, and are not far too many."""
+    wave = launch.wave(kernel)
+    return splits <= tiles and (heads * splits >= wave / 4 or splits == tiles) and heads * splits <= 4 * wave
 
-    def calls(query: jax.Array, key: Packed, value: Packed, last: jax.Array) -> jax.Array:
-        for _ in range(CALLS):
-            out, *_ = attend_rows(query, key, value, 0 * last, last, scale=0.1, params=DecodeParams(splits))
-            query = (query + out[None, :, 0]).astype(query.dtype)  # each waits for the one before
-        return query
 
-    return jax.jit(calls).lower(*jax.eval_shape(functools.partial(make, heads, tiles))).compile()
+def attention(kernel: str, splits: int) -> Any:
+    """The kernel as a function of a query [1, N, H] and a packed cache, launched with so many splits."""
+    module, params = KERNELS[kernel]
+    kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
+
+    def attend(query: jax.Array, cache: PackedCache) -> jax.Array:
+        keys, values = (
+            Packed(store.packed.bitmap, store.packed.values)
+            for store in (cache.keys, cache.values)
+            if isinstance(store.packed, mj.BitmapArray)
+        )
+        tail = Tail(cache.keys.dense, cache.values.dense, 0)
+        out: jax.Array = kernels.decode_attention(
+            query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim),
+            keys,
+            values,
+            tail,
+            cache.lengths,
+            cache.packed_lengths,
+            scale=cache.head_dim**-0.5,
+            params=params(splits),
+        )
+        return jnp.reshape(out, query.shape)
+
+    return attend
+
+
+def _size(text: str) -> tuple[int, int]:
+    heads, _, tiles = text.partition("x")
+    return int(heads), int(tiles)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kernels = [name for name in present() if name in KERNELS]
+    parser.add_argument(
+        "--kernels", nargs="+", choices=KERNELS, default=kernels, help="all that run here (%(default)s)"
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=_size,
+        default=[_size(text) for text in SIZES],
+        metavar="HEADSxTILES",
+        help=f"sequences times KV heads, and tiles of {launch.TILE} tokens ({' '.join(SIZES)})",
+    )
+    parser.add_argument("--group", type=int, default=4, help="query heads per KV head (%(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--output", type=pathlib.Path, default=TUNED, help="the file (%(default)s)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ def compute_capability() -> float | None:
     return None if gpu is None else float(gpu.compute_capability)
 
 
+def core_count() -> int | None:
+    """Multiprocessors of the first GPU; None where jax has none."""
+    gpu = _first_gpu()
+    return None if gpu is None else int(gpu.core_count)
+
+
 def only(x: jax.Array, *, kernels: str, before: Callable[[], None] = lambda: None) -> jax.Array:
     """The identity; lowering it for another platform than CUDA raises NotImplementedError.
 

@@ -5,14 +5,18 @@ import functools
 import importlib.resources
 import json
 import math
+from collections.abc import Callable
 
 from mustafar_jax.pallas_kernels import cuda
 
 TILE = 128
 """Tokens that a block takes at a time."""
 
-WAVE = 132 * 4
-"""Blocks that an H100 or H200 holds at once, or nearly: centred keys cost registers."""
+_CORES = 132
+"""Multiprocessors of an H100 or H200, taken where there is no GPU to ask."""
+
+_PER_CORE = {"triton": 4, "mosaic_gpu": 2}
+"""Blocks that a multiprocessor of an H100 or H200 holds at once, or nearly: centred keys cost registers."""
 
 _NEAR = math.log(1.5)
 """How far tuned sizes may lie from the ones asked for, in logarithms of heads and of tiles together."""
@@ -40,15 +44,12 @@ def decode_params(*, heads: int, rows: int) -> DecodeParams:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
     """
-    tiles = max(1, -(-rows // TILE))
+    return DecodeParams(_splits("triton", heads, rows, _cost))
 
-    def distance(entry: dict[str, int]) -> float:
-        return abs(math.log(entry["heads"] / heads)) + abs(math.log(entry["tiles"] / tiles))
 
-    nearest = min(_tuned(cuda.device_kind()), key=distance, default=None)
-    if nearest is not None and distance(nearest) <= _NEAR:
-        return DecodeParams(min(nearest["splits"], tiles))
-    return DecodeParams(min(range(1, tiles + 1), key=lambda splits: _cost(heads, tiles, splits)))
+def wave(kernel: str) -> int:
+    """Blocks of a kernel, "triton" or "mosaic_gpu", that the GPU holds at once."""
+    return (cuda.core_count() or _CORES) * _PER_CORE[kernel]
 
 
 def _cost(heads: int, tiles: int, splits: int) -> float:
@@ -57,14 +58,27 @@ def _cost(heads: int, tiles: int, splits: int) -> float:
     Starting a block costs about as much as a tile.
     """
     block = -(-tiles // splits) + 1
-    return max(heads * splits / WAVE, 1) * block + block / 2
+    return max(heads * splits / wave("triton"), 1) * block + block / 2
+
+
+def _splits(kernel: str, heads: int, rows: int, cost: Callable[[int, int, int], float]) -> int:
+    """Those of tuned.json for sizes near these, if there are any, else the ones that cost the least."""
+    tiles = max(1, -(-rows // TILE))
+
+    def distance(entry: dict[str, int]) -> float:
+        return abs(math.log(entry["heads"] / heads)) + abs(math.log(entry["tiles"] / tiles))
+
+    nearest = min(_tuned(cuda.device_kind(), kernel), key=distance, default=None)
+    if nearest is not None and distance(nearest) <= _NEAR:
+        return min(nearest["splits"], tiles)
+    return min(range(1, tiles + 1), key=lambda splits: cost(heads, tiles, splits))
 
 
 @functools.cache
-def _tuned(device_kind: str | None) -> list[dict[str, int]]:
+def _tuned(device_kind: str | None, kernel: str) -> list[dict[str, int]]:
     """What `python -m benchmarks.tune` found: {"heads", "tiles", "splits"} each."""
     text = importlib.resources.files(__package__).joinpath("tuned.json").read_text()
-    found: list[dict[str, int]] = json.loads(text).get(device_kind, [])
+    found: list[dict[str, int]] = json.loads(text).get(device_kind, {}).get(kernel, [])
     return found
 
 
@@ -85,23 +99,20 @@ class MosaicParams:
             raise ValueError(f"{self} must have at least one split, and a multiple of 4 warps")
 
 
-MOSAIC_WAVE = 132 * 2
-"""Blocks of 4 warps of decode attention through Mosaic GPU that an H100 or H200 holds at once."""
-
 _MOSAIC_START = 3
 """What starting and ending such a block costs, in tiles; a guess."""
 
 
 def mosaic_params(*, heads: int, rows: int) -> MosaicParams:
-    """Launch parameters from static shapes alone: the fewest tiles one after the other, in whole waves of blocks.
+    """Launch parameters from static facts alone: tuned.json's, as in `decode_params`, else computed.
 
     Args:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
     """
-    tiles = max(1, -(-rows // TILE))
+    return MosaicParams(_splits("mosaic_gpu", heads, rows, _mosaic_cost))
 
-    def cost(splits: int) -> int:
-        return -(-heads * splits // MOSAIC_WAVE) * (-(-tiles // splits) + _MOSAIC_START)
 
-    return MosaicParams(min(range(1, tiles + 1), key=cost))
+def _mosaic_cost(heads: int, tiles: int, splits: int) -> float:
+    """Tiles that a block of 4 warps takes one after the other, in whole waves of blocks."""
+    return -(-heads * splits // wave("mosaic_gpu")) * (-(-tiles // splits) + _MOSAIC_START)

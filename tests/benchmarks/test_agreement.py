@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +53,37 @@ def test_a_difference_is_found(model, tokens, monkeypatch):
         assert found is not None
         assert found["step"] > 20
         assert found["gap"] > 0
+        assert 0 < found["rms"] < 10
+
+
+def test_bars_are_held_or_missed():
+    def found(gap):
+        return {"step": 3, "gap": gap, "rms": 2.0}
+
+    small, large = np.full(10, 0.009), np.full(10, 0.011)
+    held = agreement.judge(small, [None, found(0.11)], layers=4)
+    assert held == {
+        "rms": pytest.approx(0.009), "bar": 0.01, "gap_bar": 0.06, "forced": True, "greedy": True, "passed": True,
+    }  # fmt: skip
+    assert not agreement.judge(large, [None], layers=4)["passed"]
+    assert not agreement.judge(small, [None, found(0.13)], layers=4)["passed"]
+
+
+def test_the_program_writes_what_it_finds_and_fails_where_a_bar_is_missed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(agreement, "BAR", -1.0)
+    path = tmp_path / "agreement.json"
+    sizes = ["--shape", "tiny", "--prompt", "40", "--steps", "4", "--implementation", "xla", "--output", str(path)]
+    with pytest.raises(SystemExit, match="do not agree"):
+        agreement.main(sizes)
+    written = json.loads(path.read_text())
+    assert (written["passed"], written["rms"], len(written["ratios"])) == (False, 0, 4)
+    assert "greedy, row 0: no difference" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
 def test_the_kernels_agree_with_xla(model, tokens):
-    names = {"implementation": "triton", "reference": "xla"}
-    assert agreement.forced(model, tokens, PROMPT, CONFIG, **names).max() < 2e-2
-    for found in agreement.free(model, tokens[:, :PROMPT], STEPS, CONFIG, **names):
-        assert found is None or found["gap"] < 0.05
+    names = {"implementation": None, "reference": "xla"}
+    ratios = agreement.forced(model, tokens, PROMPT, CONFIG, **names)
+    assert ratios.max() < 2e-2
+    different = agreement.free(model, tokens[:, :PROMPT], STEPS, CONFIG, **names)
+    assert agreement.judge(ratios, different, layers=1)["passed"]

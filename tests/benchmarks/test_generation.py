@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import mustafar_jax as mj
 from benchmarks import device_time, generation
 from benchmarks.generation import Case
+from benchmarks.table import Table
 from mustafar_jax.models import memory
 
-TINY = Case("tiny", 40, 0.7, 3, "xla")
+TINY = Case("tiny", 40, 0.7, 3, "xla", new_tokens=128)
 LLAMA = Case("llama-3-8b", 16384, 0.7, 8, "triton")
 GB = 10**9
 
@@ -24,19 +26,21 @@ def options(*arguments):
 
 
 def test_a_case_is_measured_as_planned():
-    row = generation.run_here(TINY, split=True)
+    row = generation.run_here(TINY, generation.measure)
     assert row["status"] == "ok", row["reason"]
     plan = TINY.plan
     assert (row["weights_bytes"], row["cache_bytes"]) == (plan.weights, plan.caches)
     assert row["ttft_s"] > 0
     assert row["tokens_per_s"] == pytest.approx(3 / row["step_ms"] * 1e3)
-    assert len(row["steps_ms"]) == 3
+    assert len(row["steps_ms"]) == 1
+    assert row["flatness"] is None
+    assert generation.run_here(TINY, generation.complete) == {"status": "ok"}
     assert min(row["steps_ms"]) <= row["step_ms"] <= max(row["steps_ms"])
     json.dumps(row)
 
 
 def test_what_cannot_run_is_noted_with_its_reason():
-    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, implementation="triton"), split=True)
+    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, implementation="triton"), generation.measure)
     assert row["status"] == "failed"
     assert row["reason"].startswith("NotImplementedError: implementation='triton' attends packed caches")
 
@@ -44,9 +48,11 @@ def test_what_cannot_run_is_noted_with_its_reason():
 def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # a GPU's memory is this process's
     dense = dataclasses.replace(TINY, sparsity=0.0)
-    earlier = [row_of(case, tokens_per_s=1.0) for case in (dense, TINY, dataclasses.replace(TINY, batch=2))]
+    there = {"tokens_per_s": 1.0, "where": {"device": "cpu", "commit": "another"}}
+    earlier = [row_of(case, **there) for case in (dense, TINY, dataclasses.replace(TINY, batch=2))]
     (tmp_path / "generation.json").write_text(json.dumps({"rows": earlier}))
     sizes = ["--shapes", "tiny", "--contexts", "40", "--batches", "3", "--sparsities", "0"]
+    sizes += ["--new-tokens", "128", "--resume"]
     generation.main([*sizes, "--dense-implementation", "xla", "--output", str(tmp_path)])
     written = json.loads((tmp_path / "generation.json").read_text())
     assert written["rows"][:2] == earlier[1:]
@@ -64,14 +70,51 @@ def test_a_process_that_ends_badly_or_late_is_noted(tmp_path):
     assert generation.Launcher(0.5, 0.01, str(tmp_path))(["--describe"])["reason"] == "not finished after 0 s"
 
 
-def test_the_largest_batches_of_two_devices_are_two_cases():
+def test_the_largest_batches_of_two_devices_are_two_cases(tmp_path):
     largest = dataclasses.replace(LLAMA, largest=True)
-    rows = [
-        row_of(dataclasses.replace(largest, batch=b), limit_bytes=limit) for b, limit in ((20, 80 * GB), (50, 140 * GB))
-    ]
-    assert generation.merged(rows[:1], rows[1]) == rows
-    again = row_of(dataclasses.replace(largest, batch=49), limit_bytes=140 * GB)
-    assert generation.merged(rows, again) == [rows[0], again]
+    table = Table(tmp_path / "rows.json", generation._identity)
+    for batch, limit in ((20, 80 * GB), (50, 140 * GB), (49, 140 * GB)):
+        table.add(row_of(dataclasses.replace(largest, batch=batch), limit_bytes=limit, where={"device": "here"}))
+    assert [row["batch"] for row in table.rows] == [20, 49]
+
+
+def test_what_ran_at_this_commit_is_not_run_again_and_the_plan_is_checked(tmp_path, capsys):
+    largest = dataclasses.replace(LLAMA, largest=True, batch=40)
+    device = {"where": {"device": "here", "commit": "this"}, "limit_bytes": 80 * GB}
+    asked = []
+
+    def ask(arguments):
+        asked.append((json.loads(arguments[1])["batch"], *arguments[2:]))
+        full = {"status": "out of memory", "reason": "full"}
+        return full if arguments[2:] else {"status": "ok", "tokens_per_s": 5.0, "ttft_s": 2.0, "step_ms": 10.0}
+
+    cases = [LLAMA, largest]
+    generation.run_all(cases, tmp_path, device, ask)
+    assert asked == [(8,), (40,)]
+    generation.run_all(cases, tmp_path, device, ask, check_plan=True, resume=True)
+    assert asked[2:] == [(42, "--complete")]
+    [row] = [row for row in json.loads((tmp_path / "generation.json").read_text())["rows"] if row["largest"]]
+    assert (row["larger_batch"], row["larger_fits"]) == (42, False)
+    other = device | {"where": {"device": "here", "commit": "other"}}
+    generation.run_all(cases[:1], tmp_path, other, ask, resume=True)
+    assert asked[3:] == [(8,)]
+
+
+def test_flatness_is_what_a_straight_line_leaves():
+    assert generation.flatness([5.0] * 7) is None
+    assert generation.flatness([10 + 0.1 * i for i in range(20)]) < 1e-9
+    assert generation.flatness([10.0] * 10 + [12.0] + [10.0] * 9) == pytest.approx(0.19, abs=0.02)
+
+
+def test_the_cases_of_the_bars_come_in_the_order_of_their_worth():
+    cases = list(generation.bar_cases(options("--rule", "published"), 80 * GB))
+    assert [(case.context, case.sparsity, case.largest) for case in cases[:4]] == [
+        (16384, 0.0, False), (16384, 0.7, False), (16384, 0.5, False), (16384, 0.0, True),
+    ]  # fmt: skip
+    assert [case.split for case in cases] == [True] * 3 + [False] * 9
+    assert (cases[-1].new_tokens, cases[-1].batch) == (4096, 8)
+    assert {case.implementation for case in cases} == {"cudnn", None}
+    assert {case.compression for case in cases if case.sparsity == 0.7} == {mj.CompressionConfig(0.7, 0.7)}
 
 
 def test_cases_are_those_asked_for_dense_ones_first():
@@ -81,7 +124,7 @@ def test_cases_are_those_asked_for_dense_ones_first():
     cases = list(generation.cases_of(given, 80 * GB))
     assert cases[:2] == [
         Case("llama-3-8b", 4096, 0.0, 8, "cudnn"),
-        Case("llama-3-8b", 4096, 0.7, 8, "triton"),
+        Case("llama-3-8b", 4096, 0.7, 8, None),
     ]
     assert [case.largest for case in cases] == [False, False, True, True]
     for case in cases[2:]:
@@ -193,3 +236,6 @@ def test_device_time_is_split_by_scope(tmp_path):
     (folder / "host.xplane.pb").write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(space))
     seconds = device_time.split(tmp_path, HLO, ["decode_attention", "append"])
     assert seconds == pytest.approx({"decode_attention": 7e-6, "append": 6e-6, "rest": 6e-6})
+    most = device_time.split(tmp_path, HLO, ["append"], total=max)
+    assert most == pytest.approx({"append": 12e-6, "rest": 6e-6})
+    assert device_time.steady([1.0, 2.0, 9.0]) == 6.0

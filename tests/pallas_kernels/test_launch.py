@@ -1,6 +1,7 @@
 """Launch parameters: tuned ones near what was tuned, computed ones elsewhere."""
 
 import importlib.resources
+import itertools
 import json
 
 import pytest
@@ -19,7 +20,7 @@ from mustafar_jax.pallas_kernels import launch
     ],
 )
 def test_computes_splits_that_fill_a_device(heads, rows, splits, monkeypatch):
-    monkeypatch.setattr(launch, "_tuned", lambda device: [])
+    monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
     assert launch.decode_params(heads=heads, rows=rows).splits == splits
 
 
@@ -33,7 +34,8 @@ def test_computes_splits_that_fill_a_device(heads, rows, splits, monkeypatch):
         (140, 4096, 3),  # one split would leave half of the places idle
     ],
 )
-def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits):
+def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits, monkeypatch):
+    monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
     assert launch.mosaic_params(heads=heads, rows=rows).splits == splits
 
 
@@ -44,18 +46,31 @@ def test_refuses_what_no_block_can_be(wrong):
 
 
 def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
-    entries = [{"heads": 64, "tiles": 128, "splits": 7}, {"heads": 8, "tiles": 4, "splits": 4}]
-    monkeypatch.setattr(launch, "_tuned", lambda device: entries)
+    entries = {
+        "triton": [{"heads": 64, "tiles": 128, "splits": 7}, {"heads": 8, "tiles": 4, "splits": 4}],
+        "mosaic_gpu": [{"heads": 64, "tiles": 128, "splits": 5}],
+    }
+    monkeypatch.setattr(launch, "_tuned", lambda device, kernel: entries[kernel])
     assert launch.decode_params(heads=64, rows=128 * 128).splits == 7
     assert launch.decode_params(heads=60, rows=120 * 128).splits == 7
     assert launch.decode_params(heads=64, rows=512 * 128).splits != 7
     assert launch.decode_params(heads=8, rows=3 * 128).splits == 3  # never more than tiles
+    assert launch.mosaic_params(heads=60, rows=120 * 128).splits == 5
+
+
+def test_blocks_that_fit_at_once_follow_the_device(monkeypatch):
+    assert (launch.wave("triton"), launch.wave("mosaic_gpu")) == (528, 264) or launch.cuda.core_count() is not None
+    monkeypatch.setattr(launch.cuda, "core_count", lambda: 58)
+    monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
+    assert launch.wave("mosaic_gpu") == 116
+    assert launch.mosaic_params(heads=16, rows=128 * 128).splits == 7  # 112 blocks; of 132 multiprocessors, 16
 
 
 def test_what_was_tuned_is_well_formed():
     tuned = json.loads(importlib.resources.files("mustafar_jax.pallas_kernels").joinpath("tuned.json").read_text())
-    for entries in tuned.values():
-        for entry in entries:
+    for kernels in tuned.values():
+        assert set(kernels) <= {"triton", "mosaic_gpu"}
+        for entry in itertools.chain.from_iterable(kernels.values()):
             assert 1 <= entry["splits"] <= entry["tiles"]
             assert entry["heads"] >= 1
 

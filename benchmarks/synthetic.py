@@ -1,0 +1,154 @@
+"""Caches full of random data, made in a moment: no prompt is pruned and packed for them."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mustafar_jax as mj
+from mustafar_jax import bitmap
+from mustafar_jax.cache import DenseCache, PackedCache, Rows, Store
+from mustafar_jax.pruning import magnitude_mask
+
+DTYPE = jnp.bfloat16
+THETA = 500000.0
+
+MASKS = ("random", "log-normal", "sinks", "half", "words")
+"""Which entries are held.
+
+random: any, alike. log-normal: by magnitudes whose channels have log-normal scales with sigma 1. half: a random half of
+each head's channels is never held. words: the upper half of all channels is never held, so that half of a bitmap's
+words are empty. sinks: any, and the keys of the first four packed tokens are 8 times as large.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One query token per sequence against a cache of `tokens`.
+
+    Attributes:
+        name: of the shape.
+        batch: sequences.
+        kv_heads: KV heads.
+        group: query heads per KV head.
+        tokens: that each sequence's cache holds.
+        head_dim: entries of a key or value.
+    """
+
+    name: str
+    batch: int
+    kv_heads: int
+    group: int
+    tokens: int
+    head_dim: int = 128
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the dense keys and values."""
+        return 2 * self.batch * self.kv_heads * self.tokens * self.head_dim * 2
+
+    @property
+    def inv_freq(self) -> np.ndarray:
+        """RoPE's frequencies, [head_dim / 2]."""
+        return THETA ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+
+    def describe(self) -> dict[str, Any]:
+        """The first fields of a row."""
+        fields = dataclasses.asdict(self)
+        return {"shape": fields.pop("name")} | fields
+
+
+def scales(mask: str, shape: Shape) -> jax.Array:
+    """For `full_cache`: one of `MASKS` as scales of channels; float32 [2, kv_heads, head_dim], keys and values."""
+    size, key = (2, shape.kv_heads, shape.head_dim), jax.random.key(5)
+    if mask == "log-normal":
+        return jnp.exp(jax.random.normal(key, size))
+    if mask == "half":
+        ranks = jnp.argsort(jnp.argsort(jax.random.uniform(key, size)))
+        return (ranks < shape.head_dim // 2).astype(jnp.float32)
+    if mask == "words":
+        return jnp.broadcast_to((jnp.arange(shape.head_dim) < shape.head_dim // 2).astype(jnp.float32), size)
+    return jnp.ones(size)
+
+
+def query(shape: Shape) -> jax.Array:
+    """Random queries [B, N, H]."""
+    return jax.random.normal(jax.random.key(2), (shape.batch, shape.kv_heads * shape.group, shape.head_dim), DTYPE)
+
+
+def empty_cache(shape: Shape, config: mj.CompressionConfig, capacity: int | None = None) -> mj.LayerCache:
+    """A cache with room for `capacity` tokens, or for those of the shape."""
+    return mj.LayerCache.init(
+        config,
+        batch=shape.batch,
+        capacity=capacity or shape.tokens,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=DTYPE,
+        inv_freq=shape.inv_freq,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def full_cache(
+    shape: Shape, config: mj.CompressionConfig, scales: jax.Array, sink: jax.Array | float = 1.0
+) -> mj.LayerCache:
+    """A cache that holds `shape.tokens` of each sequence.
+
+    Args:
+        shape, config: of the cache.
+        scales: of channels, by which entries are chosen: float32 [2, kv_heads, head_dim].
+        sink: factor on the first four packed keys of a sequence.
+    """
+    return _filled(empty_cache(shape, config), jnp.full(shape.batch, shape.tokens, jnp.int32), scales, sink)
+
+
+def _filled(cache: Any, lengths: jax.Array, scales: jax.Array, sink: jax.Array | float) -> mj.LayerCache:
+    seeds = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 3)  # it compiles in a fraction of the time
+    if isinstance(cache, DenseCache):
+        key, value = (jax.random.normal(seed, cache.key.shape, cache.dtype) for seed in seeds[:2])
+        return dataclasses.replace(cache, key=key, value=value, lengths=lengths)
+    assert isinstance(cache, PackedCache)
+    mean = cache.key_mean
+    return dataclasses.replace(
+        cache,
+        keys=_filled_store(cache.keys, seeds[0], cache.config.k_sparsity, scales[0], sink),
+        values=_filled_store(cache.values, seeds[1], cache.config.v_sparsity, scales[1], 1.0),
+        key_mean=None if mean is None else 0.5 * jax.random.normal(seeds[2], mean.shape),
+        lengths=lengths,
+    )
+
+
+def _filled_store(store: Store, seed: jax.Array, sparsity: float, scales: jax.Array, sink: jax.Array | float) -> Store:
+    of_dense, of_packed = jax.random.split(seed)
+    dense = jax.random.normal(of_dense, store.dense.shape, store.dense.dtype)
+    return Store(dense, random_rows(store.packed, of_packed, sparsity, scales, sink))
+
+
+def random_rows(like: Rows, seed: jax.Array, sparsity: float, scales: jax.Array, sink: jax.Array | float = 1.0) -> Rows:
+    """Rows [B, K, S, H], each of which holds exactly as many entries as the per-token rules keep.
+
+    Args:
+        like: rows of the wanted shape and kind.
+        seed: a key of `jax.random`.
+        sparsity: the fraction removed.
+        scales: [K, H], of channels.
+        sink: factor on the first four rows.
+    """
+    if not isinstance(like, mj.BitmapArray):
+        return jax.random.normal(seed, like.shape, like.dtype)
+    of_mask, of_values = jax.random.split(seed)
+    magnitudes = jax.random.normal(of_mask, like.shape, like.dtype) * scales[:, None].astype(like.dtype)
+    words = _to_words(magnitude_mask(magnitudes, sparsity))
+    values = jax.random.normal(of_values, like.values.shape, like.dtype)
+    values = values.at[:, :, 0, :, :4].multiply(jnp.asarray(sink, like.dtype))
+    return dataclasses.replace(like, bitmap=words, values=values)
+
+
+def _to_words(mask: jax.Array) -> jax.Array:
+    """bool [..., H] -> uint32 [..., H / 32]."""
+    bits = mask.reshape(*mask.shape[:-1], -1, bitmap.WORD).astype(jnp.uint32)
+    return jnp.sum(bits << jnp.arange(bitmap.WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
