@@ -32,7 +32,9 @@ PREFILL_TOKENS = 65536
 class Layer(Protocol):
     """What generation needs of a decoder layer; a pytree, such as a Flax NNX module."""
 
-    def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def prefill(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, *, implementation: Implementation = None
+    ) -> tuple[jax.Array, LayerCache]:
         """Right-padded prompts: hidden [B, S, D], an empty cache, int32 [B] -> hidden and the filled cache."""
 
     def decode(
@@ -129,7 +131,9 @@ def generate(
         top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
         key: a `jax.random.key`, needed where temperature > 0. Each step and each row of the batch draws with its own.
         eos_id: the token, or tokens, that end a sequence; if None, none does.
-        implementation: of attention, as in `decode_attention`.
+        implementation: of attention on caches, as in `decode_attention`, and of packing, by those of the names that
+            pack ("triton", "xla"): "xla" is XLA for both. Where none of the names packs, the best that works here
+            does. Attention over the prompts is dense and always the best that works here.
         progress: called as progress(done, total) after each layer of the prefill.
 
     Raises:
@@ -204,7 +208,8 @@ def log_likelihoods(
     implementation = check_implementation(implementation)
     caches = model.init_cache(config or DENSE, batch=batch, capacity=length)
     lengths = jnp.full(batch, prompt_length, jnp.int32)
-    logits, caches = prefill_prompt(model, tokens[:, :prompt_length], lengths, caches, progress=progress)
+    prompt = tokens[:, :prompt_length]
+    logits, caches = prefill_prompt(model, prompt, lengths, caches, implementation=implementation, progress=progress)
     # Layer by layer, not token by token: what a layer makes of a token depends on its own cache and the layer below
     # alone, so the numbers are the same, and one layer is compiled, and serves for all.
     hidden = _embed(model, tokens[:, prompt_length:-1])
@@ -214,7 +219,13 @@ def log_likelihoods(
 
 
 def prefill_prompt(
-    model: Model, tokens: jax.Array, lengths: jax.Array, caches: Caches, *, progress: Progress | None = None
+    model: Model,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    caches: Caches,
+    *,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
 ) -> tuple[jax.Array, Caches]:
     """Run prompts through the model, layer by layer, and fill the caches.
 
@@ -227,6 +238,7 @@ def prefill_prompt(
         tokens: int32 [B, S], padded on the right.
         lengths: int32 [B], valid tokens.
         caches: one empty cache per layer; donated.
+        implementation: as in `generate`.
         progress: called as progress(done, total) after each layer of each part of the rows.
 
     Returns:
@@ -237,12 +249,12 @@ def prefill_prompt(
     # The last part is moved back to end with the batch, so every part has the same shape; to fill a row twice is
     # to replace it by itself.
     starts = [min(start, batch - rows) for start in range(0, batch, rows)]
-    filled, logits, done = list(caches), [], 0
+    filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
     for start in map(jnp.int32, starts):
         part, valid = (lax.dynamic_slice_in_dim(x, start, rows) for x in (tokens, lengths))
         hidden = _embed(model, part)
         for i, layer in enumerate(model.layers):
-            hidden, filled[i] = _prefill_layer(layer, hidden, filled[i], valid, start)
+            hidden, filled[i] = _prefill_layer(layer, hidden, filled[i], valid, start, names)
             done += 1
             if progress is not None:
                 jax.block_until_ready(hidden)
@@ -289,7 +301,8 @@ def _start(model: Model, request: _Request, progress: Progress | None) -> Decode
     """Prefill, and choose the first token."""
     batch, length = request.tokens.shape
     caches = model.init_cache(request.config, batch=batch, capacity=length + request.max_new_tokens)
-    logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, progress=progress)
+    how: dict[str, Any] = {"implementation": request.implementation, "progress": progress}
+    logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, **how)
     step = jnp.int32(0)
     token = _choose(logits, request.sampling, step)
     return DecodeState(token, _is_stop(token, request.eos), step + 1, caches)
@@ -313,16 +326,21 @@ def _steps(model: Model, request: _Request, progress: Progress | None) -> Iterat
     yield np.asarray(shown[0])
 
 
-@functools.partial(jax.jit, donate_argnames=("hidden", "cache"))
+@functools.partial(jax.jit, static_argnames="implementation", donate_argnames=("hidden", "cache"))
 def _prefill_layer(
-    layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, start: jax.Array
+    layer: Layer,
+    hidden: jax.Array,
+    cache: LayerCache,
+    lengths: jax.Array,
+    start: jax.Array,
+    implementation: Implementation,
 ) -> tuple[jax.Array, LayerCache]:
     """Run prompts [b, S, D] through one layer; they fill the sequences start .. start + b - 1 of its cache."""
     rows = hidden.shape[0]
     if rows == cache.batch:
-        return layer.prefill(hidden, cache, lengths)
+        return layer.prefill(hidden, cache, lengths, implementation=implementation)
     part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, rows), cache)
-    hidden, part = layer.prefill(hidden, part, lengths)
+    hidden, part = layer.prefill(hidden, part, lengths, implementation=implementation)
     place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
     return hidden, jax.tree.map(place, cache, part)
 

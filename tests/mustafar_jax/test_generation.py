@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mustafar_jax as mj
-from mustafar_jax import generation
+from mustafar_jax import attention, cache, generation
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import LayerCache, PackedCache
 from mustafar_jax.config import CompressionConfig
@@ -488,6 +488,51 @@ def test_token_0_ends_a_row_only_as_a_stop_token():
     assert (result.tokens.tolist(), result.lengths.tolist()) == ([[0] * 5], [5])
     result = mj.generate(always([1.0, 0.0]), [[1]], max_new_tokens=5, eos_id=0)
     assert (result.tokens.tolist(), result.lengths.tolist()) == ([[0] * 5], [1])
+
+
+# Who packs
+
+
+@pytest.mark.parametrize(
+    ("implementation", "wanted"), [("xla", "xla"), ("triton", "triton"), (("cudnn", "xla"), "xla"), ("cudnn", "best")]
+)
+def test_a_layer_packs_by_whom_it_is_told(llama, monkeypatch, implementation, wanted):
+    packed_by: list[str] = []
+
+    def pack(name, held, leaving):
+        packed_by.append(name)
+        return held.keys.packed, held.values.packed
+
+    for name in ("triton", "xla", "best"):
+        monkeypatch.setitem(cache._PACK, name, functools.partial(pack, name))
+    monkeypatch.setattr(cache, "_present", lambda: ("best",))
+    for name in ("triton", "xla", "cudnn"):
+        monkeypatch.setitem(attention._PACKED, name, lambda query, *rest: query)
+    (held, _), layer = (
+        llama.init_cache(CompressionConfig(), batch=3, capacity=77),
+        llama.layers[0],
+    )  # a shape of its own
+    hidden, lengths = jnp.zeros((3, 70, TINY.hidden_size)), jnp.full(3, 70)
+    jax.eval_shape(functools.partial(layer.prefill, implementation=implementation), hidden, held, lengths)
+    assert packed_by == [wanted]
+    jax.eval_shape(functools.partial(layer.decode, implementation=implementation), hidden[:, 0], held)
+    assert packed_by == [wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("implementation", "wanted"),
+    [
+        (None, None),
+        ("xla", "xla"),
+        ("triton", "triton"),
+        ("cudnn", None),
+        ("mosaic_gpu", None),
+        (["mosaic_gpu", "triton", "xla"], ("triton", "xla")),
+        (("cudnn", "mosaic_gpu"), None),
+    ],
+)
+def test_who_packs_beside_who_attends(implementation, wanted):
+    assert cache.packers(implementation) == wanted
 
 
 # Progress
