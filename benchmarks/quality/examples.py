@@ -19,6 +19,7 @@ class Example:
         group: metrics are given for each group and for all examples.
         gold: int32 [n], the continuation to score; None where the model writes.
         max_new_tokens: that the model writes.
+        min_new_tokens: before which no stop token is written.
         stop: tokens that end what it writes, beside the model's own.
         score: what it wrote -> 0 .. 1.
         info: what else its record says.
@@ -29,6 +30,7 @@ class Example:
     group: str = ""
     gold: np.ndarray | None = None
     max_new_tokens: int = 0
+    min_new_tokens: int = 0
     stop: tuple[int, ...] = ()
     score: Callable[[str], float] | None = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
