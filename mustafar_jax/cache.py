@@ -165,7 +165,8 @@ def prefill(
         cache: the cache; what its sequences (those in `rows`) held is replaced.
         key, value: [B, S, K, H] in the cache's dtype, keys after RoPE at positions 0 .. S - 1; padded on the right.
         lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None.
-        query: [B, S, N, H] after RoPE, needed (and read) where a method scores with the most recent queries.
+        query: [B, S, N, H] after RoPE, needed (and read) where a method scores with the most recent queries. Where it
+            scores with their attention, that is over all earlier tokens, whatever sliding window the model has.
         rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None. The named
             sequences' part of the cache is copied once.
         implementation: who prunes and packs: "triton" (NVIDIA GPUs, bfloat16 and float16, by magnitude), "xla", a
@@ -740,7 +741,7 @@ def _recent_queries(cache: PackedCache, query: jax.Array) -> jax.Array:
 
 
 def _attention_received(queries: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
-    """Causal attention, by token: the probabilities that queries give it, summed.
+    """Causal attention, by token: the probabilities that queries give it, summed. It knows of no sliding window.
 
     Args:
         queries: float32 [B, K, G * n, H], after RoPE.
