@@ -64,15 +64,11 @@ def _failed(options: argparse.Namespace, message: str) -> int:
 
 def generate(options: argparse.Namespace) -> None:
     """Load a model, continue a prompt, and say how fast and with how large a cache."""
-    from mustafar_jax import models
     from mustafar_jax.models import memory
 
     config, prompt = _compression(options), _prompt(options)
     with _progress() as progress:
-        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
-        model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
-        if tokenizer is None:
-            raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+        model, tokenizer = _load(options, progress)
         tokens = text.encode(tokenizer, prompt, chat=options.chat)
         prefilled = functools.partial(_report, progress, progress.add_task("prefilling", total=None))
         returned = text.Returned(
@@ -99,6 +95,17 @@ def generate(options: argparse.Namespace) -> None:
     print(_summary(rate, caches, config, model.config.head_dim), file=sys.stderr)
 
 
+def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from mustafar_jax import models
+
+    loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
+    model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
+    if tokenizer is None:
+        raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+    return model, tokenizer
+
+
 def info(options: argparse.Namespace) -> None:
     """Print a model's shape, what its cache costs, and how many sequences fit in a device, dense and compressed."""
     from mustafar_jax import models
@@ -115,35 +122,37 @@ def info(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a model through a compressed cache, or continue to; print the metrics, and write them to a folder."""
-    from mustafar_jax import models
     from mustafar_jax.quality.evaluate import Evaluator
-    from mustafar_jax.quality.runs import Run, fingerprint
+    from mustafar_jax.quality.runs import Run
     from mustafar_jax.quality.tasks import TASKS
 
     task, config = TASKS[options.task], _compression(options)
     _check_data(options, task)
     folder = options.output or pathlib.Path("results") / options.task / _folder_name(config)
     with _progress() as progress:
-        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
-        model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
-        if tokenizer is None:
-            raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+        model, tokenizer = _load(options, progress)
         examples, problems = task.examples(tokenizer, options, model.config.max_position_embeddings)
         examples = examples[: options.limit]
         for problem in problems:
             print(f"mustafar eval: {problem}; left out", file=sys.stderr)
-        settings = {
-            "task": options.task,
-            "model": _identity(options.model, model.config),
-            "dtype": options.dtype,
-            "data": {file.name: fingerprint(file) for file in options.data},
-            "options": task.settings(options),
-            "config": dataclasses.asdict(config),
-        }
-        run = Run(folder, settings)
+        run = Run(folder, _settings(options, task, model, config))
         evaluated = functools.partial(_report, progress, progress.add_task("evaluating", total=None))
         Evaluator(model, tokenizer, batch=options.batch).run(config, examples, run, evaluated)
     _conclude(options.task, model, config, examples, run, [str(problem) for problem in problems])
+
+
+def _settings(options: argparse.Namespace, task: "Task", model: Any, config: CompressionConfig) -> dict[str, Any]:
+    """What determines the records. How many of the examples there are to be does not."""
+    from mustafar_jax.quality.runs import fingerprint
+
+    return {
+        "task": options.task,
+        "model": _identity(options.model, model.config),
+        "dtype": options.dtype,
+        "data": {file.name: fingerprint(file) for file in options.data},
+        "options": task.settings(options),
+        "config": dataclasses.asdict(config),
+    }
 
 
 def _check_data(options: argparse.Namespace, task: "Task") -> None:

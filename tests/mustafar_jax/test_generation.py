@@ -185,7 +185,7 @@ def test_a_window_s_model_far_past_it_equals_its_dense_cache_where_every_entry_i
         assert store.packed.slots == TINY.head_dim
 
 
-@pytest.mark.parametrize("prompt_length", [1, 30, 99])
+@pytest.mark.parametrize("prompt_length", [1, 99])
 def test_log_likelihoods_equal_a_full_forward_pass(llama, prompt_length):
     tokens = np.random.default_rng(2).integers(0, VOCABULARY, (2, 100))
     scores = mj.log_likelihoods(llama, tokens, prompt_length=prompt_length)
@@ -245,7 +245,7 @@ def test_a_stream_has_as_many_steps_as_asked_for(new):
     assert steps == [[11 + i, 31 + i] for i in range(new)]
 
 
-@pytest.mark.parametrize("name", ["dense", *CONFIGS])
+@pytest.mark.parametrize("name", ["dense", "recommended"])
 def test_prompts_prefilled_some_at_a_time_equal_all_at_once(llama, name, monkeypatch):
     prompts, lengths = (jnp.asarray(np.concatenate([x, x[:1]]), jnp.int32) for x in (PROMPTS, LENGTHS))
 
@@ -573,12 +573,6 @@ def test_a_cache_that_overflows_is_told_of(tokens, overflow):
     steps = Returned(mj.stream(model, prompts, **options))
     assert len(list(steps)) == 35
     assert steps.value.tolist() == overflow
-
-
-def test_values_beyond_their_slots_are_told_of(llama):
-    config = CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=8, residual_length=0)
-    options: dict[str, Any] = {"lengths": [40, 10], "max_new_tokens": 1, "config": config}  # nothing to decode
-    assert mj.generate(llama, PROMPTS[2:, :40], **options).overflow.tolist() == [True, False]
 
 
 # Who packs
