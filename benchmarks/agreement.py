@@ -124,7 +124,7 @@ def forced_logits(
     batch, length = tokens.shape
     caches = model.init_cache(config, batch=batch, capacity=length)
     prompt, lengths = jnp.asarray(tokens[:, :prompt_length], jnp.int32), jnp.full(batch, prompt_length, jnp.int32)
-    _, caches = prefill_prompt(model, prompt, lengths, caches)
+    _, caches = prefill_prompt(model, prompt, lengths, caches, implementation=implementation)
     return _decode_given(model, jnp.asarray(tokens[:, prompt_length:].T, jnp.int32), caches, implementation)
 
 

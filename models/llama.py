@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from mustafar_jax.attention import decode_attention, prefill_attention
 from mustafar_jax.blocks import extend
-from mustafar_jax.cache import LayerCache, append, prefill
+from mustafar_jax.cache import LayerCache, append, packers, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.implementations import Implementation
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache]:
         """Append one token to each sequence, and attend from it: hidden [B, D] -> [B, D]."""
         query, key, value = self._project(hidden, cache.lengths[:, None])
-        cache = append(cache, key, value, query=query)
+        cache = append(cache, key, value, query=query, implementation=packers(implementation))
         window = self.config.sliding_window
         attended = decode_attention(query, cache, sliding_window=window, implementation=implementation)
         return self.o_proj(attended), cache
@@ -117,18 +117,22 @@ class Layer(nnx.Module):
         attended, query, key, value = self.self_attn(self.input_layernorm(hidden), lengths)
         return self._feed_forward_in_chunks(hidden + attended), query, key, value
 
-    def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def prefill(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, *, implementation: Implementation = None
+    ) -> tuple[jax.Array, LayerCache]:
         """Run right-padded prompts as `run_prompt` does, and put their keys and values into an empty cache.
 
         Args:
             hidden, lengths: as in `run_prompt`.
             cache: this layer's empty cache.
+            implementation: as `decode` takes it; the cache is packed by `mustafar_jax.cache.packers` of it. Attention
+                over the prompt is dense, and always the best that works here.
 
         Returns:
             The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
         """
         hidden, query, key, value = self.run_prompt(hidden, lengths)
-        return hidden, prefill(cache, key, value, lengths, query=query)
+        return hidden, prefill(cache, key, value, lengths, query=query, implementation=packers(implementation))
 
     def decode(
         self, hidden: jax.Array, cache: LayerCache, *, implementation: Implementation = None
@@ -138,7 +142,7 @@ class Layer(nnx.Module):
         Args:
             hidden: [B, D].
             cache: this layer's cache; the token is appended to it before it is attended to.
-            implementation: as `decode_attention` takes it.
+            implementation: as `decode_attention` takes it; the cache is packed by `mustafar_jax.cache.packers` of it.
 
         Returns:
             The layer's output [B, D] and the cache with one more token.

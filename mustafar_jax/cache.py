@@ -165,11 +165,13 @@ def prefill(
         cache: the cache; what its sequences (those in `rows`) held is replaced.
         key, value: [B, S, K, H] in the cache's dtype, keys after RoPE at positions 0 .. S - 1; padded on the right.
         lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None.
-        query: [B, S, N, H] after RoPE, needed (and read) where a method scores with the most recent queries.
+        query: [B, S, N, H] after RoPE, needed (and read) where a method scores with the most recent queries. Where it
+            scores with their attention, that is over all earlier tokens, whatever sliding window the model has.
         rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None. The named
             sequences' part of the cache is copied once.
         implementation: who prunes and packs: "triton" (NVIDIA GPUs, bfloat16 and float16, by magnitude), "xla", a
             sequence of names tried in order, or None for the best that works here. What is packed is the same.
+            `packers` says which of these go with a name for attention.
 
     Raises:
         ValueError: shapes, lengths or rows that do not fit the cache or each other, S above the capacity, an unknown
@@ -216,6 +218,22 @@ def append(
     names = check_implementation(implementation) or _present()
     with jax.named_scope("append"):  # a profile shows it by this name
         return cache._append(key, value, query, names)
+
+
+def packers(implementation: Implementation) -> Names | None:
+    """The implementation of `prefill` and `append` that goes with one named for attention.
+
+    The names among them that prune and pack, in their order; None, the best that works here, where none does. So "xla"
+    is XLA for both, "triton" Triton for both (or NotImplementedError, as everywhere for a name alone), and "cudnn" and
+    "mosaic_gpu", which attend alone, leave packing to what is best.
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    names = check_implementation(implementation)
+    if names is None or isinstance(names, str):
+        return names if names in _PACK else None
+    return tuple(name for name in names if name in _PACK) or None
 
 
 def _present() -> tuple[str, ...]:
@@ -723,7 +741,7 @@ def _recent_queries(cache: PackedCache, query: jax.Array) -> jax.Array:
 
 
 def _attention_received(queries: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
-    """Causal attention, by token: the probabilities that queries give it, summed.
+    """Causal attention, by token: the probabilities that queries give it, summed. It knows of no sliding window.
 
     Args:
         queries: float32 [B, K, G * n, H], after RoPE.

@@ -6,9 +6,10 @@ import functools
 import math
 import os
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,6 +26,8 @@ from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 if TYPE_CHECKING:
     from mustafar_jax.models import ModelConfig
+    from mustafar_jax.quality.examples import Example
+    from mustafar_jax.quality.runs import Run
     from mustafar_jax.quality.tasks import Task
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
@@ -44,41 +47,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, NotImplementedError, OverflowError, OSError) as error:
-        print(f"mustafar {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        return _failed(options, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        batch = getattr(options, "batch", 1)
+        hint = f"--batch {batch // 2} takes less" if batch > 1 else "a shorter prompt or fewer new tokens take less"
+        return _failed(options, f"the device's memory is exhausted; {hint} ({str(error).splitlines()[0]})")
     return 0
+
+
+def _failed(options: argparse.Namespace, message: str) -> int:
+    print(f"mustafar {options.command}: error: {message}", file=sys.stderr)
+    return 1
 
 
 def generate(options: argparse.Namespace) -> None:
     """Load a model, continue a prompt, and say how fast and with how large a cache."""
-    from mustafar_jax import models
     from mustafar_jax.models import memory
 
     config, prompt = _compression(options), _prompt(options)
     with _progress() as progress:
-        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
-        model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
-        if tokenizer is None:
-            raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+        model, tokenizer = _load(options, progress)
         tokens = text.encode(tokenizer, prompt, chat=options.chat)
         prefilled = functools.partial(_report, progress, progress.add_task("prefilling", total=None))
-        pieces = text.stream_text(
-            model,
-            tokenizer,
-            tokens,
-            max_new_tokens=options.max_new_tokens,
-            config=config,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            key=jax.random.key(options.seed),
-            implementation=options.implementation,
-            progress=prefilled,
+        returned = text.Returned(
+            text.stream_text(
+                model,
+                tokenizer,
+                tokens,
+                max_new_tokens=options.max_new_tokens,
+                config=config,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                key=jax.random.key(options.seed),
+                implementation=options.implementation,
+                progress=prefilled,
+            )
         )
+        pieces = iter(returned)
         first = next(pieces)
     rate = _print_pieces(first, pieces, flush=options.stream)
+    if returned.value.any():
+        print(f"mustafar generate: a value needed more than {config.v_slots=} and lost entries", file=sys.stderr)
     capacity = tokens.shape[1] + options.max_new_tokens
     caches = memory.abstract_caches(model.config, config, capacity, dtype=model.dtype)
     print(_summary(rate, caches, config, model.config.head_dim), file=sys.stderr)
+
+
+def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from mustafar_jax import models
+
+    loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
+    model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
+    if tokenizer is None:
+        raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
+    return model, tokenizer
 
 
 def info(options: argparse.Namespace) -> None:
@@ -97,44 +122,100 @@ def info(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a model through a compressed cache, or continue to; print the metrics, and write them to a folder."""
-    from mustafar_jax import models
-    from mustafar_jax.quality.evaluate import Evaluator, cache_bytes, summarise
-    from mustafar_jax.quality.runs import Run, fingerprint
+    from mustafar_jax.quality.evaluate import Evaluator
+    from mustafar_jax.quality.runs import Run
     from mustafar_jax.quality.tasks import TASKS
 
     task, config = TASKS[options.task], _compression(options)
-    if task.data and not options.data:
-        raise ValueError(f"--data is missing: {options.task} needs {task.data}")
-    settings = {
+    _check_data(options, task)
+    folder = options.output or pathlib.Path("results") / options.task / _folder_name(config)
+    with _progress() as progress:
+        model, tokenizer = _load(options, progress)
+        examples, problems = task.examples(tokenizer, options, model.config.max_position_embeddings)
+        examples = examples[: options.limit]
+        for problem in problems:
+            print(f"mustafar eval: {problem}; left out", file=sys.stderr)
+        run = Run(folder, _settings(options, task, model, config))
+        evaluated = functools.partial(_report, progress, progress.add_task("evaluating", total=None))
+        Evaluator(model, tokenizer, batch=options.batch).run(config, examples, run, evaluated)
+    _conclude(options.task, model, config, examples, run, [str(problem) for problem in problems])
+
+
+def _settings(options: argparse.Namespace, task: "Task", model: Any, config: CompressionConfig) -> dict[str, Any]:
+    """What determines the records. How many of the examples there are to be does not."""
+    from mustafar_jax.quality.runs import fingerprint
+
+    return {
         "task": options.task,
-        "model": pathlib.Path(options.model).name,
+        "model": _identity(options.model, model.config),
         "dtype": options.dtype,
-        "limit": options.limit,
         "data": {file.name: fingerprint(file) for file in options.data},
         "options": task.settings(options),
         "config": dataclasses.asdict(config),
     }
-    run = Run(options.output, settings)
-    with _progress() as progress:
-        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
-        model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
-        if tokenizer is None:
-            raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
-        examples, problems = task.examples(tokenizer, options, model.config.max_position_embeddings)
-        examples = examples[: options.limit]
-        evaluated = functools.partial(_report, progress, progress.add_task("evaluating", total=None))
-        Evaluator(model, tokenizer, batch=options.batch).run(config, examples, run, evaluated)
-    for problem in problems:
-        print(f"mustafar eval: {problem}; left out", file=sys.stderr)
-    longest = max(len(example.prompt) for example in examples)
-    memory = cache_bytes(model, config, longest)
+
+
+def _check_data(options: argparse.Namespace, task: "Task") -> None:
+    if task.data and not options.data:
+        raise ValueError(f"--data is missing: {options.task} needs {task.data}")
+    files: dict[str, pathlib.Path] = {}
+    for file in options.data:
+        other = files.setdefault(file.stem, file)
+        if other is not file:
+            raise ValueError(f"--data names {other} and {file}: examples go by their file's name; rename one")
+
+
+def _folder_name(config: CompressionConfig) -> str:
+    """Methods and sparsities, and what else differs from what is recommended."""
+    sides = [(getattr(config, f"{letter}_method"), getattr(config, f"{letter}_sparsity")) for letter in "kv"]
+    usual = CompressionConfig.recommended(config.k_sparsity, config.v_sparsity, v_method=config.v_method)
+    others = ("sink_tokens", "center_keys", "rescale_values", "residual_length", "group", "v_slots")
+    changed = [f"{name}={getattr(config, name)}" for name in others if getattr(config, name) != getattr(usual, name)]
+    name = "_".join([*(f"{method}-{sparsity:g}" for method, sparsity in sides), *changed])
+    return re.sub(r"[^\w.=-]", "-", name)
+
+
+def _identity(source: str, config: "ModelConfig") -> dict[str, str]:
+    """Where a model is, as it can be found from anywhere, and a fingerprint of its description."""
+    from mustafar_jax.models.gguf import read_header
+    from mustafar_jax.quality.runs import digest
+
+    path, about = pathlib.Path(source), repr(config)
+    if path.is_file():
+        header = read_header(path)
+        about = repr((header.metadata, header.tensors))
+    return {"source": str(path.resolve()) if path.exists() else source, "fingerprint": digest(about.encode())}
+
+
+def _conclude(
+    task: str,
+    model: Any,
+    config: CompressionConfig,
+    examples: "Sequence[Example]",
+    run: "Run",
+    problems: list[str],
+) -> None:
+    """Print the metrics of the examples' records, and write them."""
+    from mustafar_jax.quality.evaluate import ANSWERS, TOKENS, cache_bytes, summarise
+    from mustafar_jax.quality.tasks import TASKS
+
+    lengths = [
+        len(example.prompt) + (example.max_new_tokens if example.gold is None else len(example.gold))
+        for example in examples
+    ]
+    memory = cache_bytes(model, config, max(lengths))
     wanted = {example.id for example in examples}
     records = [record for record in run.records if record["id"] in wanted]
-    metrics = summarise(records) if task.gather is None else summarise(task.gather(records))
-    run.finish({"metrics": metrics, "bytes": memory, "problems": [str(problem) for problem in problems]})
-    Console().print(_metrics_table(options.task, metrics))
+    gather = TASKS[task].gather
+    shown = {"perplexity": TOKENS, "needle": ANSWERS}.get(task)
+    metrics = summarise(records if gather is None else gather(records), shown)
+    run.finish({"metrics": metrics, "bytes": memory, "problems": problems})
+    Console().print(_metrics_table(task, metrics))
     share = memory["held"] / memory["dense"]
-    print(f"cache of {longest} tokens: {_bytes(memory['held'])}, {share:.1%} of dense; written to {options.output}")
+    print(
+        f"cache of {max(lengths)} tokens: {_bytes(memory['held'])}, {share:.1%} of a bfloat16 cache; "
+        f"written to {run.folder}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, help="draw from the likeliest, up to this sum (%(default)s)"
     )
     writes.add_argument("--seed", type=int, default=0, help="of the random draws (%(default)s)")
-    writes.add_argument("--implementation", help="of attention; the best that works here unless given")
+    writes.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
     shows = commands.add_parser("info", help="a model's shape and its cache's costs")
     shows.set_defaults(run=info)
     shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
@@ -166,7 +247,12 @@ def _parser() -> argparse.ArgumentParser:
 
     asks = [_add_task(tasks, name, task) for name, task in TASKS.items()]
     for command in asks:
-        command.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache (%(default)s)")
+        command.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            default="float32",
+            help="of weights and cache (%(default)s, in which a weight takes 4 bytes)",
+        )
         _add_compression(command)
     for command, default in ((writes, "the checkpoint's"), (shows, "bfloat16")):
         command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {default} unless given")
@@ -180,10 +266,10 @@ def _add_task(tasks: Any, name: str, task: "Task") -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
     data = task.data or "not needed"
     command.add_argument("--data", type=pathlib.Path, nargs="+", default=[], metavar="FILE", help=data)
-    folder = pathlib.Path("results") / name
-    command.add_argument("--output", type=pathlib.Path, default=folder, help="results folder, continued (%(default)s)")
-    command.add_argument("--limit", type=int, help="take the first so many examples")
-    command.add_argument("--batch", type=int, default=8, help="examples at once (%(default)s)")
+    folder = f"results/{name}/ and the methods and sparsities"
+    command.add_argument("--output", type=pathlib.Path, help=f"results folder, continued; {folder} unless given")
+    command.add_argument("--limit", type=parse_count, help="take the first so many examples")
+    command.add_argument("--batch", type=parse_count, default=8, help="examples at once (%(default)s)")
     for flag, settings in task.options.items():
         command.add_argument(flag, **settings)
     return command
@@ -194,19 +280,28 @@ def _add_compression(command: argparse.ArgumentParser) -> None:
     command.add_argument("--v-sparsity", type=float, default=0.7, help="removed of each value; 0: dense (%(default)s)")
     for letter, what, methods in (("k", "keys", KEY_METHODS), ("v", "values", VALUE_METHODS)):
         command.add_argument(
-            f"--{letter}-method", choices=methods, default="magnitude", help=f"rule that prunes {what} (%(default)s)"
+            f"--{letter}-method",
+            choices=methods,
+            default="magnitude",
+            help=f"rule that prunes {what} (%(default)s); with --published-rule as its paper has it",
         )
     command.add_argument("--v-slots", type=int, help="room in a packed value, where its rule keeps unequal rows")
     command.add_argument("--residual-length", type=int, default=32, help="recent tokens kept dense (%(default)s)")
     command.add_argument(
         "--published-rule",
         action="store_true",
-        help="prune as the paper does, without dense sink tokens, centred keys and rescaled values",
+        help="prune as the methods' papers do: without dense sink tokens, centred keys and rescaled values",
     )
+    command.add_argument("--sink-tokens", type=int, help="first tokens kept dense; 4, or 0 with --published-rule")
+    both = argparse.BooleanOptionalAction
+    command.add_argument("--center-keys", action=both, help="prune keys by their distance from the mean key")
+    command.add_argument("--rescale-values", action=both, help="give what is kept of a value the value's norm")
+    command.add_argument("--group", type=int, help="tokens pruned at once, a multiple of 32; 32 unless given")
 
 
 def _compression(options: argparse.Namespace) -> CompressionConfig:
     make = CompressionConfig if options.published_rule else CompressionConfig.recommended
+    given = {name: getattr(options, name) for name in ("sink_tokens", "center_keys", "rescale_values", "group")}
     return make(
         options.k_sparsity,
         options.v_sparsity,
@@ -214,6 +309,7 @@ def _compression(options: argparse.Namespace) -> CompressionConfig:
         v_method=options.v_method,
         v_slots=options.v_slots,
         residual_length=options.residual_length,
+        **{name: value for name, value in given.items() if value is not None},
     )
 
 
@@ -245,7 +341,7 @@ def _report(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
 
 
-def _print_pieces(first: str, pieces: Any, *, flush: bool) -> float | None:
+def _print_pieces(first: str, pieces: Iterable[str], *, flush: bool) -> float | None:
     """Print the text, as it comes or all at once; tokens per second, None where there are too few to tell."""
     written, times = [first], [time.perf_counter()]
     if flush:
@@ -341,6 +437,17 @@ def parse_size(text: str) -> float:
     if not 0 < size < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted one such as 80GB, 79.6GiB or 24e9")
     return size
+
+
+def parse_count(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; wanted a whole number of at least 1")
+    return count
 
 
 def _metrics_table(task: str, metrics: dict[str, Any]) -> Table:

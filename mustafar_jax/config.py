@@ -27,7 +27,8 @@ class CompressionConfig:
             position, and let that mean stand for the others. Needs the model's RoPE frequencies, in Hugging Face's
             half-split convention. Without effect where keys are dense, and for a prompt of at most sink_tokens +
             residual_length tokens, which has no mean.
-        rescale_values: scale what is kept of a value vector to the whole vector's L2 norm.
+        rescale_values: scale what is kept of a value vector to the whole vector's L2 norm. Meant for rules that keep
+            equally many entries of each vector.
         v_slots: entries that a packed value has room for, where `v_method` keeps unequal rows; head_dim if None, which
             fits every mask. A value that needs more sets the cache's `overflow`.
 
@@ -77,8 +78,15 @@ class CompressionConfig:
 
     @classmethod
     def recommended(cls, k_sparsity: float = 0.7, v_sparsity: float = 0.7, **fields: Any) -> Self:
-        """The published rule plus dense sink tokens, centred keys and rescaled values; `fields` override."""
-        chosen = {"sink_tokens": 4, "center_keys": True, "rescale_values": True} | fields
+        """The published rule plus dense sink tokens, centred keys and rescaled values; `fields` override.
+
+        Values are rescaled only where `v_method` keeps equally many entries of each: a value of which a rule per
+        channel keeps a single small entry would have it scaled up many times, which is further from the value than
+        that entry alone (not measured on a model).
+        """
+        method = VALUE_METHODS.get(fields.get("v_method", "magnitude"))
+        equal_rows = method is None or method.equal_rows  # a name that is unknown is named when the config is made
+        chosen = {"sink_tokens": 4, "center_keys": True, "rescale_values": equal_rows} | fields
         return cls(k_sparsity=k_sparsity, v_sparsity=v_sparsity, **chosen)
 
     @property

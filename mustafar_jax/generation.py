@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -32,7 +32,9 @@ PREFILL_TOKENS = 65536
 class Layer(Protocol):
     """What generation needs of a decoder layer; a pytree, such as a Flax NNX module."""
 
-    def prefill(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def prefill(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, *, implementation: Implementation = None
+    ) -> tuple[jax.Array, LayerCache]:
         """Right-padded prompts: hidden [B, S, D], an empty cache, int32 [B] -> hidden and the filled cache."""
 
     def decode(
@@ -69,10 +71,13 @@ class Generation:
     Attributes:
         tokens: int32 [B, max_new_tokens]; 0 after a stop token.
         lengths: int32 [B], tokens up to and with the stop token, or max_new_tokens.
+        overflow: bool [B], whether a value of the sequence, in any layer's cache, needed more than `config.v_slots`:
+            what did not fit was missing from then on.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+    overflow: jax.Array
 
 
 class Sampling(NamedTuple):
@@ -83,8 +88,15 @@ class Sampling(NamedTuple):
     top_p: jax.Array
 
 
+class Stops(NamedTuple):
+    """What ends a sequence: tokens, int32 [n], and int32, how many tokens come before one of them can."""
+
+    tokens: jax.Array
+    earliest: jax.Array
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["token", "finished", "step", "caches"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["token", "finished", "overflow", "step", "caches"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
@@ -93,12 +105,14 @@ class DecodeState:
     Attributes:
         token: int32 [B], not yet in the caches.
         finished: bool [B], whether each sequence has stopped.
+        overflow: bool [B], whether something of it did not fit in a cache before it stopped.
         step: int32, tokens so far.
         caches: one per layer.
     """
 
     token: jax.Array
     finished: jax.Array
+    overflow: jax.Array
     step: jax.Array
     caches: Caches
 
@@ -114,6 +128,7 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     eos_id: int | Sequence[int] | None = None,
+    min_new_tokens: int = 0,
     implementation: Implementation = None,
     progress: Progress | None = None,
 ) -> Generation:
@@ -129,7 +144,10 @@ def generate(
         top_p: draw from the fewest likeliest tokens whose probabilities reach this sum.
         key: a `jax.random.key`, needed where temperature > 0. Each step and each row of the batch draws with its own.
         eos_id: the token, or tokens, that end a sequence; if None, none does.
-        implementation: of attention, as in `decode_attention`.
+        min_new_tokens: tokens of a sequence before which none of `eos_id` is written, 0 .. max_new_tokens.
+        implementation: of attention on caches, as in `decode_attention`, and of packing, by those of the names that
+            pack ("triton", "xla"): "xla" is XLA for both. Where none of the names packs, the best that works here
+            does. Attention over the prompts is dense and always the best that works here.
         progress: called as progress(done, total) after each layer of the prefill.
 
     Raises:
@@ -137,12 +155,11 @@ def generate(
             model's context; before any work is done.
     """
     sampling = _check_sampling(temperature, top_p, key)
-    request = _check_request(model, tokens, lengths, max_new_tokens, config, sampling, eos_id, implementation)
+    stops = _check_stops(eos_id, min_new_tokens, max_new_tokens)
+    request = _check_request(model, tokens, lengths, max_new_tokens, config, sampling, stops, implementation)
     state = _start(model, request, progress)
-    written, count, _ = _decode_loop(
-        model, state, sampling, request.eos, request.implementation, request.max_new_tokens
-    )
-    return Generation(written, count)
+    written, count, state = _decode_loop(model, state, sampling, stops, request.implementation, request.max_new_tokens)
+    return Generation(written, count, state.overflow)
 
 
 def stream(
@@ -156,15 +173,18 @@ def stream(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     eos_id: int | Sequence[int] | None = None,
+    min_new_tokens: int = 0,
     implementation: Implementation = None,
     progress: Progress | None = None,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, np.ndarray]:
     """Continue a batch of prompts, yielding each step's tokens, int32 [B], as they come.
 
-    Arguments, errors and tokens are those of `generate`; the stream ends when every sequence has stopped.
+    Arguments, errors and tokens are those of `generate`; the stream ends when every sequence has stopped. What the
+    generator returns then, its StopIteration's value, is `Generation.overflow`.
     """
     sampling = _check_sampling(temperature, top_p, key)
-    request = _check_request(model, tokens, lengths, max_new_tokens, config, sampling, eos_id, implementation)
+    stops = _check_stops(eos_id, min_new_tokens, max_new_tokens)
+    request = _check_request(model, tokens, lengths, max_new_tokens, config, sampling, stops, implementation)
     return _steps(model, request, progress)
 
 
@@ -204,7 +224,8 @@ def log_likelihoods(
     implementation = check_implementation(implementation)
     caches = model.init_cache(config or DENSE, batch=batch, capacity=length)
     lengths = jnp.full(batch, prompt_length, jnp.int32)
-    logits, caches = prefill_prompt(model, tokens[:, :prompt_length], lengths, caches, progress=progress)
+    prompt = tokens[:, :prompt_length]
+    logits, caches = prefill_prompt(model, prompt, lengths, caches, implementation=implementation, progress=progress)
     # Layer by layer, not token by token: what a layer makes of a token depends on its own cache and the layer below
     # alone, so the numbers are the same, and one layer is compiled, and serves for all.
     hidden = _embed(model, tokens[:, prompt_length:-1])
@@ -214,7 +235,13 @@ def log_likelihoods(
 
 
 def prefill_prompt(
-    model: Model, tokens: jax.Array, lengths: jax.Array, caches: Caches, *, progress: Progress | None = None
+    model: Model,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    caches: Caches,
+    *,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
 ) -> tuple[jax.Array, Caches]:
     """Run prompts through the model, layer by layer, and fill the caches.
 
@@ -227,6 +254,7 @@ def prefill_prompt(
         tokens: int32 [B, S], padded on the right.
         lengths: int32 [B], valid tokens.
         caches: one empty cache per layer; donated.
+        implementation: as in `generate`.
         progress: called as progress(done, total) after each layer of each part of the rows.
 
     Returns:
@@ -237,12 +265,12 @@ def prefill_prompt(
     # The last part is moved back to end with the batch, so every part has the same shape; to fill a row twice is
     # to replace it by itself.
     starts = [min(start, batch - rows) for start in range(0, batch, rows)]
-    filled, logits, done = list(caches), [], 0
+    filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
     for start in map(jnp.int32, starts):
         part, valid = (lax.dynamic_slice_in_dim(x, start, rows) for x in (tokens, lengths))
         hidden = _embed(model, part)
         for i, layer in enumerate(model.layers):
-            hidden, filled[i] = _prefill_layer(layer, hidden, filled[i], valid, start)
+            hidden, filled[i] = _prefill_layer(layer, hidden, filled[i], valid, start, names)
             done += 1
             if progress is not None:
                 jax.block_until_ready(hidden)
@@ -281,7 +309,7 @@ class _Request:
     max_new_tokens: int
     config: CompressionConfig
     sampling: Sampling | None
-    eos: jax.Array
+    stops: Stops
     implementation: Implementation
 
 
@@ -289,40 +317,47 @@ def _start(model: Model, request: _Request, progress: Progress | None) -> Decode
     """Prefill, and choose the first token."""
     batch, length = request.tokens.shape
     caches = model.init_cache(request.config, batch=batch, capacity=length + request.max_new_tokens)
-    logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, progress=progress)
+    how: dict[str, Any] = {"implementation": request.implementation, "progress": progress}
+    logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, **how)
     step = jnp.int32(0)
-    token = _choose(logits, request.sampling, step)
-    return DecodeState(token, _is_stop(token, request.eos), step + 1, caches)
+    token = _choose(logits, request.sampling, request.stops, step)
+    return DecodeState(token, _is_stop(token, request.stops), _overflow(caches, batch), step + 1, caches)
 
 
-def _steps(model: Model, request: _Request, progress: Progress | None) -> Iterator[np.ndarray]:
+def _steps(model: Model, request: _Request, progress: Progress | None) -> Generator[np.ndarray, None, np.ndarray]:
     state = _start(model, request, progress)
     yield np.asarray(state.token)  # before the step is compiled
     if request.max_new_tokens == 1 or state.finished.all():
-        return
+        return np.asarray(state.overflow)
     step = functools.partial(_stream_step, model, implementation=request.implementation)
-    state, shown = step(state, request.sampling, request.eos)
+    state, shown = step(state, request.sampling, request.stops)
     for _ in range(request.max_new_tokens - 2):
         # The next step is on its way to the device before the host waits for this one's tokens.
-        state, coming = step(state, request.sampling, request.eos)
+        state, coming = step(state, request.sampling, request.stops)
         token, finished = jax.device_get(shown)
         yield token
         if finished:
-            return
+            return np.asarray(state.overflow)
         shown = coming
     yield np.asarray(shown[0])
+    return np.asarray(state.overflow)
 
 
-@functools.partial(jax.jit, donate_argnames=("hidden", "cache"))
+@functools.partial(jax.jit, static_argnames="implementation", donate_argnames=("hidden", "cache"))
 def _prefill_layer(
-    layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, start: jax.Array
+    layer: Layer,
+    hidden: jax.Array,
+    cache: LayerCache,
+    lengths: jax.Array,
+    start: jax.Array,
+    implementation: Implementation,
 ) -> tuple[jax.Array, LayerCache]:
     """Run prompts [b, S, D] through one layer; they fill the sequences start .. start + b - 1 of its cache."""
     rows = hidden.shape[0]
     if rows == cache.batch:
-        return layer.prefill(hidden, cache, lengths)
+        return layer.prefill(hidden, cache, lengths, implementation=implementation)
     part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, rows), cache)
-    hidden, part = layer.prefill(hidden, part, lengths)
+    hidden, part = layer.prefill(hidden, part, lengths, implementation=implementation)
     place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
     return hidden, jax.tree.map(place, cache, part)
 
@@ -339,20 +374,27 @@ def _last_logits(model: Model, hidden: jax.Array, lengths: jax.Array) -> jax.Arr
 
 @functools.partial(jax.jit, static_argnames="implementation", donate_argnames="state")
 def _stream_step(
-    model: Model, state: DecodeState, sampling: Sampling | None, eos: jax.Array, implementation: Implementation
+    model: Model, state: DecodeState, sampling: Sampling | None, stops: Stops, implementation: Implementation
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
     """The next state, and what the host looks at, which is not donated with it: the tokens, and whether all stopped."""
-    state = _step(model, state, sampling, eos, implementation)
+    state = _step(model, state, sampling, stops, implementation)
     return state, (state.token, state.finished.all())
 
 
 def _step(
-    model: Model, state: DecodeState, sampling: Sampling | None, eos: jax.Array, implementation: Implementation
+    model: Model, state: DecodeState, sampling: Sampling | None, stops: Stops, implementation: Implementation
 ) -> DecodeState:
     """The next token of every sequence; 0 for those that have stopped."""
     logits, caches = decode_step(model, state.token, state.caches, implementation=implementation)
-    token = jnp.where(state.finished, 0, _choose(logits, sampling, state.step))
-    return DecodeState(token, state.finished | _is_stop(token, eos), state.step + 1, caches)
+    token = jnp.where(state.finished, 0, _choose(logits, sampling, stops, state.step))
+    # What a cache is given of a sequence that has stopped is no token of it.
+    overflow = state.overflow | (_overflow(caches, len(token)) & ~state.finished)
+    return DecodeState(token, state.finished | _is_stop(token, stops), overflow, state.step + 1, caches)
+
+
+def _overflow(caches: Caches, batch: int) -> jax.Array:
+    """bool [B]: whether something of a sequence did not fit in any of the caches."""
+    return functools.reduce(jnp.logical_or, (cache.overflow for cache in caches), jnp.zeros(batch, bool))
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "max_new_tokens"), donate_argnames="state")
@@ -360,7 +402,7 @@ def _decode_loop(
     model: Model,
     state: DecodeState,
     sampling: Sampling | None,
-    eos: jax.Array,
+    stops: Stops,
     implementation: Implementation,
     max_new_tokens: int,
 ) -> tuple[jax.Array, jax.Array, DecodeState]:
@@ -369,7 +411,7 @@ def _decode_loop(
     written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(state.token)
     Carry = tuple[DecodeState, jax.Array, jax.Array]  # noqa: N806
     checks = -(-(max_new_tokens - 1) // STEPS_PER_CHECK)
-    steps = -(-(max_new_tokens - 1) // max(checks, 1))  # a few more in all, perhaps, of which nothing is written
+    steps = -(-(max_new_tokens - 1) // max(checks, 1))  # a few more in all, perhaps: all have stopped then
 
     def unfinished(carry: Carry) -> jax.Array:
         state, _, _ = carry
@@ -377,9 +419,10 @@ def _decode_loop(
 
     def advance(_: jax.Array, carry: Carry) -> Carry:
         state, written, count = carry
-        count = count + (~state.finished & (state.step < max_new_tokens))
-        new = _step(model, state, sampling, eos, implementation)
-        return new, written.at[:, state.step].set(new.token, mode="drop"), count
+        new = _step(model, state, sampling, stops, implementation)
+        written = written.at[:, state.step].set(new.token, mode="drop")
+        finished = new.finished | (new.step >= max_new_tokens)
+        return dataclasses.replace(new, finished=finished), written, count + ~state.finished
 
     start = (state, written, jnp.ones(batch, jnp.int32))
     state, written, count = lax.while_loop(unfinished, lambda carry: lax.fori_loop(0, steps, advance, carry), start)
@@ -416,8 +459,10 @@ def _log_probabilities(model: Model, logits: jax.Array, hidden: jax.Array, targe
     return jnp.concatenate([log_probability(logits, targets[:, 0])[:, None], scores.T], axis=1)
 
 
-def _choose(logits: jax.Array, sampling: Sampling | None, step: jax.Array) -> jax.Array:
+def _choose(logits: jax.Array, sampling: Sampling | None, stops: Stops, step: jax.Array) -> jax.Array:
     """float32 [B, V] -> int32 [B]: the likeliest token, or one drawn with a key of this step and each row."""
+    too_early = (step < stops.earliest) & _is_stop(jnp.arange(logits.shape[-1]), stops)
+    logits = jnp.where(too_early, -jnp.inf, logits)
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The likeliest token's logit is 0, so that no temperature, however low, makes infinity of it.
@@ -438,8 +483,8 @@ def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where(kept, logits, -jnp.inf)
 
 
-def _is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
-    return (token[:, None] == eos).any(axis=-1)
+def _is_stop(token: jax.Array, stops: Stops) -> jax.Array:
+    return (token[:, None] == stops.tokens).any(axis=-1)
 
 
 def _check_request(
@@ -449,13 +494,11 @@ def _check_request(
     max_new_tokens: int,
     config: CompressionConfig | None,
     sampling: Sampling | None,
-    eos_id: int | Sequence[int] | None,
+    stops: Stops,
     implementation: Implementation,
 ) -> _Request:
     tokens = _check_tokens(model, tokens)
     batch, length = tokens.shape
-    if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be an integer of at least 1")
     context = model.config.max_position_embeddings
     if length + max_new_tokens > context:
         raise ValueError(f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}")
@@ -463,8 +506,8 @@ def _check_request(
     config = DENSE if config is None else config
     # Whether the model's caches can be of this config shows without allocating them.
     jax.eval_shape(functools.partial(model.init_cache, config, batch=batch, capacity=length + max_new_tokens))
-    eos, names = _check_eos(eos_id), check_implementation(implementation)
-    return _Request(tokens, valid, max_new_tokens, config, sampling, eos, names)
+    names = check_implementation(implementation)
+    return _Request(tokens, valid, max_new_tokens, config, sampling, stops, names)
 
 
 def _check_tokens(model: Model, tokens: ArrayLike) -> jax.Array:
@@ -497,11 +540,14 @@ def _check_sampling(temperature: float, top_p: float, key: Any) -> Sampling | No
     return Sampling(key, jnp.float32(temperature), jnp.float32(top_p))
 
 
-def _check_eos(eos_id: int | Sequence[int] | None) -> jax.Array:
-    """The stop tokens, int32 [n]."""
+def _check_stops(eos_id: int | Sequence[int] | None, min_new_tokens: int, max_new_tokens: int) -> Stops:
+    if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be an integer of at least 1")
+    if not hasattr(min_new_tokens, "__index__") or not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"{min_new_tokens=} must be an integer in 0 .. {max_new_tokens=}")
     given = np.atleast_1d(() if eos_id is None else eos_id)
     if given.ndim != 1 or (given.size and not np.issubdtype(given.dtype, np.integer)):
         raise ValueError(f"{eos_id=} must be an integer, a sequence of integers, or None")
     if given.size and not 0 <= given.min() <= given.max() < 2**31:
         raise ValueError(f"{eos_id=} must hold tokens, 0 .. 2**31 - 1")
-    return jnp.asarray(given, jnp.int32)
+    return Stops(jnp.asarray(given, jnp.int32), jnp.int32(min_new_tokens))

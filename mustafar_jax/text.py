@@ -1,12 +1,27 @@
 """Between text and tokens: prompts, chat templates, and generated text as it comes."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from mustafar_jax import generation
 from mustafar_jax.generation import Model
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Returned(Generic[T, R]):
+    """Iterates a generator once, and keeps what it returns in `value`."""
+
+    value: R
+
+    def __init__(self, generator: Generator[T, None, R]) -> None:
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[T]:
+        self.value = yield from self.generator
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
@@ -31,10 +46,11 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)[None]
 
 
-def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Iterator[str]:
+def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Generator[str, None, np.ndarray]:
     """Continue one prompt, yielding the text that each step adds; '' where a character is not yet whole.
 
     Together the pieces are the text of all tokens: what is not whole when the last step has come is yielded after it.
+    What the generator returns then, its StopIteration's value, is `Generation.overflow`.
 
     Args:
         model: the model.
@@ -51,8 +67,9 @@ def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any
     return _pieces(tokenizer, generation.stream(model, tokens, **options))
 
 
-def _pieces(tokenizer: Any, steps: Iterator[np.ndarray]) -> Iterator[str]:
-    """The text that each step adds, and what is left at the end."""
+def _pieces(tokenizer: Any, stream: Generator[np.ndarray, None, np.ndarray]) -> Generator[str, None, np.ndarray]:
+    """The text that each step adds, and what is left at the end; returns what the stream does."""
+    steps = Returned(stream)
     written: list[int] = []
     # Each step decodes the last shown piece and what follows it: a token's text may depend on the one before.
     context, shown, rest = 0, 0, ""
@@ -67,3 +84,4 @@ def _pieces(tokenizer: Any, steps: Iterator[np.ndarray]) -> Iterator[str]:
         context, shown, rest = shown, len(written), ""
     if rest:
         yield rest
+    return steps.value

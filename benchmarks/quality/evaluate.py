@@ -1,5 +1,6 @@
 """Ask a model every example of an evaluation, keep a record of each, and sum them up."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.quality.examples import Example
-from mustafar_jax.quality.forcing import Kind, compare, empty_cache, hidden_states
+from mustafar_jax.quality.forcing import Kind, check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap
 from mustafar_jax.quality.runs import Record, Run
 
@@ -44,6 +45,10 @@ class Evaluator:
             examples: with different ids.
             run: gets the records.
             progress: called as progress(done, total) when some more of the examples are done, or a part of one.
+
+        Raises:
+            ValueError: two examples of one id, a prompt that leaves no room for what follows it, or values beyond a
+                cache's slots, naming the examples; records of earlier batches are kept.
         """
         self.run_together([(kind, run)], examples, progress)
 
@@ -51,7 +56,10 @@ class Evaluator:
         self, runs: Sequence[tuple[Kind, Run]], examples: Sequence[Example], progress: Progress | None = None
     ) -> None:
         """`run` for several kinds of caches: what they have in common, the prompts, passes the model once."""
-        missing = [run.missing(example.id for example in examples) for _, run in runs]
+        counts = collections.Counter(example.id for example in examples)
+        if twice := [id_ for id_, count in counts.items() if count > 1]:
+            raise ValueError(f"examples have ids {twice} more than once; wanted different ones")
+        missing = [run.missing(counts) for _, run in runs]
         pending = [example for example in examples if any(example.id in ids for ids in missing)]
         done = len(examples) - len(pending)
 
@@ -70,11 +78,12 @@ class Evaluator:
             report(0)
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
-        """Examples that fit one shape, the longest first, so that what does not fit the memory fails at once."""
-        shapes: dict[tuple[int, int], list[Example]] = {}
+        """Examples of one shape that stop alike, the longest first: what does not fit the memory fails at once."""
+        shapes: dict[tuple[Any, ...], list[Example]] = {}
         for example in examples:
             after = example.max_new_tokens if example.gold is None else -len(example.gold)
-            shapes.setdefault((self._padded(example), after), []).append(example)
+            how = self._padded(example), after, example.min_new_tokens, example.stop
+            shapes.setdefault(how, []).append(example)
         for _, alike in sorted(shapes.items(), reverse=True):
             parts = -(-len(alike) // self.batch)  # as even as can be, so that few sizes are compiled
             for part in range(parts):
@@ -92,7 +101,8 @@ class Evaluator:
     ) -> Iterator[list[Record]]:
         prompts, lengths = self._prompts(batch)
         gold = np.stack([example.gold for example in batch if example.gold is not None])
-        dense, *hidden = hidden_states(self.model, [generation.DENSE, *kinds], prompts, lengths, gold, report)
+        kinds, ids = [generation.DENSE, *kinds], [example.id for example in batch]
+        dense, *hidden = hidden_states(self.model, kinds, prompts, lengths, gold, report, names=ids)
         for scores in compare(self.model, dense, hidden, gold):
             yield [
                 {"id": example.id, "group": example.group, **example.info, "scores": _forced_scores(*tokens)}
@@ -103,7 +113,7 @@ class Evaluator:
         self, kinds: Sequence[Kind], batch: list[Example], report: Callable[[float], object]
     ) -> Iterator[list[Record]]:
         prompts, lengths = self._prompts(batch)
-        stop = {*self.model.config.eos_ids, *batch[0].stop}
+        stop, first = {*self.model.config.eos_ids, *batch[0].stop}, batch[0]
         for done, kind in enumerate(kinds, start=1):
             if not isinstance(kind, CompressionConfig):
                 raise NotImplementedError(f"{kind} is simulated, for given continuations only")
@@ -111,10 +121,12 @@ class Evaluator:
                 self.model,
                 prompts,
                 lengths=lengths,
-                max_new_tokens=batch[0].max_new_tokens,
+                max_new_tokens=first.max_new_tokens,
+                min_new_tokens=first.min_new_tokens,
                 config=kind,
                 eos_id=sorted(stop) or None,
             )
+            check_fits(kind, result.overflow, [example.id for example in batch])
             written = zip(batch, *map(np.asarray, (result.tokens, result.lengths)), strict=True)
             yield [self._written(*each) for each in written]
             report(done / len(kinds))
@@ -137,16 +149,37 @@ def _times(report: Callable[[float], object], factor: float, share: float) -> No
     report(factor * share)
 
 
-def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]]]:
-    """For "all" and each group: every score's mean with its interval."""
+TOKENS = ("perplexity", "loss", "dense_loss", "increase", "kl", "agreement")
+"""What a summary of long continuations shows."""
+
+ANSWERS = ("probability", "exact", "loss", "increase", "kl")
+"""What a summary of short continuations, each an answer as a whole, shows."""
+
+
+def summarise(records: Sequence[Record], names: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """For "all" and each group: the mean of scores with its interval.
+
+    Args:
+        records: as a `Run` holds them.
+        names: which scores; all that the records have if None. "perplexity" is exp of the mean loss. Its interval is
+            exp of the loss's: the exponential of each resampled mean in order is that of the ordered means, so this is
+            the bootstrap's own interval, which is not symmetric. All continuations count alike, so where they differ
+            in length it is no perplexity per token.
+    """
     groups = {"all": list(records)}
     for record in records:
         groups.setdefault(record["group"], []).append(record)
-    return {
-        group: {name: bootstrap([record["scores"][name] for record in members]) for name in members[0]["scores"]}
-        for group, members in groups.items()
-        if members and group
-    }
+    return {group: _summary(members, names) for group, members in groups.items() if members and group}
+
+
+def _summary(records: list[Record], names: Sequence[str] | None) -> dict[str, dict[str, float]]:
+    scores = [record["scores"] for record in records]
+    shared = [name for name in scores[0] if all(name in each for each in scores)]  # earlier versions had fewer
+    found = {name: bootstrap([each[name] for each in scores]) for name in shared}
+    if "loss" in found:
+        with np.errstate(over="ignore"):  # infinite is what it is then
+            found["perplexity"] = found["loss"] | {p: float(np.exp(found["loss"][p])) for p in ("mean", "low", "high")}
+    return {name: found[name] for name in (shared if names is None else names) if name in found}
 
 
 def cache_bytes(model: Any, kind: Kind, capacity: int) -> dict[str, float]:
@@ -177,12 +210,16 @@ def _spare_slots(cache: PackedCache) -> float:
     return spare
 
 
-def _forced_scores(loss: np.ndarray, dense_loss: np.ndarray, kl: np.ndarray, best: np.ndarray) -> dict[str, float]:
-    """Of one continuation [n]."""
+def _forced_scores(
+    loss: np.ndarray, dense_loss: np.ndarray, kl: np.ndarray, best: np.ndarray, agrees: np.ndarray
+) -> dict[str, float]:
+    """Of one continuation [n]: means over its tokens, and `exact`, whether each is the likeliest."""
     return {
         "loss": float(loss.mean()),
+        "dense_loss": float(dense_loss.mean()),
         "increase": float((loss - dense_loss).mean()),
         "kl": float(kl.mean()),
         "probability": float(np.exp(-loss).mean()),
         "exact": float(best.all()),
+        "agreement": float(agrees.mean()),
     }

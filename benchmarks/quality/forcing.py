@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
@@ -31,19 +31,21 @@ Kind = CompressionConfig | CacheKind
 
 
 class Scores(NamedTuple):
-    """Predictions of each token [B, n] of a continuation, all float32 but `best`.
+    """Predictions of each token [B, n] of a continuation, float32 unless said.
 
     Attributes:
         loss: negative log-likelihood, nats.
         dense_loss: the same through a dense cache.
         kl: the divergence of the prediction from that through a dense cache, nats.
         best: bool, whether the token is the likeliest one.
+        agrees: bool, whether the likeliest token is the one through a dense cache.
     """
 
     loss: jax.Array
     dense_loss: jax.Array
     kl: jax.Array
     best: jax.Array
+    agrees: jax.Array
 
 
 def empty_cache(model: Any, kind: Kind, *, batch: int, capacity: int, dtype: DTypeLike | None = None) -> LayerCache:
@@ -65,6 +67,8 @@ def hidden_states(
     lengths: np.ndarray,
     continuation: np.ndarray,
     progress: Callable[[float], object] | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> list[jax.Array]:
     """Hidden states [B, n, D] from which the tokens of a continuation are predicted, through each kind of cache.
 
@@ -77,9 +81,10 @@ def hidden_states(
         lengths: int32 [B], the prompts' own.
         continuation: int32 [B, n]; each token is appended to the cache, whatever the model would have written.
         progress: called with the share of layers that is done, after each.
+        names: of the rows, for errors; their numbers if None.
 
     Raises:
-        ValueError: where a token's entries did not fit their slots in a cache.
+        ValueError: where a value's entries did not fit their slots in a cache, naming the rows.
     """
     batch, count = continuation.shape
     blocks = -(-(count - 1) // BLOCK)
@@ -92,16 +97,22 @@ def hidden_states(
         hidden, *entries = _run_prompt(layer, hidden, own)
         for i, kind in enumerate(kinds):
             cache = empty_cache(model, kind, batch=batch, capacity=capacity)
-            after[i], over = _follow(layer, cache, entries, own, after[i])
+            after[i], over = _follow(layer, cache, entries, own, after[i], count - 1)
             overflow[i] |= over
         if progress is not None:
             jax.block_until_ready(overflow)
             progress(done / len(model.layers))
     for kind, over in zip(kinds, overflow, strict=True):
-        if over.any():
-            raise ValueError(f"{kind}: a packed value needs more entries than its slots hold")
+        check_fits(kind, over, range(batch) if names is None else names)
     last = jnp.take_along_axis(hidden, own[:, None, None] - 1, axis=1)
     return [jnp.concatenate([last, states[:, : count - 1]], axis=1) for states in after]
+
+
+def check_fits(kind: Kind, overflow: ArrayLike, names: Sequence[object]) -> None:
+    """Raise ValueError with the names of the rows for which `overflow` [B] is set."""
+    over = [name for name, flag in zip(names, np.asarray(overflow), strict=True) if flag]
+    if over:
+        raise ValueError(f"{kind}: a packed value needs more entries than its slots hold, in rows {over}")
 
 
 @jax.jit
@@ -126,7 +137,8 @@ def compare(model: Any, dense: jax.Array, compressed: Sequence[jax.Array], conti
             predicted = jax.nn.log_softmax(model.logits(hidden))
             loss, dense_loss = (-jnp.take_along_axis(x, target[:, None], axis=1)[:, 0] for x in (predicted, expected))
             kl = jnp.sum(jnp.exp(expected) * (expected - predicted), axis=1)
-            return Scores(loss, dense_loss, kl, jnp.argmax(predicted, axis=1) == target)
+            best, dense_best = (jnp.argmax(x, axis=1) for x in (predicted, expected))
+            return Scores(loss, dense_loss, kl, best == target, best == dense_best)
 
         return lax.map(score_one, compressed)
 
@@ -154,21 +166,25 @@ def _run_prompt(layer: Any, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.
     return layer.run_prompt(hidden, lengths)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="given")
 def _follow(
-    layer: Any, cache: LayerCache, entries: Sequence[jax.Array], lengths: jax.Array, after: jax.Array
+    layer: Any, cache: LayerCache, entries: Sequence[jax.Array], lengths: jax.Array, after: jax.Array, given: int
 ) -> tuple[jax.Array, jax.Array]:
     """What follows prompts [B, n, D] through one layer; and bool [B], whether its cache overflowed.
 
-    The cache is filled with the prompts' `entries`: queries, keys and values.
+    The cache is filled with the prompts' `entries`: queries, keys and values. Of the n tokens, `given` are the
+    continuation's; those that fill the last block up make nothing overflow.
     """
     query, key, value = entries
     cache = prefill(cache, key, value, lengths, query=query)
     blocks = after.reshape(after.shape[0], -1, BLOCK, after.shape[2]).swapaxes(0, 1)
 
-    def step(cache: LayerCache, block: jax.Array) -> tuple[LayerCache, jax.Array]:
+    def step(carry: tuple[LayerCache, jax.Array], block: jax.Array) -> tuple[tuple[LayerCache, jax.Array], jax.Array]:
+        cache, overflow = carry
+        before, end = cache.config.packed_tokens(cache.lengths), jnp.minimum(cache.lengths + BLOCK, lengths + given)
         out, cache = layer.extend(block, cache)
-        return cache, out
+        packs = cache.config.packed_tokens(end) > before  # a block packs at most one group
+        return (cache, overflow | (cache.overflow & packs)), out
 
-    cache, outs = lax.scan(step, cache, blocks)
-    return outs.swapaxes(0, 1).reshape(after.shape), cache.overflow
+    (_, overflow), outs = lax.scan(step, (cache, cache.overflow), blocks)
+    return outs.swapaxes(0, 1).reshape(after.shape), overflow

@@ -13,7 +13,7 @@ class Run:
     """A results folder. An evaluation that was interrupted continues with the examples that have no record yet.
 
     Files:
-        settings.json: what is evaluated and how; a folder with other settings is refused.
+        settings.json: what is evaluated and how; a folder that holds records of other settings is refused.
         records.jsonl: one object per example, with its `id`.
         metrics.json: what they come to.
 
@@ -22,16 +22,18 @@ class Run:
         settings: JSON values; they must determine the records.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or a record that cannot be read.
+        ValueError: the folder holds records of a run with other settings, or a file that cannot be read, naming it
+            and the line.
     """
 
     def __init__(self, folder: pathlib.Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
-        self._check(folder / "settings.json", settings)
-        write_json(folder / "settings.json", settings)
         self.records = _read_records(folder / "records.jsonl")
+        if self.records:
+            self._check(folder / "settings.json", settings)
+        write_json(folder / "settings.json", settings)
 
     def missing(self, ids: Iterable[str]) -> set[str]:
         """Those that have no record."""
@@ -52,7 +54,7 @@ class Run:
     def _check(file: pathlib.Path, settings: dict[str, Any]) -> None:
         if not file.exists():
             return
-        old = json.loads(file.read_text(encoding="utf-8"))
+        old = _parse(file.read_bytes(), str(file), "settings")
         changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
         if changed:
             differences = "; ".join(f"{name}: {old.get(name)!r}, now {settings.get(name)!r}" for name in changed)
@@ -68,7 +70,12 @@ def write_json(file: pathlib.Path, value: Any) -> None:
 
 def fingerprint(file: pathlib.Path) -> str:
     """Of a data file's contents, so that a run is not continued on other data."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return digest(file.read_bytes())
+
+
+def digest(data: bytes) -> str:
+    """Sixteen characters that are others for other data."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _read_records(file: pathlib.Path) -> list[Record]:
@@ -78,7 +85,21 @@ def _read_records(file: pathlib.Path) -> list[Record]:
     whole, _, rest = file.read_bytes().rpartition(b"\n")
     if rest:
         file.write_bytes(whole + b"\n" if whole else b"")
+    records = []
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        if line:
+            records.append(_parse(line, f"{file}:{number}", "record"))
+            if not isinstance(records[-1].get("id"), str):
+                raise ValueError(f"{file}:{number} is no record: it has no id, only {sorted(records[-1])}")
+    return records
+
+
+def _parse(text: bytes, where: str, what: str) -> dict[str, Any]:
+    """The JSON object of a text; ValueError saying where it stands and what it should be."""
     try:
-        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-    except ValueError as error:
-        raise ValueError(f"{file} holds a line that is no record: {error}") from error
+        value = json.loads(text)
+    except ValueError as error:  # JSON's or UTF-8's
+        raise ValueError(f"{where} is no {what}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no {what}: a JSON {type(value).__name__}; wanted an object")
+    return value

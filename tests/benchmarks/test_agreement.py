@@ -8,7 +8,7 @@ import pytest
 
 import mustafar_jax as mj
 from benchmarks import agreement, generation
-from mustafar_jax import attention
+from mustafar_jax import attention, cache
 
 CONFIG = mj.CompressionConfig.recommended(0.7, 0.7)
 PROMPT, STEPS = 70, 100  # past the boundaries of three groups
@@ -40,11 +40,12 @@ def test_one_implementation_agrees_with_itself(model, tokens):
 
 
 def test_a_difference_is_found(model, tokens, monkeypatch):
-    def wrong_from_a_length_on(query, cache, scale, window):
-        out = attention._PACKED["xla"](query, cache, scale, window)
-        return jax.tree.map(lambda x: jnp.where(cache.lengths[:1] > PROMPT + 20, 0 * x, x), out)
+    def wrong_from_a_length_on(query, held, scale, window):
+        out = attention._PACKED["xla"](query, held, scale, window)
+        return jax.tree.map(lambda x: jnp.where(held.lengths[:1] > PROMPT + 20, 0 * x, x), out)
 
     monkeypatch.setitem(attention._PACKED, "triton", wrong_from_a_length_on)
+    monkeypatch.setitem(cache._PACK, "triton", cache._pack_xla)
     names = {"implementation": ("triton", "triton"), "reference": "xla"}  # a name alone would be tried on a CPU
     ratios = agreement.forced(model, tokens, PROMPT, CONFIG, **names)
     assert (ratios[:20] == 0).all()

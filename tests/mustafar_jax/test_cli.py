@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ import mustafar_jax as mj
 from mustafar_jax import cli, models
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import ModelConfig
+from mustafar_jax.quality.evaluate import TOKENS, Evaluator
 
 WORDS = [f"w{index}" for index in range(64)]
 PROMPT = " ".join(f"w{index % 61}" for index in range(70))
@@ -222,6 +224,10 @@ def test_a_model_without_a_tokenizer_cannot_write(run, folder, tmp_path):
         (["info", "tiny", "--memory", "80gigs"], "--memory: '80gigs' is no size; wanted one such as 80GB"),
         (["info", "tiny", "--memory", "-1GB"], "--memory: expected one argument"),
         (["info", "tiny", "--memory", "0"], "--memory: '0' is no size"),
+        (["eval", "needle", "--model", "tiny", "--batch", "0"], "--batch: '0' is no count; wanted a whole number of"),
+        (["eval", "needle", "--model", "tiny", "--batch", "-1"], "--batch: '-1' is no count"),
+        (["eval", "needle", "--model", "tiny", "--limit", "0"], "--limit: '0' is no count"),
+        (["eval", "needle", "--model", "tiny", "--limit", "2.5"], "--limit: '2.5' is no count"),
     ],
 )
 def test_wrong_arguments_are_status_2(capsys, arguments, message):
@@ -229,6 +235,35 @@ def test_wrong_arguments_are_status_2(capsys, arguments, message):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_memory_that_is_exhausted_is_one_line(run, folder, tmp_path):
+    large = tmp_path / "large"
+    shutil.copytree(folder / "tiny", large)
+    fields = json.loads((large / "config.json").read_text()) | {"max_position_embeddings": 2**50}
+    (large / "config.json").write_text(json.dumps(fields))
+    arguments = ["generate", "--model", str(large), "--prompt", PROMPT, "--max-new-tokens", str(2**44)]
+    status, out, err = run(*arguments, "--k-sparsity", "0", "--v-sparsity", "0")
+    assert (status, out) == (1, "")
+    hint = "a shorter prompt or fewer new tokens take less"
+    message = rf"the device's memory is exhausted; {hint} \(RESOURCE_EXHAUSTED: .*\)"
+    assert re.fullmatch(rf"mustafar generate: error: {message}\n", err)
+
+
+def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, monkeypatch):
+    def load(*_, **__):
+        raise jax.errors.JaxRuntimeError(f"{what}: 7 bytes")
+
+    monkeypatch.setattr(models, "load", load)
+    what = "RESOURCE_EXHAUSTED"
+    status, _, err = run("eval", "choice", "--model", "tiny", "--data", "exam.jsonl", "--batch", "5")
+    assert (status, err) == (
+        1,
+        "mustafar eval: error: the device's memory is exhausted; --batch 2 takes less (RESOURCE_EXHAUSTED: 7 bytes)\n",
+    )
+    what = "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: 7 bytes"):
+        run("eval", "choice", "--model", "tiny", "--data", "exam.jsonl")
 
 
 def test_the_command_runs_as_a_module():
@@ -424,16 +459,27 @@ def test_eval_writes_records_and_metrics_and_goes_on(run, folder):
         "output_aware",
         "--k-sparsity",
         "0.5",
+        "--batch",
+        "1",
     ]
-    status, out, err = run(*arguments)
+    assert run(*arguments, "--limit", "1")[0] == 0
+    begun = (folder / "out" / "records.jsonl").read_text()
+    assert len(begun.splitlines()) == 1
+    status, out, err = run(*arguments)  # of the same run, though of more examples
     assert (status, err) == (0, "")
     assert "perplexity: means with 95 % intervals" in out
+    assert re.search(r"\bperplexity +│ +\d", out)
+    assert re.search(r"cache of 98 tokens: [\d.]+ kB, [\d.]+% of a bfloat16 cache; written to out", out)
     records = (folder / "out" / "records.jsonl").read_text()
+    assert records.startswith(begun)
     assert [json.loads(line)["group"] for line in records.splitlines()] == ["text", "text"]
     metrics = json.loads((folder / "out" / "metrics.json").read_text())
+    assert list(metrics["metrics"]["all"]) == list(TOKENS)
     assert metrics["metrics"]["all"]["kl"]["mean"] > 0
+    assert metrics["bytes"]["capacity"] == 90 + 8
     assert metrics["bytes"]["held"] == metrics["bytes"]["own_count"]
     settings = json.loads((folder / "out" / "settings.json").read_text())
+    assert settings["model"]["source"] == str(folder / "tiny")
     assert settings["config"] == dataclasses.asdict(CompressionConfig.recommended(0.5, 0.7, k_method="output_aware"))
     assert run(*arguments)[0] == 0
     assert (folder / "out" / "records.jsonl").read_text() == records
@@ -445,6 +491,77 @@ def test_eval_writes_records_and_metrics_and_goes_on(run, folder):
 def test_eval_without_data(run):
     status, _, err = run(*EVALUATE, "--output", "nowhere")
     assert (status, err) == (1, "mustafar eval: error: --data is missing: perplexity needs text files\n")
+
+
+def test_eval_leaves_a_folder_alone_until_there_are_examples(run, folder):
+    (folder / "short.txt").write_text("w1 w2 w3")
+    status, _, err = run(*EVALUATE, "--data", "short.txt", "--output", "untouched")
+    assert (status, err) == (1, "mustafar eval: error: short.txt has 3 tokens; 2 windows of 98 need 196\n")
+    assert not (folder / "untouched").exists()
+
+
+def test_eval_refuses_two_files_of_one_name(run):
+    status, _, err = run(*EVALUATE, "--data", "a/text.txt", "b/text.txt")
+    message = "--data names a/text.txt and b/text.txt: examples go by their file's name; rename one"
+    assert (status, err) == (1, f"mustafar eval: error: {message}\n")
+
+
+def test_a_model_is_known_by_its_path_and_its_description(tiny, folder, tmp_path):
+    config = tiny[0].config
+    here = cli._identity("tiny", config)
+    assert here == cli._identity(str(folder / "tiny"), config)
+    assert here["source"] == str(folder / "tiny")
+    changed = cli._identity("tiny", dataclasses.replace(config, rope_theta=5.0))
+    assert changed["source"] == here["source"]
+    assert changed["fingerprint"] != here["fingerprint"]
+    assert cli._identity("some/model", config) == here | {"source": "some/model"}
+
+
+def test_folders_are_named_after_what_they_hold():
+    names = {
+        "magnitude-0.7_magnitude-0.7": CompressionConfig.recommended(),
+        "magnitude-0.7_channel_magnitude-0.7": CompressionConfig.recommended(v_method="channel_magnitude"),
+        "2-4-0.5_magnitude-0": CompressionConfig.recommended(0.5, 0, k_method="2:4"),
+        "magnitude-0.7_magnitude-0.7_sink_tokens=0_center_keys=False_rescale_values=False": CompressionConfig(),
+        "magnitude-0.7_magnitude-0.7_residual_length=8_group=64": CompressionConfig.recommended(
+            residual_length=8, group=64
+        ),
+    }
+    assert {cli._folder_name(config): config for config in names.values()} == names
+
+
+IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, rescale_values=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "base", "changes"),
+    [
+        ("", IMPROVED, {}),
+        ("--published-rule", CompressionConfig(), {}),
+        ("--sink-tokens 2 --group 64", IMPROVED, {"sink_tokens": 2, "group": 64}),
+        ("--no-center-keys", IMPROVED, {"center_keys": False}),
+        ("--no-rescale-values", IMPROVED, {"rescale_values": False}),
+        (
+            "--published-rule --center-keys --sink-tokens 1",
+            CompressionConfig(),
+            {"center_keys": True, "sink_tokens": 1},
+        ),
+        ("--v-method think", IMPROVED, {"v_method": "think"}),
+        # what a rule of unequal rows leaves of a value may be next to nothing, and is left as it is
+        ("--v-method channel_magnitude", IMPROVED, {"v_method": "channel_magnitude", "rescale_values": False}),
+        ("--v-method channel_magnitude --rescale-values", IMPROVED, {"v_method": "channel_magnitude"}),
+    ],
+)
+def test_flags_make_the_config(flags, base, changes):
+    options = cli._parser().parse_args(["info", "tiny", *flags.split()])
+    assert cli._compression(options) == dataclasses.replace(base, **changes)
+
+
+def test_generate_says_where_values_lost_entries(run):
+    options = ["--v-method", "channel_magnitude", "--v-slots", "8", "--v-sparsity", "0.5", "--max-new-tokens", "1"]
+    status, _, err = run(*GENERATE, "--prompt", PROMPT, *options)
+    assert status == 0
+    assert err.startswith("mustafar generate: a value needed more than config.v_slots=8 and lost entries\n")
 
 
 def test_methods_reach_the_cache(run, tiny):
@@ -459,13 +576,22 @@ def write_rows(file, *rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_eval_choice_names_bad_lines_and_keeps_the_rest(run, folder):
-    row = {"context": PROMPT, "question": "w1", "choices": ["w2", "w3 w4"], "answer": 0}
+def test_eval_choice_names_bad_lines_and_keeps_the_rest(run, folder, monkeypatch):
+    row = {"context": PROMPT, "question": "w1", "choices": ["w2 w1", "w3 w4"], "answer": 0}
     write_rows(folder / "exam.jsonl", row, row | {"choices": []}, row | {"answer": 1})
-    arguments = ["eval", "choice", "--model", "tiny", "--data", "exam.jsonl", "--output", "choice", "--batch", "2"]
+    arguments = ["eval", "choice", "--model", "tiny", "--data", "exam.jsonl", "--batch", "2"]
+    named = "mustafar eval: exam.jsonl:2: field 'choices' is an empty list; left out\n"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Evaluator, "run", interrupt)
+        assert run(*arguments) == (130, "", named)  # before the work, which may take hours
     status, _, err = run(*arguments)
-    assert (status, err) == (0, "mustafar eval: exam.jsonl:2: field 'choices' is an empty list; left out\n")
-    metrics = json.loads((folder / "choice" / "metrics.json").read_text())
+    assert (status, err) == (0, named)
+    results = folder / "results" / "choice" / "magnitude-0.7_magnitude-0.7"
+    metrics = json.loads((results / "metrics.json").read_text())
     assert metrics["metrics"]["all"] == {"accuracy": {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2}}  # one of each
     assert metrics["problems"] == ["exam.jsonl:2: field 'choices' is an empty list"]
 

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mustafar_jax as mj
-from mustafar_jax import generation
+from mustafar_jax import attention, cache, generation
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import LayerCache, PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import decode_step, prefill_prompt
 from mustafar_jax.models import Llama, Mistral, ModelConfig
+from mustafar_jax.text import Returned
 
 VOCABULARY = 61
 TINY = ModelConfig(
@@ -184,7 +185,7 @@ def test_a_window_s_model_far_past_it_equals_its_dense_cache_where_every_entry_i
         assert store.packed.slots == TINY.head_dim
 
 
-@pytest.mark.parametrize("prompt_length", [1, 30, 99])
+@pytest.mark.parametrize("prompt_length", [1, 99])
 def test_log_likelihoods_equal_a_full_forward_pass(llama, prompt_length):
     tokens = np.random.default_rng(2).integers(0, VOCABULARY, (2, 100))
     scores = mj.log_likelihoods(llama, tokens, prompt_length=prompt_length)
@@ -231,8 +232,10 @@ def test_tokens_are_the_same_wherever_the_loop_looks_for_stops(new):
 
 
 def test_the_loop_takes_a_known_number_of_steps_between_looks():
-    state = generation.DecodeState(jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.int32(1), ())
-    loop = generation._decode_loop.lower(counting(), state, None, jnp.zeros(1, jnp.int32), None, 40).compile()
+    never = jnp.zeros(2, bool)
+    state = generation.DecodeState(jnp.zeros(2, jnp.int32), never, never, jnp.int32(1), ())
+    stops = generation.Stops(jnp.zeros(1, jnp.int32), jnp.int32(0))
+    loop = generation._decode_loop.lower(counting(), state, None, stops, None, 40).compile()
     assert re.findall(r'"known_trip_count":{"n":"(\d+)"}', loop.as_text()) == ["13"]  # 39 steps in three parts
 
 
@@ -242,7 +245,7 @@ def test_a_stream_has_as_many_steps_as_asked_for(new):
     assert steps == [[11 + i, 31 + i] for i in range(new)]
 
 
-@pytest.mark.parametrize("name", ["dense", *CONFIGS])
+@pytest.mark.parametrize("name", ["dense", "recommended"])
 def test_prompts_prefilled_some_at_a_time_equal_all_at_once(llama, name, monkeypatch):
     prompts, lengths = (jnp.asarray(np.concatenate([x, x[:1]]), jnp.int32) for x in (PROMPTS, LENGTHS))
 
@@ -490,6 +493,162 @@ def test_token_0_ends_a_row_only_as_a_stop_token():
     assert (result.tokens.tolist(), result.lengths.tolist()) == ([[0] * 5], [1])
 
 
+@pytest.mark.parametrize("least", [1, 4, 5])
+def test_no_stop_token_comes_among_the_first_ones(least):
+    """After token 6 the model wants token 7, which stops; while it must not, token 5 is the next likeliest."""
+    table = jnp.zeros((10, 10)).at[:, 7].set(2.0).at[:, 5].set(1.0)
+    options: dict[str, Any] = {"max_new_tokens": 5, "eos_id": (7, 9), "min_new_tokens": least}
+    result = mj.generate(Lookup(table, Context(10, 100)), [[6]], **options)
+    written = [5] * least + [7] * (least < 5)
+    assert result.lengths.tolist() == [len(written)]
+    assert result.tokens[0, : len(written)].tolist() == written
+    steps = list(mj.stream(Lookup(table, Context(10, 100)), [[6]], **options))
+    assert np.concatenate(steps).tolist() == written
+
+
+# What does not fit in a cache
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["overflow"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A cache that holds nothing but its flags."""
+
+    overflow: jax.Array
+
+    @property
+    def batch(self) -> int:
+        return len(self.overflow)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Flagging:
+    """A layer whose cache overflows when it is given `token` (of `counting`'s one-hot rows)."""
+
+    token: int
+
+    def prefill(self, hidden, cache, lengths, *, implementation=None):
+        held = jnp.arange(hidden.shape[1]) < lengths[:, None]
+        return hidden, Flag((held & (hidden[..., self.token + 1] > 0)).any(axis=1))
+
+    def decode(self, hidden, cache, *, implementation=None):
+        return hidden, Flag(cache.overflow | (hidden[:, self.token + 1] > 0))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["config", "flags"])
+@dataclasses.dataclass
+class Overflowing(Lookup):
+    """Counts, and some of its layers' caches overflow at a token each."""
+
+    flags: tuple[generation.Layer, ...]
+
+    @property
+    def layers(self):
+        return self.flags
+
+    def init_cache(self, config, *, batch, capacity):
+        return tuple(Flag(jnp.zeros(batch, bool)) for _ in self.flags)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "overflow"),
+    [
+        ((3,), [True, False]),  # of the first prompt
+        ((10,), [True, False]),  # the padding of the other
+        ((32,), [False, True]),  # written
+        ((98, 64), [False, True]),  # the last one that is given to a cache, in the second layer
+        ((65,), [False, False]),  # the last one written, which is not; the loop takes some steps more
+        ((18,), [False, False]),  # what the first sequence stops with
+        ((0,), [False, False]),  # what stands after it
+    ],
+)
+def test_a_cache_that_overflows_is_told_of(tokens, overflow):
+    model = Overflowing(counting().table, Context(100, 100), tuple(Flagging(token) for token in tokens))
+    prompts, lengths = [[3, 10], [30, 10]], [2, 1]
+    options: dict[str, Any] = {"lengths": lengths, "max_new_tokens": 35, "eos_id": 18}
+    result = mj.generate(model, prompts, **options)
+    assert result.tokens[1].tolist() == list(range(31, 66))
+    assert result.overflow.tolist() == overflow
+    steps = Returned(mj.stream(model, prompts, **options))
+    assert len(list(steps)) == 35
+    assert steps.value.tolist() == overflow
+
+
+# Who packs
+
+
+@jax.tree_util.register_static
+class Asked:
+    """A layer that notes whom it is told to attend and pack by: a list for each of its methods."""
+
+    def __init__(self) -> None:
+        self.prefills: list[Any] = []
+        self.decodes: list[Any] = []
+
+    def prefill(self, hidden, cache, lengths, *, implementation=None):
+        self.prefills.append(implementation)
+        return hidden, cache
+
+    def decode(self, hidden, cache, *, implementation=None):
+        self.decodes.append(implementation)
+        return hidden, cache
+
+
+@pytest.mark.parametrize("run", [mj.generate, mj.stream, mj.log_likelihoods])
+def test_the_implementation_reaches_every_layer(run):
+    layers = Asked(), Asked()
+    model = Overflowing(counting().table, Context(100, 100), layers)
+    length = {"prompt_length": 1} if run is mj.log_likelihoods else {"max_new_tokens": 3}
+    result = run(model, [[3, 10, 4]], **length, implementation=["triton", "xla"])
+    if run is mj.stream:
+        assert len(list(result)) == 3
+    for layer in layers:
+        assert layer.prefills == layer.decodes == [("triton", "xla")]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "wanted"), [("xla", "xla"), ("triton", "triton"), (("cudnn", "xla"), "xla"), ("cudnn", "best")]
+)
+def test_a_layer_packs_by_whom_it_is_told(llama, monkeypatch, implementation, wanted):
+    packed_by: list[str] = []
+
+    def pack(name, held, leaving):
+        packed_by.append(name)
+        return held.keys.packed, held.values.packed
+
+    for name in ("triton", "xla", "best"):
+        monkeypatch.setitem(cache._PACK, name, functools.partial(pack, name))
+    monkeypatch.setattr(cache, "_present", lambda: ("best",))
+    for name in ("triton", "xla", "cudnn"):
+        monkeypatch.setitem(attention._PACKED, name, lambda query, *rest: query)
+    (held, _), layer = (
+        llama.init_cache(CompressionConfig(), batch=3, capacity=77),
+        llama.layers[0],
+    )  # a shape of its own
+    hidden, lengths = jnp.zeros((3, 70, TINY.hidden_size)), jnp.full(3, 70)
+    jax.eval_shape(functools.partial(layer.prefill, implementation=implementation), hidden, held, lengths)
+    assert packed_by == [wanted]
+    jax.eval_shape(functools.partial(layer.decode, implementation=implementation), hidden[:, 0], held)
+    assert packed_by == [wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("implementation", "wanted"),
+    [
+        (None, None),
+        ("xla", "xla"),
+        ("triton", "triton"),
+        ("cudnn", None),
+        ("mosaic_gpu", None),
+        (["mosaic_gpu", "triton", "xla"], ("triton", "xla")),
+        (("cudnn", "mosaic_gpu"), None),
+    ],
+)
+def test_who_packs_beside_who_attends(implementation, wanted):
+    assert cache.packers(implementation) == wanted
+
+
 # Progress
 
 
@@ -569,6 +728,9 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "broken stop token": ({"eos_id": 2.5}, r"eos_id=2.5 .*integer"),
     "broken stop tokens": ({"eos_id": [2, 2.5]}, r"eos_id=\[2, 2.5\] .*integer"),
+    "negative minimum": ({"min_new_tokens": -1}, r"min_new_tokens=-1 must be an integer in 0 \.\. max_new_tokens=2"),
+    "minimum above the most": ({"min_new_tokens": 3}, r"min_new_tokens=3 must be an integer in 0 \.\. .*=2"),
+    "broken minimum": ({"min_new_tokens": 1.5}, r"min_new_tokens=1.5 must be an integer"),
     "unknown implementation": ({"implementation": "cuda"}, r"implementation='cuda' must be one of .*'xla'"),
     "no implementation": ({"implementation": ()}, r"implementation=\(\) .*wanted at least one"),
 }

@@ -140,6 +140,19 @@ def test_special_tokens_are_not_part_of_the_text(write):
     assert write(byte_tokenizer(), [256, *tokens, 257]) == ["", "a", "b", ""]
 
 
+@pytest.mark.parametrize("overflow", [False, True])
+def test_what_the_stream_returns_is_returned(monkeypatch, overflow):
+    def stream(model, tokens, **options):
+        yield np.array([1], np.int32)
+        return np.array([overflow])
+
+    monkeypatch.setattr(generation, "stream", stream)
+    model: Any = SimpleNamespace(config=SimpleNamespace(eos_ids=()))
+    pieces = text.Returned(text.stream_text(model, word_tokenizer(), np.ones((1, 1), np.int32)))
+    assert list(pieces) == ["peace"]
+    assert pieces.value.tolist() == [overflow]
+
+
 @pytest.mark.parametrize(
     ("eos_ids", "options", "wanted"),
     [((3, 5), {}, (3, 5)), ((), {}, None), ((3,), {"eos_id": 7}, 7), ((3,), {"eos_id": None}, None)],
