@@ -395,7 +395,8 @@ def _prefill(model: Llama, tokens: jax.Array, case: Case, *, show: bool) -> tupl
         start = time.perf_counter()
         caches = model.init_cache(case.compression, batch=case.batch, capacity=case.capacity)
         lengths = jnp.full(case.batch, case.context, jnp.int32)
-        logits, caches = prefill_prompt(model, tokens, lengths, caches, progress=progress if show else None)
+        how: dict[str, Any] = {"implementation": case.implementation, "progress": progress if show else None}
+        logits, caches = prefill_prompt(model, tokens, lengths, caches, **how)
         token = jax.block_until_ready(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         jax.block_until_ready(caches)
         seconds = time.perf_counter() - start

@@ -214,7 +214,8 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
         row = rows.setdefault(run.parent.name, {"name": run.parent.name} | about | {"tests": {}})
         chosen = [records[id_] for id_ in tests[run.name]]
         groups[run.name] = [record["group"] for record in chosen]
-        scores = {name: [float(f"{r['scores'][name]:.5g}") for r in chosen] for name in chosen[0]["scores"]}
+        shared = [name for name in chosen[0]["scores"] if all(name in record["scores"] for record in chosen)]
+        scores = {name: [float(f"{r['scores'][name]:.5g}") for r in chosen] for name in shared}
         row["tests"][run.name] = {"bytes": found["bytes"], "scores": scores}
     common = {name: settings[name] for name in ("model", "dtype", "data", "where")}
     return common | {"examples": tests, "groups": groups, "rows": list(rows.values())}

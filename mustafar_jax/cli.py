@@ -1,4 +1,4 @@
-"""The command `mustafar`: text through a compressed cache, what a model's cache costs, and what it does to quality."""
+"""The command `mustafar`: text through a compressed cache, what the cache costs, its speed and its quality."""
 
 import argparse
 import dataclasses
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mustafar_jax.quality.examples import Example
     from mustafar_jax.quality.runs import Run
     from mustafar_jax.quality.tasks import Task
+    from mustafar_jax.speed import Speed
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 """Context lengths of `mustafar info`, as far as the model's own reaches."""
@@ -120,6 +121,47 @@ def info(options: argparse.Namespace) -> None:
         console.print(_memory_table(config, compression, dtype, options.memory))
 
 
+def bench(options: argparse.Namespace) -> None:
+    """Time generations through a dense and a compressed cache, and print how they compare."""
+    from mustafar_jax import models
+    from mustafar_jax.speed import measure
+
+    compressed, sizes = _compression(options), {"context": options.context, "new_tokens": options.new_tokens}
+    rows: list[list[str]] = []
+    with _progress() as progress:
+        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
+        model, _ = models.load(options.model, dtype=options.dtype, progress=loaded)
+        timing = progress.add_task("timing", total=2 * len(options.batches))
+        for batch in options.batches:
+            found = []
+            for config, name in ((DENSE, None), (compressed, options.implementation)):
+                found.append(measure(model, config, batch=batch, implementation=name, **sizes))
+                progress.advance(timing)
+            rows += _speed_rows(batch, *found)
+    title = f"{options.context} tokens of prompt, {options.new_tokens} written; {jax.devices()[0].device_kind}"
+    table = Table(title=f"{title}, {model.dtype}")
+    for column in ("batch", "cache", "first token, s", "tokens/s", "of dense", "bytes", "of dense"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _speed_rows(batch: int, dense: "Speed", packed: "Speed") -> list[list[str]]:
+    return [
+        [
+            str(batch),
+            name,
+            f"{speed.first_token:.3f}",
+            f"{speed.tokens_per_second:.1f}",
+            f"{speed.tokens_per_second / dense.tokens_per_second:.2f}",
+            _bytes(speed.cache_nbytes),
+            f"{speed.cache_nbytes / dense.cache_nbytes:.1%}",
+        ]
+        for name, speed in (("dense", dense), ("compressed", packed))
+    ]
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a model through a compressed cache, or continue to; print the metrics, and write them to a folder."""
     from mustafar_jax.quality.evaluate import Evaluator
@@ -127,6 +169,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from mustafar_jax.quality.tasks import TASKS
 
     task, config = TASKS[options.task], _compression(options)
+    options.data = [task.locate(file) for file in options.data]
     _check_data(options, task)
     folder = options.output or pathlib.Path("results") / options.task / _folder_name(config)
     with _progress() as progress:
@@ -240,6 +283,15 @@ def _parser() -> argparse.ArgumentParser:
     shows.set_defaults(run=info)
     shows.add_argument("model", help="Hugging Face folder, .gguf file or hub id")
     shows.add_argument("--memory", type=parse_size, help="of a device, such as 80GB: how many sequences fit in it")
+    times = commands.add_parser("bench", help="how fast a model writes through a dense and a compressed cache")
+    times.set_defaults(run=bench)
+    times.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
+    times.add_argument(
+        "--batches", type=parse_count, nargs="+", default=[1], help="prompts at once, each in turn (%(default)s)"
+    )
+    times.add_argument("--context", type=parse_count, default=1024, help="tokens of a prompt (%(default)s)")
+    times.add_argument("--new-tokens", type=parse_count, default=64, help="tokens to write (%(default)s)")
+    times.add_argument("--implementation", help="with the compressed cache; the best that works here unless given")
     judges = commands.add_parser("eval", help="what a compressed cache does to a model's quality")
     judges.set_defaults(run=evaluate)
     tasks = judges.add_subparsers(dest="task", required=True)
@@ -254,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
             help="of weights and cache (%(default)s, in which a weight takes 4 bytes)",
         )
         _add_compression(command)
-    for command, default in ((writes, "the checkpoint's"), (shows, "bfloat16")):
+    for command, default in ((writes, "the checkpoint's"), (times, "the checkpoint's"), (shows, "bfloat16")):
         command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {default} unless given")
         _add_compression(command)
     return parser

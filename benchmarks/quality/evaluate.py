@@ -15,7 +15,7 @@ from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.forcing import Kind, check_fits, compare, empty_cache, hidden_states
-from mustafar_jax.quality.metrics import bootstrap
+from mustafar_jax.quality.metrics import bootstrap_groups
 from mustafar_jax.quality.runs import Record, Run
 
 Progress = Callable[[float, int], object]
@@ -157,7 +157,7 @@ ANSWERS = ("probability", "exact", "loss", "increase", "kl")
 
 
 def summarise(records: Sequence[Record], names: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, float]]]:
-    """For "all" and each group: the mean of scores with its interval.
+    """For "all" and each group: the mean of scores with its interval; of all, every group counts alike.
 
     Args:
         records: as a `Run` holds them.
@@ -166,16 +166,17 @@ def summarise(records: Sequence[Record], names: Sequence[str] | None = None) -> 
             the bootstrap's own interval, which is not symmetric. All continuations count alike, so where they differ
             in length it is no perplexity per token.
     """
-    groups = {"all": list(records)}
+    groups: dict[str, list[dict[str, float]]] = {}
     for record in records:
-        groups.setdefault(record["group"], []).append(record)
-    return {group: _summary(members, names) for group, members in groups.items() if members and group}
+        groups.setdefault(record["group"], []).append(record["scores"])
+    alone = {group: _summary([members], names) for group, members in groups.items() if group}
+    return {"all": _summary(list(groups.values()), names)} | alone if groups else {}
 
 
-def _summary(records: list[Record], names: Sequence[str] | None) -> dict[str, dict[str, float]]:
-    scores = [record["scores"] for record in records]
+def _summary(groups: list[list[dict[str, float]]], names: Sequence[str] | None) -> dict[str, dict[str, float]]:
+    scores = [each for members in groups for each in members]
     shared = [name for name in scores[0] if all(name in each for each in scores)]  # earlier versions had fewer
-    found = {name: bootstrap([each[name] for each in scores]) for name in shared}
+    found = {name: bootstrap_groups([[each[name] for each in members] for members in groups]) for name in shared}
     if "loss" in found:
         with np.errstate(over="ignore"):  # infinite is what it is then
             found["perplexity"] = found["loss"] | {p: float(np.exp(found["loss"][p])) for p in ("mean", "low", "high")}

@@ -1,8 +1,9 @@
 """LongBench (arXiv 2308.14508) from its data files, with its authors' prompts, truncation and metrics.
 
-A task's file is TASK.jsonl, as its authors publish it. Their prompts come with their code, not with this package:
---prompts names their dataset2prompt.json, which maps each task to a template with {context} and {input}. LongBench-E's
-files, TASK_e.jsonl, are scored in three groups by the `length` of their rows in words, as its authors do.
+A task's file is TASK.jsonl, as its authors publish it, the user's own or the hub's. Their prompts come with their code,
+not with this package: --prompts names their dataset2prompt.json, which maps each task to a template with {context} and
+{input}. LongBench-E's files, TASK_e.jsonl, are scored in three groups by the `length` of their rows in words, as its
+authors do.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import json
 import pathlib
 import string
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +78,27 @@ DATASETS = {
     "repobench-p": Dataset("code_similarity", 64, chat=False),
 }
 
+HUB = "THUDM/LongBench"
+"""Where its authors keep the tasks' files on the Hugging Face hub."""
+
 _FIELDS = {"context": str, "input": str, "answers": list}
+
+
+def locate(file: pathlib.Path) -> pathlib.Path:
+    """The file; or where there is none and a task is named, or TASK_e, that task's from the hub, kept in its cache.
+
+    Raises ValueError where the hub cannot be reached.
+    """
+    if file.exists() or str(file).removesuffix("_e") not in DATASETS:
+        return file
+    import huggingface_hub  # only the hub's tasks need it
+
+    try:
+        archive = pathlib.Path(huggingface_hub.hf_hub_download(HUB, "data.zip", repo_type="dataset"))
+    except (huggingface_hub.errors.HfHubHTTPError, OSError) as error:
+        raise ValueError(f"{file} is no file, and LongBench's own cannot be had from the hub: {error}") from error
+    with zipfile.ZipFile(archive) as members:
+        return pathlib.Path(members.extract(f"data/{file}.jsonl", archive.parent))
 
 
 def examples(

@@ -23,6 +23,7 @@ class Task:
         examples: tokenizer, options, the model's context in tokens -> examples, and what is wrong with the data.
         options: flags of its own, with the keyword arguments of `add_argument`; they are part of a run's settings.
         gather: records -> those that metrics are made of; if None, the examples' own.
+        locate: what --data names -> the file that is meant.
     """
 
     help: str
@@ -30,6 +31,7 @@ class Task:
     examples: Callable[[Any, argparse.Namespace, int], Examples]
     options: Mapping[str, Mapping[str, Any]]
     gather: Callable[[Sequence[Record]], list[Record]] | None = None
+    locate: Callable[[pathlib.Path], pathlib.Path] = pathlib.Path
 
     def settings(self, options: argparse.Namespace) -> dict[str, Any]:
         """The values of its own flags; of files, what is in them."""
@@ -127,7 +129,7 @@ TASKS = {
     ),
     "longbench": Task(
         "LongBench's tasks, with its prompts and scores",
-        "LongBench's jsonl files",
+        "LongBench's jsonl files, or names of its tasks, whose files then come from the hub",
         _longbench,
         {
             "--prompts": {
@@ -141,6 +143,7 @@ TASKS = {
                 "help": "tokens; the middle of longer prompts is cut out. What the context has room for unless given",
             },
         },
+        locate=longbench.locate,
     ),
     "choice": Task(
         "multiple choice by likelihood",

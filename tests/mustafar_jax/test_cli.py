@@ -269,7 +269,7 @@ def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, monkeypatch):
 def test_the_command_runs_as_a_module():
     command = [sys.executable, "-m", "mustafar_jax.cli", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("usage: mustafar [-h] {generate,info,eval}")
+    assert result.stdout.startswith("usage: mustafar [-h] {generate,info,bench,eval}")
     assert result.stderr == ""
 
 
@@ -439,6 +439,21 @@ def test_load_config_fetches_nothing_but_the_description_of_a_hub_id(tmp_path, m
 def test_load_config_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         models.load_config(tmp_path)
+
+
+# mustafar bench
+
+
+def test_bench_compares_caches(run):
+    options = ["--model", "tiny", "--context", "100", "--new-tokens", "3", "--batches", "2"]
+    status, out, err = run("bench", *options, "--k-sparsity", "0.5", "--v-sparsity", "0.5")
+    assert (status, err) == (0, "")
+    dense, compressed = (row for row in cells(out) if row[1] in ("dense", "compressed"))
+    assert dense[:2] == ["2", "dense"]
+    assert (dense[4], dense[6]) == ("1.00", "100.0%")
+    assert compressed[:2] == ["2", "compressed"]
+    assert all(float(number) > 0 for row in (dense, compressed) for number in row[2:5])
+    assert 40 < float(compressed[6].rstrip("%")) < 100
 
 
 # mustafar eval

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import pathlib
 import re
 import sys
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -476,6 +478,32 @@ def test_longbench_asks_for_jieba_before_any_work(byte_tokenizer, tmp_path, monk
     assert len(longbench.examples(byte_tokenizer, [file], prompts, context=500)[0]) == 1  # numbers need no cutting
     with pytest.raises(ValueError, match="scoring Chinese needs the package jieba"):
         longbench.examples(byte_tokenizer, [jsonl(tmp_path, "dureader.jsonl", ROW)], prompts, context=500)
+
+
+def test_longbench_tasks_come_from_the_hub_where_there_is_no_such_file(tmp_path, monkeypatch):
+    asked = []
+
+    def download(*args, **options):  # the hub itself is out of a test's reach
+        asked.append((*args, *options.values()))
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            archive.writestr("data/qasper_e.jsonl", "{}")
+        return str(tmp_path / "data.zip")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert longbench.locate(pathlib.Path("qasper_e")).read_text() == "{}"
+    assert asked == [("THUDM/LongBench", "data.zip", "dataset")]
+    (tmp_path / "qasper").write_text("of the user's")
+    monkeypatch.chdir(tmp_path)
+    for own in ("qasper", "qasper.jsonl", "novel"):
+        assert longbench.locate(pathlib.Path(own)) == pathlib.Path(own)
+    assert len(asked) == 1
+
+    def fail(*args, **options):
+        raise OSError("no way there")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(ValueError, match="lcc is no file, and LongBench's own cannot be had from the hub: no way"):
+        longbench.locate(pathlib.Path("lcc"))
 
 
 def test_longbench_scores():
