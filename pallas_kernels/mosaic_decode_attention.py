@@ -19,7 +19,7 @@ import numpy as np
 
 from mustafar_jax.pallas_kernels import launch, mosaic_gpu
 from mustafar_jax.pallas_kernels.merge import merge
-from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed, Rows, Tail, check_dtype, row_count
+from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed, Rows, Tail, check_rows, row_count
 
 TOKENS = 32
 """Tokens of a unit, one per lane."""
@@ -67,12 +67,12 @@ def decode_attention(
     Raises:
         NotImplementedError: see `mosaic_gpu.check_supported`; also for dense keys with dense values, and for
             rows of another dtype than the query's.
+        ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
-    for rows in (tail.key, tail.value):
-        check_dtype(rows, query.dtype)
-    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - tail.sinks, 0)
+    check_rows(tail.key, tail.value, query.dtype)
+    first = tail.first_row(lengths, window)
     splits = attend_rows(
         query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
     )
@@ -104,12 +104,10 @@ def attend_rows(
     """
     batch, kv_heads, group, head_dim = query.shape
     mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    for of in (key, value):
-        check_dtype(of, query.dtype)
+    check_rows(key, value, query.dtype)
     if not isinstance(key, Packed) and not isinstance(value, Packed):
         raise NotImplementedError("the Mosaic GPU kernels want packed keys or packed values; both are dense")
-    # packed rows come in whole groups, dense ones may end before
-    heads, rows = batch * kv_heads, row_count(key if isinstance(key, Packed) else value)
+    heads, rows = batch * kv_heads, row_count(key)
     if rows == 0:
         return []
     params = params or launch.mosaic_params(heads=heads, rows=rows)
