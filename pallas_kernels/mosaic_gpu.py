@@ -1,7 +1,7 @@
 """Pallas's Mosaic GPU backend: the one module that imports it, and what it cannot run.
 
-A kernel here is a function of a `ptx.Warp`, global arrays and the address of shared memory; interpreted, of a
-`simt.Warp`. Unlike Triton's, its threads have shared memory with addresses, registers and barriers of their own.
+A kernel here is a function of a `warp.Warp`, global arrays and the address of shared memory. Unlike Triton's, its
+threads have shared memory with addresses, registers and barriers of their own.
 """
 
 from collections.abc import Callable, Sequence

@@ -9,6 +9,7 @@ import pytest
 
 from mustafar_jax.pallas_kernels import mosaic_decode_attention as kernels
 from mustafar_jax.pallas_kernels.launch import MosaicParams
+from mustafar_jax.pallas_kernels.scatter import Guess
 from tests.pallas_kernels.data import WHERE, attend, merge_splits, pack_rows, specs
 from tests.pallas_kernels.test_decode_attention import check
 
@@ -17,7 +18,7 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 
 def edge_counts(slots, words):
     """Entries in each word of full rows on and beside the edges of what `Guess` takes for usual."""
-    guess = kernels.Guess.of(slots, words)
+    guess = Guess.of(slots, words)
     outer = [guess.least - 1, guess.least, guess.most, guess.most + 1]
     if words == 2:
         return [(first, slots - first) for first in [*outer, slots - 32, slots // 2] if slots - 32 <= first <= 32]
