@@ -5,31 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mustafar_jax as mj
+from mustafar_jax import bitmap
 from mustafar_jax.pallas_kernels import spmv
 from mustafar_jax.pallas_kernels.launch import DecodeParams
 from tests.helpers import bits, rms_error_ratio
 from tests.pallas_kernels.data import WHERE, float32, jit, rows_of, specs
 from tests.pallas_kernels.lowering import lower_for_cuda
 
-CASES = {  # kv heads, query heads per KV head, rows, head_dim, dtype
-    "two splits": (2, 3, 300, 128, jnp.bfloat16),
-    "more than 16 query heads": (1, 20, 63, 64, jnp.float16),
-}
+KINDS = ["magnitude", "unequal", "skewed"]
 
 
 @pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize("case", CASES)
-def test_products_agree_with_dense_ones(case, interpret):
-    kv_heads, group, rows, head_dim, dtype = CASES[case]
+def test_products_agree_with_dense_ones(interpret):
     rng = np.random.default_rng(5)
-    kinds = ["magnitude", "unequal", "skewed"]
-    packed, dense = rows_of(rng, (len(kinds), kv_heads, rows, head_dim), dtype, 0.7, kinds)
-    query = jnp.asarray(rng.standard_normal((len(kinds), kv_heads, group, head_dim)), dtype)
-    weights = jnp.asarray(rng.random((len(kinds), kv_heads, group, dense.shape[2])), dtype)
+    packed, dense = rows_of(rng, (len(KINDS), 2, 300, 128), jnp.bfloat16, 0.7, KINDS)
+    query = jnp.asarray(rng.standard_normal((len(KINDS), 2, 3, 128)), jnp.bfloat16)
+    weights = jnp.asarray(rng.random((len(KINDS), 2, 3, dense.shape[2])), jnp.bfloat16)
 
     def products(query, weights, packed):
-        params = DecodeParams(2 if rows > 128 else 1)
-        sums = spmv.value_spmv(weights, packed, params=params, interpret=interpret)
+        sums = spmv.value_spmv(weights, packed, params=DecodeParams(2), interpret=interpret)
         return spmv.key_spmv(query, packed, interpret=interpret), sums
 
     products = jit(products, interpret=interpret)
@@ -39,10 +34,43 @@ def test_products_agree_with_dense_ones(case, interpret):
     scores, sums = products(query, weights, packed)
     assert rms_error_ratio(scores, wanted_scores) < 1e-5
     assert rms_error_ratio(sums, wanted_sums) < 1e-5
-    if interpret:
-        return
-    for one, other in zip((scores, sums), products(query, weights, packed), strict=True):
-        np.testing.assert_array_equal(bits(one), bits(other))
+    if not interpret:
+        for one, other in zip((scores, sums), products(query, weights, packed), strict=True):
+            np.testing.assert_array_equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize(("product", "axis"), [("key_spmv", 64), ("value_spmv", 63)])
+def test_the_library_takes_them_with_their_gradients(product, axis, interpret):
+    """Any leading axes, a length that is no multiple of 32, more query heads than one product has rows."""
+    rng = np.random.default_rng(6)
+    keys = jnp.asarray(rng.standard_normal((2, 63, 64)), jnp.float16)
+    packed = mj.pack(keys, mj.magnitude_mask(keys, 0.5))
+    x = jnp.asarray(rng.random((2, 20, axis)), jnp.float16)
+
+    def value_and_gradient(name):
+        options = (interpret,) if name == "triton" else ()
+        call = jax.value_and_grad(lambda x: (bitmap._PRODUCTS[name](product, x, packed, *options) ** 2).sum())
+        return jit(call, interpret=interpret)(x)
+
+    for one, other in zip(value_and_gradient("triton"), value_and_gradient("xla"), strict=True):
+        assert rms_error_ratio(one, other) < 1e-3
+
+
+@pytest.mark.parametrize("product", [mj.key_spmv, mj.value_spmv])
+def test_which_implementation_is_taken(product):
+    keys = jnp.ones((64, 64), jnp.bfloat16)
+    packed = mj.pack(keys, keys > 0)
+    text = lower_for_cuda(lambda x: product(x, packed, implementation="triton"), keys)
+    assert "triton" in text
+    assert (product(keys, packed, implementation=("triton", "xla")) == 64).all()
+    assert "triton" not in jax.jit(product).lower(keys, packed).as_text()
+    with pytest.raises(NotImplementedError, match="float32 and rows of bfloat16"):
+        product(keys.astype(jnp.float32), packed, implementation="triton")
+    with pytest.raises(NotImplementedError, match="'cudnn' attends caches"):
+        product(keys, packed, implementation="cudnn")
+    with pytest.raises(ValueError, match="implementation='fast' must be one of"):
+        product(keys, packed, implementation="fast")
 
 
 @pytest.mark.parametrize(
