@@ -8,12 +8,15 @@ at a known place. docs/architecture.md draws it.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mustafar_jax.implementations import Implementation, check_implementation, first_that_runs, on_cuda
 from mustafar_jax.writes import write_rows
 
 WORD = 32
@@ -123,32 +126,95 @@ def held(packed: BitmapArray) -> jax.Array:
     return rows[..., : packed.length, :]
 
 
-def key_spmv(query: jax.Array, packed: BitmapArray) -> jax.Array:
+def key_spmv(query: jax.Array, packed: BitmapArray, *, implementation: Implementation = None) -> jax.Array:
     """Scores of packed keys: query . key, unscaled.
 
     Args:
         query: [..., G, H], the G query heads that share a KV head.
         packed: keys [..., S, H].
+        implementation: "triton" (NVIDIA GPUs; bfloat16 and float16, the same for both arguments, head_dim 64 and 128),
+            "xla", a sequence of names tried in order (only NotImplementedError passes on to the next), or None for the
+            best that works here.
 
     Returns:
         float32 [..., G, S].
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown implementation.
+        NotImplementedError: no implementation that was named can run this.
     """
     _check_spmv("query", query, packed, packed.shape[-1])
-    return jnp.einsum("...gh,...sh->...gs", *_float32(query, unpack(packed)), precision=lax.Precision.HIGHEST)
+    return _product("key_spmv", query, packed, implementation)
 
 
-def value_spmv(probabilities: jax.Array, packed: BitmapArray) -> jax.Array:
+def value_spmv(probabilities: jax.Array, packed: BitmapArray, *, implementation: Implementation = None) -> jax.Array:
     """Sums of packed values, weighted by attention probabilities.
 
     Args:
         probabilities: [..., G, S].
         packed: values [..., S, H].
+        implementation: as in `key_spmv`; for "triton" the probabilities must have the values' dtype.
 
     Returns:
         float32 [..., G, H].
+
+    Raises:
+        ValueError, NotImplementedError: as `key_spmv`.
     """
     _check_spmv("probabilities", probabilities, packed, packed.shape[-2])
-    return jnp.einsum("...gs,...sh->...gh", *_float32(probabilities, unpack(packed)), precision=lax.Precision.HIGHEST)
+    return _product("value_spmv", probabilities, packed, implementation)
+
+
+def _product(product: str, x: jax.Array, packed: BitmapArray, implementation: Implementation) -> jax.Array:
+    """The product of a name by the first implementation that can run."""
+
+    def run(name: str) -> jax.Array:
+        if name not in _PRODUCTS:
+            raise NotImplementedError(f"implementation={name!r} attends caches; {product} wants one of {[*_PRODUCTS]}")
+        return _PRODUCTS[name](product, x, packed)
+
+    names = check_implementation(implementation) or (("triton", "xla") if on_cuda() else ("xla",))
+    return first_that_runs(names, run)
+
+
+def _product_xla(product: str, x: jax.Array, packed: BitmapArray) -> jax.Array:
+    letters = {"key_spmv": "...gh,...sh->...gs", "value_spmv": "...gs,...sh->...gh"}[product]
+    return jnp.einsum(letters, *_float32(x, unpack(packed)), precision=lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3))  # so that a call outside jit does not compile each time
+def _product_triton(product: str, x: jax.Array, packed: BitmapArray, interpret: bool = False) -> jax.Array:
+    # Imported here, as attention does: Pallas takes a while to import.
+    from mustafar_jax.pallas_kernels import spmv
+    from mustafar_jax.pallas_kernels.rows import Packed
+
+    if x.dtype != packed.dtype:
+        raise NotImplementedError(f"the kernels take one dtype; got {x.dtype} and rows of {packed.dtype}")
+    leading, rows = x.shape[:-2], packed.bitmap.shape[-2]
+    by_head = Packed(*(y.reshape(-1, 1, *y.shape[len(leading) :]) for y in (packed.bitmap, packed.values)))
+    x = x.reshape(-1, 1, *x.shape[-2:])
+    if product == "key_spmv":
+        out = spmv.key_spmv(x, by_head, interpret=interpret)[..., : packed.length]
+    else:
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, rows - packed.length)])
+        out = spmv.value_spmv(x, by_head, interpret=interpret)
+    return out.reshape(*leading, *out.shape[-2:])
+
+
+@_product_triton.defjvp
+def _product_tangent(
+    product: str, interpret: bool, primals: tuple[jax.Array, BitmapArray], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """Linear in x; no gradient flows through packed entries: see `pack`."""
+    return _product_triton(product, *primals, interpret), _product_xla(product, tangents[0], primals[1])
+
+
+_PRODUCTS: dict[str, Callable[[str, jax.Array, BitmapArray], jax.Array]] = {
+    "triton": _product_triton,
+    "xla": _product_xla,
+}
+"""The implementations of the sparse products."""
 
 
 def empty(leading: tuple[int, ...], length: int, head_dim: int, slots: int, dtype: jnp.dtype) -> BitmapArray:

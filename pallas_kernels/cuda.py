@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
@@ -34,6 +35,34 @@ def core_count() -> int | None:
     """Multiprocessors of the first GPU; None where jax has none."""
     gpu = _first_gpu()
     return None if gpu is None else int(gpu.core_count)
+
+
+def check_supported(
+    kernels: str, runs_on: Callable[[float], bool], needed: str, *, dtype: Any, head_dim: int, queries_per_head: int
+) -> None:
+    """Raise NotImplementedError, with the reason, for what kernels cannot run.
+
+    Only static facts count, and the compute capability where jax has a GPU: never the default backend.
+
+    Args:
+        kernels: which ones, in words.
+        runs_on: whether they run on a compute capability.
+        needed: the compute capability that they want, in words.
+        dtype: of queries, keys and values.
+        head_dim: channels of a head.
+        queries_per_head: query heads that share a KV head.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the {kernels} kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}")
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"the {kernels} kernels take head_dim 64 and 128; got {head_dim=}")
+    if queries_per_head > 16:
+        raise NotImplementedError(
+            f"the {kernels} kernels take at most 16 query heads per KV head; got {queries_per_head}"
+        )
+    capability = compute_capability()
+    if capability is not None and not runs_on(capability):
+        raise NotImplementedError(f"the {kernels} kernels need compute capability {needed}; this GPU has {capability}")
 
 
 def only(x: jax.Array, *, kernels: str, before: Callable[[], None] = lambda: None) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import launch, tile, triton
 from mustafar_jax.pallas_kernels.merge import merge
-from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_dtype, flat, load_tile, per_head, row_count
+from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, flat, load_tile, per_head, row_count
 from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, Series, TileReader
 
 _QUERY_ROWS = 16
@@ -58,15 +58,16 @@ def decode_attention(
 
     Raises:
         NotImplementedError: see `triton.check_supported`; also for values or keys of another dtype than the query's.
+        ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
     triton.check_supported(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2])
-    for rows in (key, value, tail.key, tail.value):
-        check_dtype(rows, query.dtype)
+    check_rows(key, value, query.dtype)
+    check_rows(tail.key, tail.value, query.dtype)
     splits = []
     if row_count(key):
-        first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - tail.sinks, 0)
+        first = tail.first_row(lengths, window)
         splits = attend_rows(
             query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
         )

@@ -4,7 +4,7 @@ Each warp works alone on 32 tokens at a time, a unit: it holds one tile in share
 keys' entries and, once their product is taken, the values'. docs/kernels.md draws the tile and says who owns what.
 
 Lanes stand for tokens while entries are scattered and scores become weights. In matrix products lane 4 g + t holds
-what `ptx.Warp.multiply_add` says; g and t below are these two.
+what `Warp.multiply_add` says; g and t below are these two.
 """
 
 import dataclasses
@@ -19,20 +19,14 @@ import numpy as np
 
 from mustafar_jax.pallas_kernels import launch, mosaic_gpu
 from mustafar_jax.pallas_kernels.merge import merge
-from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed, Rows, Tail, check_dtype, row_count
+from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Places, Plan, layout
+from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
+from mustafar_jax.pallas_kernels.sources import smaller, source
+from mustafar_jax.pallas_kernels.warp import LANES, Register, Warp
 
-TOKENS = 32
-"""Tokens of a unit, one per lane."""
-_ROW = 4 * TOKENS
-"""Bytes of a pair of channels in a tile: a word for each token."""
 _SLACK = 8.0
 """How far scores, to base 2, may exceed the one that weights are relative to, before all sums are rescaled."""
 _LOWEST = float(np.finfo(np.float32).min)
-
-Warp = Any
-"""`ptx.Warp` or `simt.Warp`; both have the same methods."""
-Register = Any
-"""A value in each of a warp's lanes."""
 
 
 def decode_attention(
@@ -67,12 +61,12 @@ def decode_attention(
     Raises:
         NotImplementedError: see `mosaic_gpu.check_supported`; also for dense keys with dense values, and for
             rows of another dtype than the query's.
+        ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
-    for rows in (tail.key, tail.value):
-        check_dtype(rows, query.dtype)
-    first = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - tail.sinks, 0)
+    check_rows(tail.key, tail.value, query.dtype)
+    first = tail.first_row(lengths, window)
     splits = attend_rows(
         query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
     )
@@ -104,12 +98,10 @@ def attend_rows(
     """
     batch, kv_heads, group, head_dim = query.shape
     mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    for of in (key, value):
-        check_dtype(of, query.dtype)
+    check_rows(key, value, query.dtype)
     if not isinstance(key, Packed) and not isinstance(value, Packed):
         raise NotImplementedError("the Mosaic GPU kernels want packed keys or packed values; both are dense")
-    # packed rows come in whole groups, dense ones may end before
-    heads, rows = batch * kv_heads, row_count(key if isinstance(key, Packed) else value)
+    heads, rows = batch * kv_heads, row_count(key)
     if rows == 0:
         return []
     params = params or launch.mosaic_params(heads=heads, rows=rows)
@@ -118,8 +110,8 @@ def attend_rows(
         group=group,
         kv_heads=kv_heads,
         rows=rows,
-        key=_layout(key),
-        value=_layout(value),
+        key=layout(key),
+        value=layout(value),
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
@@ -142,7 +134,7 @@ def attend_rows(
     )
 
 
-def _turns(mean: Mean, plan: "Plan") -> jax.Array:
+def _turns(mean: Mean, plan: Plan) -> jax.Array:
     """Cosines and sines of turns [units + 11, pairs, 2]: to each unit's first token; to a unit's 8 quads; 3 steps.
 
     They are the same for every layer of a model, whose compiler keeps one.
@@ -151,127 +143,6 @@ def _turns(mean: Mean, plan: "Plan") -> jax.Array:
     steps = [4 * quad for quad in range(8)] + [1, 16, plan.warps * TOKENS]
     angle = jnp.asarray(np.concatenate([starts, steps]), jnp.float32)[:, None] * mean.inv_freq
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the rows of keys or of values are held. Static.
-
-    Attributes:
-        rows: of each KV head.
-        slots: of a packed row; 0 for dense rows.
-    """
-
-    rows: int
-    slots: int
-
-
-def _layout(rows: Rows) -> Layout:
-    slots = rows.values.shape[-3] * rows.values.shape[-1] if isinstance(rows, Packed) else 0
-    return Layout(row_count(rows), slots)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the kernel is compiled for. Sizes in bytes and tokens; scores are taken to base 2."""
-
-    head_dim: int
-    group: int
-    kv_heads: int
-    rows: int
-    key: Layout
-    value: Layout
-    splits: int
-    warps: int
-    scale: float
-    centred: bool = False
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of channels (p, p + pairs) that share a word of a tile."""
-        return self.head_dim // 2
-
-    @property
-    def words(self) -> int:
-        """Words of a row's bitmap."""
-        return self.head_dim // WORD
-
-    @property
-    def units(self) -> int:
-        """Units of a KV head."""
-        return self.rows // TOKENS
-
-    @property
-    def units_per_split(self) -> int:
-        """Units that a block takes."""
-        return -(-self.units // self.splits)
-
-    @property
-    def octets(self) -> int:
-        """Groups of up to 8 query heads."""
-        return -(-self.group // 8)
-
-    @property
-    def parities(self) -> int:
-        """Classes of tokens that a product with values keeps apart, where its 8 columns outnumber the heads."""
-        return 2 if self.group <= 4 else 1
-
-    @property
-    def tile_bytes(self) -> int:
-        """Of one tile."""
-        return self.pairs * _ROW
-
-    @property
-    def scores_bytes(self) -> int:
-        """Of the parts of scores [G, 4, TOKENS], float32."""
-        return self.group * 4 * TOKENS * 4
-
-    @property
-    def warp_bytes(self) -> int:
-        """A warp's share of memory: its tile, parts of scores, weights [heads, TOKENS] of 16 bits, steps of means."""
-        return self.tile_bytes + self.scores_bytes + self.weights_bytes + self.centred * self.pairs * 32
-
-    @property
-    def weights_bytes(self) -> int:
-        """Of the weights [heads, TOKENS], 16 bits each."""
-        return 8 * self.octets * TOKENS * 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Addresses that a warp uses throughout.
-
-    Attributes:
-        tile, scores, weights, steps: where its parts of shared memory begin: see `Plan.warp_bytes`.
-        lane, g, t: numbers of this lane.
-    """
-
-    tile: Register
-    scores: Register
-    weights: Register
-    steps: Register
-    lane: Register
-    g: Register
-    t: Register
-
-    @property
-    def first_quad(self) -> Register:
-        """The first of the two quads of tokens that this lane fills with a mean: see `begin_mean`."""
-        return self.t + ((self.g & 1) << 2)
-
-    @property
-    def pair_of_heads(self) -> Register:
-        """N where this lane holds queries of heads 2 n and 2 n + 1 of an octet: see `load_query`."""
-        return (self.t + 4 - (self.g >> 1)) & 3
-
-    @staticmethod
-    def of(w: Warp, shared: Register, plan: Plan) -> "Places":
-        """Places of warp w in memory that begins at `shared`."""
-        lane = w.lane()
-        tile = shared + w.warp() * plan.warp_bytes
-        scores = tile + plan.tile_bytes
-        weights = scores + plan.scores_bytes
-        return Places(tile, scores, weights, weights + plan.weights_bytes, lane, lane >> 2, lane & 3)
 
 
 @dataclasses.dataclass
@@ -309,11 +180,11 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     firsts, lasts, query, *inputs, out, m, l = refs  # noqa: E741
     block = w.block()
     head, split = block // plan.splits, block % plan.splits
-    key, value = (source(w, inputs, head, layout, plan) for layout in (plan.key, plan.value))
+    key, value = (source(w, inputs, head, side, plan) for side in (plan.key, plan.value))
     first, last = (w.load(x, (head // plan.kv_heads) << 2, 1)[0] for x in (firsts, lasts))
-    last = _smaller(w, last, w.integer(plan.rows))
+    last = smaller(w, last, w.integer(plan.rows))
     begin = split * plan.units_per_split
-    end = _smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)
+    end = smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)
     begin = _larger(w, begin, first >> 5) + w.warp()
     at = Places.of(w, shared, plan)
     # in flight while the rest is made ready
@@ -359,70 +230,8 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     merge_warps(w, shared, out, m, l, plan)
 
 
-def _smaller(w: Warp, a: Register, b: Register) -> Register:
-    return w.select(a < b, a, b)
-
-
 def _larger(w: Warp, a: Register, b: Register) -> Register:
     return w.select(a < b, b, a)
-
-
-class PackedSource:
-    """Packed rows of one KV head in global memory. A lane reads its token's row in pieces of one chunk of slots."""
-
-    def __init__(self, w: Warp, bitmap: Any, values: Any, head: Register, layout: Layout, plan: Plan) -> None:
-        self.words, self.slots = plan.words, layout.slots
-        self.chunk = 8 if self.slots % 8 == 0 else 4
-        self.bitmap = w.row(bitmap, head, layout.rows * plan.words * 4)
-        self.values = w.row(values, head, layout.rows * self.slots * 2)
-        self.registers = plan.words + self.slots // 2
-
-    def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
-        """Begin to load a unit's rows into registers; undefined where not `where`."""
-        words = w.load(self.bitmap, (unit * TOKENS + at.lane) * (4 * self.words), self.words, where=where)
-        offset = unit * (TOKENS * self.slots * 2) + at.lane * (2 * self.chunk)
-        for i in range(self.slots // self.chunk):
-            words += w.load(self.values, offset, self.chunk // 2, i * TOKENS * self.chunk * 2, where=where)
-        return words
-
-    def unpack(
-        self, w: Warp, registers: list[Register], _unit: Register, seen: Register, at: Places, plan: Plan
-    ) -> None:
-        """Store what was loaded in the tile."""
-        scatter(w, registers[: self.words], registers[self.words : self.registers], seen, at, plan)
-
-
-class DenseSource:
-    """Dense rows of one KV head in global memory. They are not loaded ahead: that would take too many registers."""
-
-    registers = 0
-
-    def __init__(self, w: Warp, ref: Any, head: Register, layout: Layout, plan: Plan) -> None:
-        self.rows = layout.rows
-        self.ref = w.row(ref, head, layout.rows * plan.head_dim * 2)
-
-    def load(self, _w: Warp, _unit: Register, _at: Places, _where: Register) -> list[Register]:
-        """Load nothing yet."""
-        return []
-
-    def unpack(
-        self, w: Warp, _registers: list[Register], unit: Register, seen: Register, at: Places, plan: Plan
-    ) -> None:
-        """Copy a unit's rows to the tile, a row per lane; zeros for tokens that are not seen."""
-        row = _smaller(w, unit * TOKENS + at.lane, w.integer(self.rows - 1)) * (plan.head_dim * 2)
-        column = at.tile + (at.lane << 2)
-        for pair in range(0, plan.pairs, 8):
-            low, high = (w.load(self.ref, row, 4, 2 * channel) for channel in (pair, pair + plan.pairs))
-            for i in range(8):
-                word = w.pick_halves(low[i // 2], high[i // 2], i % 2)
-                w.store_shared(column, [w.select(seen, word, w.integer(0))], (pair + i) * _ROW)
-
-
-def source(w: Warp, inputs: list[Any], head: Register, layout: Layout, plan: Plan) -> PackedSource | DenseSource:
-    """Rows of a KV head; takes their arrays off the front of `inputs`."""
-    if layout.slots == 0:
-        return DenseSource(w, inputs.pop(0), head, layout, plan)
-    return PackedSource(w, inputs.pop(0), inputs.pop(0), head, layout, plan)
 
 
 def load_query(w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> list[list[list[Register]]]:
@@ -449,7 +258,7 @@ def load_query(w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> l
 def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
     """Fill the tile with zeros."""
     zeros = [w.integer(0)] * 4
-    for start in range(0, plan.tile_bytes, 16 * TOKENS):
+    for start in range(0, plan.tile_bytes, 16 * LANES):
         w.store_shared(at.tile + (at.lane << 4), zeros, start)
     w.sync_warp()
 
@@ -472,7 +281,7 @@ def begin_mean(
     def turn(row: Register, pair: Register) -> list[Register]:
         return [w.as_float(x) for x in w.load(turns, (row * plan.pairs + pair) << 3, 2, where=where)]
 
-    for start in range(0, plan.pairs, TOKENS):
+    for start in range(0, plan.pairs, LANES):
         pair = at.lane + start
         for i in range(3):
             w.store_shared(at.steps + (pair << 5), turn(w.integer(plan.units + 8 + i), pair), 8 * i)
@@ -513,187 +322,11 @@ def fill_tile(w: Warp, mean: list[Register], at: Places, plan: Plan) -> list[Reg
             tokens = [start, rotate(start, one)]
             for _ in range(2):
                 tokens.append([one[0] * 2.0 * b - a for a, b in zip(*tokens[-2:], strict=True)])
-            place = at.tile + at.g * _ROW + (quad << 4)
-            w.store_shared(place, [w.pack_pair(*pair) for pair in tokens], 8 * block * _ROW)
+            place = at.tile + at.g * ROW + (quad << 4)
+            w.store_shared(place, [w.pack_pair(*pair) for pair in tokens], 8 * block * ROW)
         ahead += rotate(first, unit)
     w.sync_warp()
     return ahead
-
-
-def scatter(w: Warp, words: list[Register], values: list[Register], seen: Register, at: Places, plan: Plan) -> None:
-    """Store a unit's entries in the tile, one row per lane, of the tokens that are seen.
-
-    The word of pair p and token t stands at byte (32 p + t) * 4 of the tile, so a lane has a bank of its own and no
-    two stores meet. There are three ways, of which a unit takes the first that suits all of its rows: rows with their
-    entries spread as in most rows; full rows; any rows.
-
-    Args:
-        w: the warp.
-        words: of the bitmap.
-        values: the slots in order, two to a register.
-        seen: which tokens are.
-        at: the warp's places.
-        plan: the plan.
-    """
-    words = [w.select(seen, x, w.integer(0)) for x in words]
-    column = at.tile + (at.lane << 2)
-    # of the words' first channels
-    places = [column + (32 * i % plan.pairs * _ROW + 32 * i // plan.pairs * 2) for i in range(plan.words)]
-    slots = 2 * len(values)
-    guess = Guess.of(slots, plan.words)
-    counts = [w.count_bits(x) for x in words]
-    total = functools.reduce(lambda a, b: a + b, counts)
-
-    def usual(_: list[Register]) -> list[Register]:
-        scatter_from_both_ends(w, words, places, values, guess)
-        return []
-
-    def full(_: list[Register]) -> list[Register]:
-        scatter_from_both_ends(w, words, places, values, None)
-        return []
-
-    def any_rows(_: list[Register]) -> list[Register]:
-        scatter_upwards(w, words, places, values, total)
-        return []
-
-    def unusual(_: list[Register]) -> list[Register]:
-        return w.branch(w.any(total < slots), [], any_rows, full)
-
-    w.branch(w.any((total < slots) | guess.fails(words, counts)), [], unusual, usual)
-
-
-@dataclasses.dataclass(frozen=True)
-class Guess:
-    """How a full row's entries are spread over its words, if it is a usual one. Static.
-
-    Attributes:
-        least: entries in its first word, and in its last, at least.
-        most: the same, at most.
-        pair: entries in its first two words together, and in its last two, at least.
-    """
-
-    least: int
-    most: int
-    pair: int
-
-    @staticmethod
-    def of(slots: int, words: int) -> "Guess":
-        """So that of rows with their entries at random places less than one in a thousand is not so."""
-
-        def spread(n: int) -> tuple[float, float]:
-            """Mean and 3.5 standard deviations of the entries in n words."""
-            share = n / words
-            channels = words * WORD
-            variance = slots * share * (1 - share) * (channels - slots) / (channels - 1)
-            return slots * share, 3.5 * variance**0.5
-
-        (one, margin), (two, margin_of_two) = spread(1), spread(min(2, words))
-        half = slots // 2
-        least, most = max(1, math.floor(one - margin)), min(half, math.ceil(one + margin))
-        return Guess(min(least, half), most, max(1, math.floor(two - margin_of_two)))
-
-    def fails(self, words: list[Register], counts: list[Register]) -> Register:
-        """Whether a full row is not so, or has an empty word, or less than half of its entries in any three words."""
-        wrong = [counts[0] < self.least, counts[-1] < self.least]
-        if len(words) > 2:
-            wrong += [x == 0 for x in words[1:-1]]
-            wrong += [counts[0] + counts[1] < self.pair, counts[2] + counts[3] < self.pair]
-            wrong += [counts[0] > self.most, counts[-1] > self.most]
-        return functools.reduce(lambda a, b: a | b, wrong)
-
-
-def scatter_from_both_ends(
-    w: Warp, words: list[Register], places: list[Register], values: list[Register], guess: Guess | None
-) -> None:
-    """Full rows: half of the entries from channel 0 up, half from the last one down, two chains at a time."""
-    slots = 2 * len(values)
-    up = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * _ROW for x in places], -_ROW)
-    down = Chain(words[::-1], places[::-1], _ROW)
-    for chain in (up, down):
-        if guess is None:
-            chain.skip_empty(w)
-        else:
-            chain.keep(3)  # half of the entries reach no further
-    half = slots // 2
-    for taken in range(half):
-        for chain, slot in ((up, taken), (down, slots - 1 - taken)):
-            w.store_shared_half(chain.take(w), values[slot // 2], slot % 2)
-            if taken + 1 < half:
-                chain.advance(w, taken + 1, guess)
-
-
-def scatter_upwards(
-    w: Warp, words: list[Register], places: list[Register], values: list[Register], total: Register
-) -> None:
-    """Any rows: their entries, `total` of them, in order from channel 0 up."""
-    chain = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * _ROW for x in places], -_ROW)
-    chain.skip_empty(w)
-    for slot in range(2 * len(values)):
-        w.store_shared_half(chain.take(w), values[slot // 2], slot % 2, where=total > slot)
-        chain.next_word(w)
-
-
-class Chain:
-    """A walk along a row's entries, the highest bits of the first word first.
-
-    Attributes:
-        words: what is left, in order.
-        places: in the tile, of each word's bit 0.
-        stride: from one bit's place to the next one's.
-    """
-
-    def __init__(self, words: list[Register], places: list[Register], stride: int) -> None:
-        self.words, self.places, self.stride = words, places, stride
-
-    def take(self, w: Warp) -> Register:
-        """The place of the next entry."""
-        bit = w.highest_bit(self.words[0])
-        self.words[0] = w.clear_bit(self.words[0], bit)
-        return self.places[0] + bit * (self.stride % 2**32)
-
-    def keep(self, count: int) -> None:
-        """Forget all words but the first ones."""
-        self.words, self.places = self.words[:count], self.places[:count]
-
-    def skip_empty(self, w: Warp) -> None:
-        """Move empty words behind the others; what stands there then is never taken."""
-        for begin in reversed(range(len(self.words) - 1)):
-            words, places = w.shift_if_empty([self.words[begin:], self.places[begin:]])
-            self.words[begin:], self.places[begin:] = words, places
-
-    def next_word(self, w: Warp, *, among: int | None = None, drop: bool = False) -> None:
-        """Where the first word is used up, move the others one place ahead.
-
-        Args:
-            w: the warp.
-            among: how many words move; all if None. The last one of them stays in its place as well.
-            drop: leave out the second word.
-        """
-        chosen = [i for i in range(len(self.words)) if not (drop and i == 1)][:among]
-        words, places = w.shift_if_empty([[queue[i] for i in chosen] for queue in (self.words, self.places)])
-        for i, word, place in zip(chosen, words, places, strict=True):
-            self.words[i], self.places[i] = word, place
-
-    def advance(self, w: Warp, taken: int, guess: Guess | None) -> None:
-        """Go on to the next word where this one is used up, with as few instructions as the guess allows.
-
-        Until `guess.pair` entries are taken the second word lasts; after `guess.most` the first one is behind. Between
-        the two, the words' second register is the word to come, whichever that is.
-        """
-        if guess is None:
-            self.next_word(w)
-            return
-        before_third, past_first = len(self.words) == 2 or taken < guess.pair, taken > guess.most
-        if taken < guess.least or (before_third and past_first):
-            return
-        if before_third or past_first:
-            self.next_word(w, among=2, drop=past_first)
-            return
-        if taken == guess.pair:
-            moved = self.places[0] == self.places[1]
-            for queue in (self.words, self.places):
-                queue[1] = w.select(moved, queue[2], queue[1])
-        self.next_word(w)
 
 
 def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, plan: Plan) -> None:
@@ -704,14 +337,14 @@ def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, pl
     a phase meet all banks. A row thus mixes the quads of 4 classes of pairs; the queries are zero but for one class in
     each column, which keeps them apart. The part of (head, class t) for quad n goes to word 4 n of scores[head][t].
     """
-    read = at.tile + at.t * _ROW + (((at.g + at.t * 2) & 7) << 4)
+    read = at.tile + at.t * ROW + (((at.g + at.t * 2) & 7) << 4)
     zeros = [w.integer(0)] * 4
     for octet, steps in enumerate(fragments):
         heads = range(8 * octet, min(plan.group, 8 * octet + 8), 2)
         even = [[w.number(0)] * 4 for _ in heads]  # of each two heads, tokens 0 and 1 of a quad
         odd = [[w.number(0)] * 4 for _ in heads]  # tokens 2 and 3
         for step, operand in enumerate(steps):
-            starts = [8 * step * _ROW, (8 * step + 4) * _ROW]
+            starts = [8 * step * ROW, (8 * step + 4) * ROW]
             low, high = (w.load_shared(read, 4, start) for start in starts)
             if octet == plan.octets - 1:
                 for start in starts:
@@ -724,10 +357,10 @@ def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, pl
                 odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
         for n, head in enumerate(heads):
             quad = (at.g + ((at.t + n) & 3) * 2) & 7
-            place = at.scores + at.t * _ROW + (quad << 4)
+            place = at.scores + at.t * ROW + (quad << 4)
             for i in range(min(2, plan.group - head)):
                 part = [even[n][i], even[n][i + 2], odd[n][i], odd[n][i + 2]]
-                w.store_shared(place, part, (head + i) * 4 * _ROW)
+                w.store_shared(place, part, (head + i) * 4 * ROW)
 
 
 def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None:
@@ -735,7 +368,7 @@ def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None
     column = at.scores + (at.lane << 2)
     scores = []
     for head in range(plan.group):
-        parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * _ROW)[0]) for j in range(4)]
+        parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * ROW)[0]) for j in range(4)]
         score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * plan.scale
         scores.append(w.select(seen, score, w.number(-math.inf)))
     larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(scores, state.m, strict=True)])
@@ -798,8 +431,8 @@ def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
     row uses the one of its own parity, and the other is dropped in the end.
     """
     quad = (at.t << 1) | (at.g & 1 if plan.parities == 2 else w.integer(0))
-    read = at.tile + at.g * _ROW + (quad << 4)
-    reads = [read, at.tile + at.g * _ROW + ((quad ^ 1) << 4)]
+    read = at.tile + at.g * ROW + (quad << 4)
+    reads = [read, at.tile + at.g * ROW + ((quad ^ 1) << 4)]
     row = (at.g >> 1) * (2 * TOKENS) if plan.parities == 2 else at.g * (2 * TOKENS)
     weights = [
         [w.load_shared(at.weights + row + ((quad ^ i) << 3), 2, 8 * octet * 2 * TOKENS) for octet in range(plan.octets)]
@@ -808,9 +441,9 @@ def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
     zeros = [w.integer(0)] * 4
     for block in range(plan.pairs // 8):
         for i in range(2):
-            words = w.load_shared(reads[i], 4, 8 * block * _ROW)
+            words = w.load_shared(reads[i], 4, 8 * block * ROW)
             if not plan.centred:
-                w.store_shared(reads[i], zeros, 8 * block * _ROW)
+                w.store_shared(reads[i], zeros, 8 * block * ROW)
             operand = [w.pick_halves(words[n], words[n + 1], half) for n in (0, 2) for half in (0, 1)]
             for octet in range(plan.octets):
                 state.out[block][octet] = w.multiply_add(operand, weights[i][octet], state.out[block][octet])
@@ -838,10 +471,10 @@ def publish(w: Warp, state: State, at: Places, plan: Plan) -> None:
 
 def merge_warps(w: Warp, shared: Register, out: Any, m: Any, l: Any, plan: Plan) -> None:  # noqa: E741
     """Merge what the block's warps have published, and write it to global memory."""
-    block, threads, size = w.block(), plan.warps * TOKENS, plan.group * plan.head_dim
+    block, threads, size = w.block(), plan.warps * LANES, plan.group * plan.head_dim
     out, m, l = (w.row(x, block, 4 * n) for x, n in ((out, size), (m, plan.group), (l, plan.group)))  # noqa: E741
     for start in range(0, size, threads):
-        element = w.warp() * TOKENS + w.lane() + start
+        element = w.warp() * LANES + w.lane() + start
         there = element < size
         element = w.select(there, element, w.integer(0))
         head = element // plan.head_dim

@@ -1,7 +1,7 @@
 """Pallas's Mosaic GPU backend: the one module that imports it, and what it cannot run.
 
-A kernel here is a function of a `ptx.Warp`, global arrays and the address of shared memory; interpreted, of a
-`simt.Warp`. Unlike Triton's, its threads have shared memory with addresses, registers and barriers of their own.
+A kernel here is a function of a `warp.Warp`, global arrays and the address of shared memory. Unlike Triton's, its
+threads have shared memory with addresses, registers and barriers of their own.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,21 +28,14 @@ Body = Callable[..., None]
 
 
 def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int) -> None:
-    """Raise NotImplementedError, with the reason, for what these kernels cannot run.
+    """Raise NotImplementedError, with the reason, for what these kernels cannot run: see `cuda.check_supported`."""
+    cuda.check_supported(
+        "Mosaic GPU", _runs_on, "9.0", dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head
+    )
 
-    Only static facts count, and the compute capability where jax has a GPU: never the default backend.
-    """
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Mosaic GPU kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}")
-    if head_dim not in (64, 128):
-        raise NotImplementedError(f"the Mosaic GPU kernels take head_dim 64 and 128; got {head_dim=}")
-    if queries_per_head > 16:
-        raise NotImplementedError(
-            f"the Mosaic GPU kernels take at most 16 query heads per KV head; got {queries_per_head}"
-        )
-    capability = cuda.compute_capability()
-    if capability is not None and capability != COMPUTE_CAPABILITY:
-        raise NotImplementedError(f"the Mosaic GPU kernels need compute capability 9.0; this GPU has {capability}")
+
+def _runs_on(capability: float) -> bool:
+    return capability == COMPUTE_CAPABILITY
 
 
 def kernel_call(

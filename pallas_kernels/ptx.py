@@ -1,11 +1,5 @@
-"""The instructions that the Mosaic GPU kernels are written in, for one warp of 32 lanes.
-
-A kernel is a function of a `Warp`, whose methods emit PTX. Values are registers: one number per lane, uint32 unless
-said; `+ - * // % & | ^ << >> == < >` work on them and on Python numbers, and give predicates where they compare. All
-lanes run every instruction; loops and branches take conditions that are equal in all lanes.
-
-`simt.Warp` has the same methods on numpy arrays, and runs the same kernels without a GPU.
-"""
+"""`warp.Warp` as PTX: each method is one instruction or a few, emitted inline."""
+# ruff: noqa: D102  (the methods are described in warp.Warp)
 
 from __future__ import annotations
 
@@ -15,8 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
-
-LANES = 32
 
 _COMPARE_INT = {"==": arith.CmpIPredicate.eq, "<": arith.CmpIPredicate.ult, ">": arith.CmpIPredicate.ugt}
 _COMPARE_FLOAT = {"==": arith.CmpFPredicate.OEQ, "<": arith.CmpFPredicate.OLT, ">": arith.CmpFPredicate.OGT}
@@ -110,78 +102,58 @@ class Warp:
     # Numbers and where we are
 
     def integer(self, x: int) -> Register:
-        """A uint32 in every lane."""
         return Register(_constant(_u32(), x))
 
     def number(self, x: float) -> Register:
-        """A float32 in every lane."""
         return Register(_constant(ir.F32Type.get(), x))
 
     def lane(self) -> Register:
-        """This lane's number in the warp, 0 to 31."""
         return self._pure("mov.u32 $0, %laneid;", [])
 
     def warp(self) -> Register:
-        """This warp's number in the block."""
         return self._pure("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", [])
 
     def block(self) -> Register:
-        """This block's number in a grid of one dimension."""
         return self._pure("mov.u32 $0, %ctaid.x;", [])
 
     # Arithmetic
 
     def select(self, where: Register, a: Register, b: Register) -> Register:
-        """A in the lanes where a predicate holds, b elsewhere."""
         return Register(arith.select(where.value, a.value, b.value))
 
     def maximum(self, a: Register, b: Register) -> Register:
-        """The larger float32; the other one where one is NaN."""
         return Register(arith.maxnumf(a.value, b.value))
 
     def exp2(self, x: Register) -> Register:
-        """2 ** x in float32, subnormal results flushed to 0; relative error 2 ** -22."""
         return self._pure("ex2.approx.ftz.f32 $0, $1;", [x], result="f")
 
     def as_float(self, x: Register) -> Register:
-        """The bits of a uint32 as a float32."""
         return Register(arith.bitcast(ir.F32Type.get(), x.value))
 
     def as_bits(self, x: Register) -> Register:
-        """The bits of a float32 as a uint32."""
         return Register(arith.bitcast(_u32(), x.value))
 
     def pack_pair(self, low: Register, high: Register) -> Register:
-        """Two float32, rounded to the dtype, in the halves of a word."""
         return self._pure(f"cvt.rn.{self.dtype}x2.f32 $0, $1, $2;", [high, low])
 
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
-        """Half `half` (0 low, 1 high) of a in the low half, the same half of b in the high one."""
         return self._pure(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", [a, b])
 
     # Bits
 
     def count_bits(self, x: Register) -> Register:
-        """How many bits are set."""
         return self._pure("popc.b32 $0, $1;", [x])
 
     def reverse_bits(self, x: Register) -> Register:
-        """Bit 31 - b for bit b."""
         return self._pure("brev.b32 $0, $1;", [x])
 
     def highest_bit(self, x: Register) -> Register:
-        """The position of the highest set bit; 2 ** 32 - 1 for 0."""
         return self._pure("bfind.u32 $0, $1;", [x])
 
     def clear_bit(self, x: Register, position: Register) -> Register:
-        """X with a set bit cleared; x where the position is above 31."""
         return self._pure("{ .reg .b32 bit; shl.b32 bit, 1, $2; xor.b32 $0, $1, bit; }", [x, position])
 
     def shift_if_empty(self, queues: Sequence[Sequence[Register]]) -> list[list[Register]]:
-        """Move each queue one place ahead in the lanes where the first register of the first queue is 0.
-
-        The last register of a queue stays in its place as well.
-        """
         moved = [(q, i) for q in range(len(queues)) for i in range(len(queues[q]) - 1)]
         n, last = len(moved), {q: len(moved) + k for k, q in enumerate(range(len(queues)))}
         place = {key: k for k, key in enumerate(moved)}
@@ -198,33 +170,29 @@ class Warp:
         ]  # a digit: the same register as that result
         arguments = [queue[-1] for queue in queues] + [self._one] + [queues[q][i] for q, i in moved]
         code = f"{{ .reg .pred p; setp.eq.u32 p, $0, 0;{code} }}"
-        results = self._asm(code, ["r"] * n, constraints, arguments, effects=False)
+        # &: results are written while other operands are still to be read, so they share no register with these
+        results = self._asm(code, ["&r"] * n, constraints, arguments, effects=False)
         return [[results[place[q, i]] for i in range(len(queue) - 1)] + [queue[-1]] for q, queue in enumerate(queues)]
 
     # The other lanes, and the other warps
 
     def shuffle(self, x: Register, source: Register) -> Register:
-        """X (uint32 or float32) of lane `source`."""
         kind = "f" if x.value.type == ir.F32Type.get() else "r"
         return self._effect("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", [x, source], [kind])[0]
 
     def any(self, where: Register) -> Register:
-        """Whether a predicate holds in any lane: the same answer in all."""
         code = "{ .reg .pred p; vote.sync.any.pred p, $1, 0xffffffff; selp.u32 $0, 1, 0, p; }"
         return self._effect(code, [where], ["r"])[0] > 0
 
     def sync_warp(self) -> None:
-        """Wait for the other lanes; their shared memory is then as they left it."""
         self._effect("bar.warp.sync 0xffffffff;", [], [])
 
     def sync_block(self) -> None:
-        """Wait for the block's other warps; shared memory is then as they left it."""
         self._effect("bar.sync 0;", [], [])
 
     # Global memory
 
     def row(self, ref: ir.Value, index: Register, nbytes: int) -> ir.Value:
-        """A pointer to row `index` of an array whose rows take `nbytes`."""
         wide = ir.IntegerType.get_signless(64)
         offset = arith.muli(arith.extui(wide, index.value), arith.constant(wide, nbytes))
         return arith.addi(ref, offset)
@@ -232,10 +200,6 @@ class Warp:
     def load(
         self, ref: ir.Value, offset: Register, words: int, constant: int = 0, *, where: Register | None = None
     ) -> list[Register]:
-        """Read 1, 2 or 4 words at byte `offset + constant`, aligned to as much; undefined where not `where`.
-
-        For data that no one writes while the kernel runs.
-        """
         pointer = arith.addi(ref, arith.extui(ir.IntegerType.get_signless(64), offset.value))
         kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
         results = _braces(range(words))
@@ -245,26 +209,22 @@ class Warp:
         return self._effect(code, arguments, ["r"] * words)
 
     def store(self, ref: ir.Value, offset: Register, x: Register, *, where: Register) -> None:
-        """Write a word at a byte offset in the lanes where a predicate holds."""
         pointer = arith.addi(ref, arith.extui(ir.IntegerType.get_signless(64), offset.value))
         self._effect("@$0 st.global.b32 [$1], $2;", [where, pointer, x], [])
 
     # Shared memory; addresses are bytes
 
     def load_shared(self, address: Register, words: int, constant: int = 0) -> list[Register]:
-        """Read 1, 2 or 4 words at `address + constant`, aligned to as much."""
         kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
         code = f"ld.shared.{kind} {_braces(range(words))}, [${words}+{constant}];"
         return self._effect(code, [address], ["r"] * words)
 
     def store_shared(self, address: Register, values: Sequence[Register], constant: int = 0) -> None:
-        """Write 1, 2 or 4 words at `address + constant`, aligned to as much."""
         kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[len(values)]
         code = f"st.shared.{kind} [$0+{constant}], {_braces(range(1, len(values) + 1))};"
         self._effect(code, [address, *values], [])
 
     def store_shared_half(self, address: Register, x: Register, half: int, *, where: Register | None = None) -> None:
-        """Write the low (0) or high (1) half of a word, in the lanes where a predicate holds."""
         guard = "" if where is None else "@$2 "
         code = f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; {guard}st.shared.b16 [$0], {'lh'[half]}; }}"
         self._effect(code, [address, x] if where is None else [address, x, where], [])
@@ -272,12 +232,6 @@ class Warp:
     # Matrix products
 
     def multiply_add(self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register]) -> list[Register]:
-        """c + a b for a [16, 16] and b [16, 8] of the dtype, c float32 [16, 8]; mma.sync.m16n8k16.
-
-        Lane 4 g + t holds, a word standing for two neighbours along the inner axis: a: rows g and g + 8 of columns
-        2 t, 2 t + 1, then the same of columns 2 t + 8, 2 t + 9; b: rows 2 t, 2 t + 1, then 2 t + 8, 2 t + 9, of column
-        g; c: columns 2 t and 2 t + 1 of row g, then of row g + 8.
-        """
         code = f"mma.sync.aligned.m16n8k16.row.col.f32.{self.dtype}.{self.dtype}.f32 "
         code += ", ".join(_braces(r) for r in (range(4), range(4, 8), range(8, 10), range(10, 14))) + ";"
         return self._effect(code, [*a, *b, *c], ["f"] * 4)
@@ -292,7 +246,6 @@ class Warp:
         carry: Sequence[Register],
         body: Callable[[Register, list[Register]], Sequence[Register]],
     ) -> list[Register]:
-        """Carry values through body(i, carry) for i = begin, begin + step, ... below end."""
         operation = scf.ForOp(begin.value, end.value, _constant(_u32(), step), [x.value for x in carry])
         with ir.InsertionPoint(operation.body):
             arguments = [Register(x) for x in operation.inner_iter_args]
@@ -307,7 +260,6 @@ class Warp:
         then: Callable[[list[Register]], Sequence[Register]],
         otherwise: Callable[[list[Register]], Sequence[Register]] = lambda carry: carry,
     ) -> list[Register]:
-        """then(carry) where a predicate holds, else otherwise(carry)."""
         operation = scf.IfOp(where.value, [x.value.type for x in carry])
         operation.regions[1].blocks.append()  # versions of jax spell the argument for an else block differently
         for region, function in zip(operation.regions, (then, otherwise), strict=True):
@@ -328,7 +280,7 @@ class Warp:
     def _asm(
         self, code: str, results: list[str], constraints: list[str] | None, arguments: Sequence[Any], *, effects: bool
     ) -> list[Register]:
-        """Inline assembly; results and constraints (of the arguments; by their types if None) are letters: r, f."""
+        """Inline assembly; results and constraints (of the arguments; by their types if None) are letters: r, f; &r."""
         values = [x.value if isinstance(x, Register) else x for x in arguments]
         text = ",".join([f"={r}" for r in results] + (constraints or [_letter(x) for x in values]))
         types = [ir.F32Type.get() if r == "f" else _u32() for r in results]

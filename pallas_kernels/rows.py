@@ -53,6 +53,10 @@ class Tail(NamedTuple):
     value: jax.Array
     sinks: int
 
+    def first_row(self, lengths: jax.Array, window: int | None) -> jax.Array:
+        """The first packed row that a window of so many tokens shows, int32 [B]; row r is position sinks + r."""
+        return jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - self.sinks, 0)
+
 
 Rows = Packed | jax.Array
 """Keys or values: packed, or dense [B, K, S, H]."""
@@ -68,6 +72,14 @@ def check_dtype(rows: Rows, dtype: Any) -> None:
     held = rows.values.dtype if isinstance(rows, Packed) else rows.dtype
     if held != dtype:
         raise NotImplementedError(f"the kernels take one dtype; got {dtype} and rows of {held}")
+
+
+def check_rows(key: Rows, value: Rows, dtype: Any) -> None:
+    """`check_dtype` of both; ValueError where they are not as many."""
+    for rows in (key, value):
+        check_dtype(rows, dtype)
+    if row_count(key) != row_count(value):
+        raise ValueError(f"there are {row_count(key)} rows of keys and {row_count(value)} of values; wanted as many")
 
 
 def flat(rows: Rows) -> list[jax.Array]:

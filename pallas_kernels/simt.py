@@ -1,19 +1,20 @@
-"""`ptx.Warp` on numpy arrays: runs a Mosaic GPU kernel anywhere, for tests.
+"""`warp.Warp` on numpy arrays: runs a Mosaic GPU kernel anywhere, for tests.
 
 Warps are threads that meet at barriers, lanes are elements of arrays of 32. A mistake that a GPU would forgive is an
-error: an access outside of its memory or unaligned, a branch whose condition differs between lanes. Every word of
-shared memory starts as NaN.
+error: an access outside of its memory or unaligned, a branch whose condition differs between lanes, two lanes that
+touch the same shared memory with no barrier between (`Races`). Every word of shared memory starts as NaN.
 """
-# ruff: noqa: D102  (the methods are described in ptx.Warp)
+# ruff: noqa: D102  (the methods are described in warp.Warp)
 
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-LANES = 32
+from mustafar_jax.pallas_kernels.warp import LANES
+
 Register = np.ndarray
 _LANE = np.arange(LANES)
 
@@ -24,6 +25,60 @@ class Block:
     def __init__(self, warps: int, shared_bytes: int) -> None:
         self.shared = np.full(shared_bytes, 0xFF, np.uint8)
         self.barrier = threading.Barrier(warps)
+        self.races = Races(shared_bytes)
+
+
+class Races:
+    """Finds lanes that touch the same shared memory, one of them to write, with no barrier between.
+
+    It notes who wrote and who read each half of a word last: [lane, warp, time, block time], lanes counted through the
+    block. A warp's time is the barriers that it has passed, the block time those of the whole block among them.
+    """
+
+    _SEVERAL = -1
+
+    def __init__(self, nbytes: int) -> None:
+        self._writes, self._reads = (np.full((4, nbytes // 2), -2) for _ in range(2))
+        self._lock = threading.Lock()
+
+    def read(self, halves: np.ndarray, now: "Moment") -> None:
+        """Note that lanes read halves of words, [lanes, n]; RuntimeError where that depends on who comes first."""
+        with self._lock:
+            self._check(self._writes, halves, now)
+            lane, warp, time, block_time = self._reads[:, halves]
+            others = (block_time == now.block_time) & (warp != now.warp)
+            beside = (block_time == now.block_time) & (time == now.time) & (lane != now.lanes)
+            self._note(self._reads, halves, now)
+            self._reads[1, halves[others]] = self._SEVERAL
+            beside |= self._reads[0, halves] != now.lanes  # by the same instruction
+            self._reads[0, halves[beside]] = self._SEVERAL
+
+    def write(self, halves: np.ndarray, now: "Moment") -> None:
+        """The same for what lanes are about to write."""
+        with self._lock:
+            self._check(self._writes, halves, now)
+            self._check(self._reads, halves, now)
+            self._note(self._writes, halves, now)
+
+    @staticmethod
+    def _note(notes: np.ndarray, halves: np.ndarray, now: "Moment") -> None:
+        for i, x in enumerate(now):
+            notes[i, halves] = x
+
+    def _check(self, notes: np.ndarray, halves: np.ndarray, now: "Moment") -> None:
+        lane, warp, time, block_time = notes[:, halves]
+        before = (lane == now.lanes) | (block_time < now.block_time) | ((warp == now.warp) & (time < now.time))
+        if not before.all():
+            raise RuntimeError(f"no barrier between accesses of shared memory, at bytes {2 * halves[~before]}")
+
+
+class Moment(NamedTuple):
+    """Who touches shared memory, and when: see `Races`."""
+
+    lanes: np.ndarray  # [lanes, 1]
+    warp: int
+    time: int
+    block_time: int
 
 
 def run(body: Callable[["Warp"], None], *, blocks: int, warps: int, shared_bytes: int, dtype: Any) -> None:
@@ -51,11 +106,12 @@ def run(body: Callable[["Warp"], None], *, blocks: int, warps: int, shared_bytes
 
 
 class Warp:
-    """One warp: see `ptx.Warp`, which describes the methods."""
+    """One warp: see `warp.Warp`, which describes the methods."""
 
     def __init__(self, dtype: Any, block: Block, block_number: int, warp_number: int) -> None:
         self.dtype, self._block = np.dtype(dtype), block
         self._block_number, self._warp_number = block_number, warp_number
+        self._time = self._block_time = 0
 
     def integer(self, x: int) -> Register:
         return np.full(LANES, x % 2**32, np.uint32)
@@ -122,10 +178,12 @@ class Warp:
         return np.full(LANES, where.any())
 
     def sync_warp(self) -> None:
-        pass  # lanes move together
+        self._time += 1  # lanes move together
 
     def sync_block(self) -> None:
         self._block.barrier.wait()
+        self._time += 1
+        self._block_time += 1
 
     def row(self, ref: np.ndarray, index: Register, nbytes: int) -> np.ndarray:
         return ref[int(_uniform(index)) * nbytes :]
@@ -140,16 +198,31 @@ class Warp:
         _write(ref, offset.astype(np.int64), x.view(np.uint32)[:, None].view(np.uint8), where)
 
     def load_shared(self, address: Register, words: int, constant: int = 0) -> list[Register]:
-        loaded = _read(self._block.shared, address.astype(np.int64) + constant, words, None)
+        place = address.astype(np.int64) + constant
+        self._block.races.read(*self._halves_at(place, 4 * words, None))
+        loaded = _read(self._block.shared, place, words, None)
         return [np.ascontiguousarray(loaded[:, word]) for word in range(words)]
 
     def store_shared(self, address: Register, values: Sequence[Register], constant: int = 0) -> None:
         stacked = np.stack([x.view(np.uint32) for x in values], axis=1)
-        _write(self._block.shared, address.astype(np.int64) + constant, stacked.view(np.uint8), None)
+        self._store_shared(address.astype(np.int64) + constant, stacked.view(np.uint8), None)
 
     def store_shared_half(self, address: Register, x: Register, half: int, *, where: Register | None = None) -> None:
         halves = (x >> (16 * half) & 0xFFFF).astype(np.uint16)[:, None]
-        _write(self._block.shared, address.astype(np.int64), halves.view(np.uint8), where)
+        self._store_shared(address.astype(np.int64), halves.view(np.uint8), where)
+
+    def _store_shared(self, address: np.ndarray, values: np.ndarray, where: Register | None) -> None:
+        self._block.races.write(*self._halves_at(address, values.shape[1], where))
+        _write(self._block.shared, address, values, where)
+        written = _read_bytes(self._block.shared, address, values.shape[1], where)
+        if (written != values[slice(None) if where is None else where]).any():
+            raise RuntimeError("lanes store different values at one place of shared memory")
+
+    def _halves_at(self, address: np.ndarray, nbytes: int, where: Register | None) -> tuple[np.ndarray, Moment]:
+        """Halves of words that an access touches, and who makes it."""
+        lanes = _LANE if where is None else _LANE[where]
+        now = Moment(self._warp_number * LANES + lanes[:, None], self._warp_number, self._time, self._block_time)
+        return _places(self._block.shared, address, nbytes, where)[:, ::2] // 2, now
 
     def multiply_add(self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register]) -> list[Register]:
         g, t = _LANE >> 2, _LANE & 3
@@ -209,9 +282,12 @@ def _places(memory: np.ndarray, address: np.ndarray, nbytes: int, where: Registe
 
 def _read(memory: np.ndarray, address: np.ndarray, words: int, where: Register | None) -> np.ndarray:
     loaded = np.full((LANES, 4 * words), 0xFF, np.uint8)
-    lanes = slice(None) if where is None else where
-    loaded[lanes] = memory[_places(memory, address, 4 * words, where)]
+    loaded[slice(None) if where is None else where] = _read_bytes(memory, address, 4 * words, where)
     return loaded.view(np.uint32)
+
+
+def _read_bytes(memory: np.ndarray, address: np.ndarray, nbytes: int, where: Register | None) -> np.ndarray:
+    return memory[_places(memory, address, nbytes, where)]
 
 
 def _write(memory: np.ndarray, address: np.ndarray, values: np.ndarray, where: Register | None) -> None:

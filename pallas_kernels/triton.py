@@ -37,19 +37,14 @@ Ref = Any
 
 
 def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> None:
-    """Raise NotImplementedError, with the reason, for what these kernels cannot run.
+    """Raise NotImplementedError, with the reason, for what these kernels cannot run: see `cuda.check_supported`."""
+    cuda.check_supported(
+        "Triton", _runs_on, "8.0 or later", dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head
+    )
 
-    Only static facts count, and the compute capability where jax has a GPU: never the default backend.
-    """
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the Triton kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}")
-    if head_dim not in (64, 128):
-        raise NotImplementedError(f"the Triton kernels take head_dim 64 and 128; got {head_dim=}")
-    if queries_per_head > 16:
-        raise NotImplementedError(f"the Triton kernels take at most 16 query heads per KV head; got {queries_per_head}")
-    capability = cuda.compute_capability()
-    if capability is not None and capability < MIN_COMPUTE_CAPABILITY:
-        raise NotImplementedError(f"the Triton kernels need compute capability 8.0; this GPU has {capability}")
+
+def _runs_on(capability: float) -> bool:
+    return capability >= MIN_COMPUTE_CAPABILITY
 
 
 def pallas_call(

@@ -1,8 +1,9 @@
-"""Packed rows that the kernels' tests share."""
+"""Packed rows that the kernels' tests share, and how they compile what is interpreted."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.pallas_kernels.rows import Packed
@@ -11,20 +12,43 @@ TOLERANCE = {jnp.dtype(jnp.bfloat16): 5e-3, jnp.dtype(jnp.float16): 1e-3}
 """Largest RMS error ratio against float32 on the pruned tensors."""
 
 
-def mask_like(rng, x, sparsity, kind):
-    """Masks of [B, K, S, H]: by magnitude, in few words of each row, or of very unequal rows."""
-    if kind == "magnitude":
-        return mj.magnitude_mask(x, sparsity)
-    if kind == "skewed":  # the same few neighbouring channels everywhere: words that are full, and words that are empty
-        return jnp.broadcast_to(jnp.arange(x.shape[-1]) < mj.keep_count(x.shape[-1], sparsity), x.shape)[..., ::-1]
-    share = rng.choice([0, 0.02, 0.5, 1], (*x.shape[:-1], 1))
-    return jnp.asarray(rng.random(x.shape) < share)
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""An interpreted kernel runs for milliseconds, and XLA would optimise it for many seconds."""
 
 
-def rows_of(rng, shape, dtype, sparsity, kind="magnitude"):
-    """(rows as a kernel takes them, the same dense [B, K, S, H]); S is rounded up to a multiple of 32."""
+def jit(function, *, interpret, **options):
+    """jax.jit of what calls a kernel."""
+    return jax.jit(function, compiler_options=QUICK if interpret else None, **options)
+
+
+def masks(rng, x, slots, kinds):
+    """Masks of [B, K, S, H], for each sequence of a kind: by magnitude, in few words of each row, or of unequal rows.
+
+    No row holds more than `slots` entries; those by magnitude and those in few words hold as many.
+    """
+    by_kind = {
+        "magnitude": lambda x: mj.magnitude_mask(x, 1 - slots / x.shape[-1]),
+        # the same neighbouring channels everywhere: words that are full, and words that are empty
+        "skewed": lambda x: np.broadcast_to(np.arange(x.shape[-1]) >= x.shape[-1] - slots, x.shape),
+        "unequal": lambda x: rng.permuted(np.broadcast_to(np.arange(x.shape[-1]), x.shape), axis=-1) < counts(x),
+    }
+
+    def counts(x):
+        return rng.choice([0, 1, slots // 2, slots], (*x.shape[:-1], 1))
+
+    return np.stack([np.asarray(by_kind[kind](x[b])) for b, kind in enumerate(kinds)])
+
+
+def rows_of(rng, shape, dtype, sparsity, kinds="magnitude"):
+    """(rows as a kernel takes them, the same dense [B, K, S, H]); S is rounded up to a multiple of 32.
+
+    `kinds`: of each sequence's mask, or one for all.
+    """
     x = jnp.asarray(rng.standard_normal(shape), dtype)
-    return (x, x) if sparsity == 0 else pack_rows(x, mask_like(rng, x, sparsity, kind))
+    if sparsity == 0:
+        return x, x
+    kinds = [kinds] * shape[0] if isinstance(kinds, str) else kinds
+    return pack_rows(x, masks(rng, x, mj.keep_count(shape[-1], sparsity), kinds))
 
 
 def pack_rows(x, mask):
@@ -44,12 +68,23 @@ def poison(rows, outside):
     return Packed(jnp.where(outside[..., None], jnp.uint32(0xFFFF0FFF), rows.bitmap), values)
 
 
-def implementations(pytest):
-    """Parameters for `interpret`: plain JAX anywhere, and the compiled kernel where there is a GPU."""
-    return [
-        pytest.param(True, id="interpret", marks=pytest.mark.slow),
-        pytest.param(False, marks=pytest.mark.gpu, id="device"),
-    ]
+WHERE = [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.mark.gpu, id="device")]
+"""Parameters for `interpret`: plain JAX or numpy anywhere, and the compiled kernel where there is a GPU."""
+
+
+def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
+    """Shapes of a query, of keys and of values; 0 slots: dense."""
+
+    def rows_spec(slots):
+        if slots == 0:
+            return jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim), dtype)
+        chunk = 8 if slots % 8 == 0 else 4
+        values = (batch, kv_heads, rows // 32, slots // chunk, 32, chunk)
+        bitmap = jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim // 32), jnp.uint32)
+        return Packed(bitmap, jax.ShapeDtypeStruct(values, dtype))
+
+    query = jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype)
+    return query, rows_spec(k_slots), rows_spec(v_slots)
 
 
 def float32(*arrays):

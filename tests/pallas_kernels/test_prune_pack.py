@@ -9,14 +9,13 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax import bitmap, cache
-from mustafar_jax.pallas_kernels import triton
 from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
 from mustafar_jax.pallas_kernels.rows import Mean, Packed
 from mustafar_jax.pruning import rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import adversarial, bits, rope_frequencies
-from tests.pallas_kernels.data import implementations
-from tests.pallas_kernels.lowering import lower_for_cuda
+from tests.pallas_kernels.data import WHERE, jit
+from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
@@ -68,7 +67,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("interpret", implementations(pytest))
+@pytest.mark.parametrize("interpret", WHERE)
 @pytest.mark.parametrize("case", CASES)
 def test_is_bit_equal_to_xla(case, interpret):
     batch, kv_heads, tokens, head_dim, kept, dtype, head_axis, first, start, held, rows = CASES[case]
@@ -76,13 +75,14 @@ def test_is_bit_equal_to_xla(case, interpret):
     sources = [data(rng, (batch, kv_heads, tokens, head_dim), dtype) for _ in kept]
     targets = [poisoned(rng, batch, kv_heads, max(rows, 160), head_dim, count, dtype) for count in kept]
 
-    @jax.jit
+    @functools.partial(jit, interpret=interpret)
     def run(sources, targets):
         prunes = [Prune(x if head_axis == 1 else x.swapaxes(1, 2), t) for x, t in zip(sources, targets, strict=True)]
         ranges = (jnp.array(x, jnp.int32) for x in (first, start, held))
         return prune_pack(prunes, *ranges, rows=rows, head_axis=head_axis, interpret=interpret)
 
-    actual, again = run(sources, targets), run(sources, targets)
+    actual = run(sources, targets)
+    again = actual if interpret else run(sources, targets)
     for i, (x, count) in enumerate(zip(sources, kept, strict=True)):
         wanted = written(targets[i], x, mj.magnitude_mask(x, 1 - count / head_dim), first, start, held, rows)
         np.testing.assert_array_equal(actual[i].bitmap, wanted.bitmap)
@@ -97,7 +97,7 @@ def within_an_ulp(actual, expected):
 
 
 HALF_INTERPRETED = [
-    pytest.param(128, BF16, True, marks=pytest.mark.slow, id="interpret"),
+    pytest.param(128, BF16, True, id="interpret"),
     pytest.param(128, BF16, False, marks=pytest.mark.gpu, id="device-128"),
     pytest.param(64, F16, False, marks=pytest.mark.gpu, id="device-64"),
 ]
@@ -113,7 +113,7 @@ def test_centred_keys_are_ranked_to_the_last_bit(head_dim, dtype, interpret):
     mean = Mean(key, jnp.asarray(rope_frequencies(head_dim)), 4)
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
-    @jax.jit
+    @functools.partial(jit, interpret=interpret)
     def run(x, target):
         return prune_pack([Prune(x, target, mean)], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
 
@@ -140,7 +140,7 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
     x = x.at[0, 0, 5].set(0).at[0, 0, 6, 3].set(jnp.inf).at[0, 0, 7, 3].set(jnp.nan).at[0, 0, 8].multiply(2e4)
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
-    @jax.jit
+    @functools.partial(jit, interpret=interpret)
     def run(x, target):
         prune = Prune(x, target, rescale=True)
         return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
@@ -155,7 +155,7 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
 @pytest.mark.parametrize(
     ("sparsities", "interpret"),
     [
-        pytest.param((0.5, 0), True, marks=pytest.mark.slow, id="interpret"),
+        pytest.param((0.5, 0), True, id="interpret"),
         pytest.param((0.5, 0), False, marks=pytest.mark.gpu, id="device-keys"),
         pytest.param((0.7, 0.5), False, marks=pytest.mark.gpu, id="device-both"),
     ],
@@ -163,13 +163,15 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
 def test_fills_a_cache_as_xla_does(sparsities, interpret, monkeypatch):
     """Bit for bit, in prefill and while tokens are appended; sequences fill their groups at different steps."""
     monkeypatch.setitem(cache._PACK, "triton", functools.partial(cache._pack_triton, interpret=interpret))
+    # it is jitted by itself, where both values of `interpret` could share one trace
+    monkeypatch.setattr(cache, "_pack_leaving", cache._pack_leaving.__wrapped__)
     rng = np.random.default_rng(9)
     config = mj.CompressionConfig(*sparsities, sink_tokens=2, group=64 if interpret else 128)
     key, value = (data(rng, (3, 260, 1, 64), F16) for _ in range(2))
     lengths, caches = jnp.array([1, 63, 200]), []
     for name in ("triton", "xla"):
-        fill = jax.jit(functools.partial(mj.prefill, implementation=name))
-        append = jax.jit(functools.partial(mj.append, implementation=name), donate_argnums=0)
+        fill = jit(functools.partial(mj.prefill, implementation=name), interpret=interpret)
+        append = jit(functools.partial(mj.append, implementation=name), interpret=interpret, donate_argnums=0)
         held = mj.LayerCache.init(config, batch=3, capacity=300, num_kv_heads=1, head_dim=64, dtype=F16)
         held = fill(held, key[:, :200], value[:, :200], lengths)
         for step in range(200, 260):
@@ -217,67 +219,33 @@ def specs(batch, kv_heads, tokens, head_dim, kept, dtype, head_axis):
     return Prune(jax.ShapeDtypeStruct(shape, dtype), Packed(target.bitmap, target.values))
 
 
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize(
-    ("head_dim", "kept", "dtype", "head_axis", "sides"),
-    [(128, 40, BF16, 2, 2), (128, 36, F16, 1, 2), (64, 20, BF16, 1, 1), (64, 64, F16, 2, 2), (128, 4, BF16, 1, 1)],
-)
-def test_lowers_for_cuda(head_dim, kept, dtype, head_axis, sides, centred):
-    prune = specs(2, 4, 128, head_dim, kept, dtype, head_axis)
-    mean = Mean(
-        jax.ShapeDtypeStruct((2, 4, head_dim), jnp.float32), jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32), 0
-    )
+AXES = {
+    "kept": ["one slot chunk", "in eights", "in fours", "all"],
+    "sides": ["keys", "values", "both"],
+    "head_dim": [64, 128],
+    "dtype": [BF16, F16],
+    "head_axis": [1, 2],
+    "centred": [False, True],
+    "rescale": [False, True],
+}
+KEPT = {"one slot chunk": lambda _: 4, "in eights": lambda h: h // 4 + 8, "in fours": lambda h: h // 4 + 4, "all": int}
 
-    def call(prune, key, inv_freq, ranges):
-        keys = prune._replace(mean=Mean(key, inv_freq, 4) if centred else None)
-        both = [keys, prune._replace(rescale=centred)]
-        return prune_pack(both[:sides], *ranges, rows=64, head_axis=head_axis)
 
+@pytest.mark.parametrize("case", pairwise(AXES), ids=describe)
+def test_lowers_for_cuda(case):
+    """Any two choices occur together."""
+    head_dim = case["head_dim"]
+    prune = specs(2, 4, 128, head_dim, KEPT[case["kept"]](head_dim), case["dtype"], case["head_axis"])
+    mean = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 4, head_dim), (head_dim // 2,))]
     ranges = [jax.ShapeDtypeStruct((2,), jnp.int32)] * 3
-    plain = Prune(*prune[:2])
 
-    def flat(source, target, key, inv_freq, ranges):
-        return call(Prune(source, target), key, inv_freq, ranges)
+    def call(source, target, mean, ranges):
+        keys = Prune(source, target, Mean(*mean, 4) if case["centred"] else None)
+        values = Prune(source, target, rescale=case["rescale"])
+        chosen = {"keys": [keys], "values": [values], "both": [keys, values]}[case["sides"]]
+        return prune_pack(chosen, *ranges, rows=64, head_axis=case["head_axis"])
 
-    assert "triton" in lower_for_cuda(flat, plain.source, plain.target, mean.key, mean.inv_freq, ranges)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["permute_bytes", "merge_bits", "as_words", "from_neighbour", "pack_pair", "shared"])
-def test_instructions_do_what_their_twins_do(name):
-    rng = np.random.default_rng(11)
-    a, b, c = (jnp.asarray(rng.integers(-(2**31), 2**31, 64), jnp.int32) for _ in range(3))
-    x = jnp.asarray(rng.standard_normal(64) * 1e4, jnp.float32)
-
-    def run(a, b, c, x, *, interpret):
-        if name == "permute_bytes":
-            return triton.permute_bytes(a, b, 0x7340, interpret=interpret)
-        if name == "merge_bits":
-            once = triton.merge_bits(a, b, c, interpret=interpret)
-            return triton.merge_bits(once, c, 0x33333333, interpret=interpret)
-        if name == "as_words":
-            return sum(triton.as_words(jnp.stack([a, b], axis=-1).astype(jnp.int16), interpret=interpret))
-        if name == "from_neighbour":
-            return triton.from_neighbour(a, interpret=interpret)
-        if name == "pack_pair":
-            return triton.pack_pair(x, -x, BF16, interpret=interpret) + triton.pack_pair(
-                -x, x, F16, interpret=interpret
-            )
-        lane = jnp.arange(64, dtype=jnp.int32)
-        memory = triton.shared_buffer(64 * 17, lane, interpret=interpret)
-        start = triton.shared_offset(memory, lane * 68, interpret=interpret)
-        for i in range(17):
-            memory = triton.shared_store_word(memory, start, 4 * i, a, interpret=interpret)
-        memory = triton.shared_append(memory, start + 2, [a + i for i in range(16)], b, interpret=interpret)
-        words = [triton.shared_load(memory, start, 4 * i, clear=False, interpret=interpret) for i in range(17)]
-        return functools.reduce(lambda total, word: total * 31 + word, words)
-
-    def kernel(*refs):
-        refs[-1][...] = run(*(ref[...] for ref in refs[:-1]), interpret=False)
-
-    shape = jax.ShapeDtypeStruct((64,), jnp.int32)
-    actual = triton.pallas_call(kernel, name=name, num_warps=2, out_shape=shape)(a, b, c, x)
-    np.testing.assert_array_equal(actual, run(a, b, c, x, interpret=True))
+    assert "triton" in lower_for_cuda(call, *prune[:2], mean, ranges)
 
 
 @pytest.mark.parametrize(

@@ -5,48 +5,85 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mustafar_jax as mj
+from mustafar_jax import bitmap
 from mustafar_jax.pallas_kernels import spmv
 from mustafar_jax.pallas_kernels.launch import DecodeParams
 from tests.helpers import bits, rms_error_ratio
-from tests.pallas_kernels.data import float32, implementations, rows_of
+from tests.pallas_kernels.data import WHERE, float32, jit, rows_of, specs
 from tests.pallas_kernels.lowering import lower_for_cuda
-from tests.pallas_kernels.test_decode_attention import specs
 
-CASES = [  # kv heads, query heads per KV head, rows, head_dim, dtype, mask
-    (2, 3, 1, 128, jnp.bfloat16, "magnitude"),
-    (1, 20, 63, 64, jnp.float16, "unequal"),
-    (1, 1, 300, 64, jnp.bfloat16, "skewed"),
-]
+KINDS = ["magnitude", "unequal", "skewed"]
 
 
-@pytest.mark.parametrize("interpret", implementations(pytest))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(getattr(x, "__name__", str(x)) for x in case))
-def test_products_agree_with_dense_ones(case, interpret):
-    kv_heads, group, rows, head_dim, dtype, kind = case
+@pytest.mark.parametrize("interpret", WHERE)
+def test_products_agree_with_dense_ones(interpret):
     rng = np.random.default_rng(5)
-    packed, dense = rows_of(rng, (1, kv_heads, rows, head_dim), dtype, 0.7, kind)
-    query = jnp.asarray(rng.standard_normal((1, kv_heads, group, head_dim)), dtype)
-    weights = jnp.asarray(rng.random((1, kv_heads, group, dense.shape[2])), dtype)
+    packed, dense = rows_of(rng, (len(KINDS), 2, 300, 128), jnp.bfloat16, 0.7, KINDS)
+    query = jnp.asarray(rng.standard_normal((len(KINDS), 2, 3, 128)), jnp.bfloat16)
+    weights = jnp.asarray(rng.random((len(KINDS), 2, 3, dense.shape[2])), jnp.bfloat16)
 
-    @jax.jit
     def products(query, weights, packed):
-        params = DecodeParams(2 if rows > 128 else 1)
-        sums = spmv.value_spmv(weights, packed, params=params, interpret=interpret)
+        sums = spmv.value_spmv(weights, packed, params=DecodeParams(2), interpret=interpret)
         return spmv.key_spmv(query, packed, interpret=interpret), sums
 
+    products = jit(products, interpret=interpret)
     with jax.default_matmul_precision("highest"):
         wanted_scores = jnp.einsum("bkgh,bksh->bkgs", *float32(query, dense))
         wanted_sums = jnp.einsum("bkgs,bksh->bkgh", *float32(weights, dense))
     scores, sums = products(query, weights, packed)
     assert rms_error_ratio(scores, wanted_scores) < 1e-5
     assert rms_error_ratio(sums, wanted_sums) < 1e-5
-    for one, other in zip((scores, sums), products(query, weights, packed), strict=True):
-        np.testing.assert_array_equal(bits(one), bits(other))
+    if not interpret:
+        for one, other in zip((scores, sums), products(query, weights, packed), strict=True):
+            np.testing.assert_array_equal(bits(one), bits(other))
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 4, 4096, 128, 40, 40), (1, 1, 40, 160, 64, 20, 20)])
-def test_lowers_for_cuda(sizes):
-    query, packed, _ = specs(*sizes, jnp.bfloat16)
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize(("product", "axis"), [("key_spmv", 64), ("value_spmv", 63)])
+def test_the_library_takes_them_with_their_gradients(product, axis, interpret):
+    """Any leading axes, a length that is no multiple of 32, more query heads than one product has rows."""
+    rng = np.random.default_rng(6)
+    keys = jnp.asarray(rng.standard_normal((2, 63, 64)), jnp.float16)
+    packed = mj.pack(keys, mj.magnitude_mask(keys, 0.5))
+    x = jnp.asarray(rng.random((2, 20, axis)), jnp.float16)
+
+    def value_and_gradient(name):
+        options = (interpret,) if name == "triton" else ()
+        call = jax.value_and_grad(lambda x: (bitmap._PRODUCTS[name](product, x, packed, *options) ** 2).sum())
+        return jit(call, interpret=interpret)(x)
+
+    for one, other in zip(value_and_gradient("triton"), value_and_gradient("xla"), strict=True):
+        assert rms_error_ratio(one, other) < 1e-3
+
+
+@pytest.mark.parametrize("product", [mj.key_spmv, mj.value_spmv])
+def test_which_implementation_is_taken(product):
+    keys = jnp.ones((64, 64), jnp.bfloat16)
+    packed = mj.pack(keys, keys > 0)
+    text = lower_for_cuda(lambda x: product(x, packed, implementation="triton"), keys)
+    assert "triton" in text
+    assert (product(keys, packed, implementation=("triton", "xla")) == 64).all()
+    assert "triton" not in jax.jit(product).lower(keys, packed).as_text()
+    with pytest.raises(NotImplementedError, match="float32 and rows of bfloat16"):
+        product(keys.astype(jnp.float32), packed, implementation="triton")
+    with pytest.raises(NotImplementedError, match="'cudnn' attends caches"):
+        product(keys, packed, implementation="cudnn")
+    with pytest.raises(ValueError, match="implementation='fast' must be one of"):
+        product(keys, packed, implementation="fast")
+
+
+@pytest.mark.parametrize(
+    ("group", "rows", "head_dim", "slots", "dtype"),
+    [
+        (4, 4096, 128, 40, jnp.bfloat16),
+        (40, 160, 64, 20, jnp.float16),
+        (1, 32, 128, 128, jnp.float16),
+        (16, 32, 64, 4, jnp.bfloat16),
+    ],
+)
+def test_lowers_for_cuda(group, rows, head_dim, slots, dtype):
+    query, packed, _ = specs(2, 2, group, rows, head_dim, slots, slots, dtype)
     assert "triton" in lower_for_cuda(spmv.key_spmv, query, packed)
-    weights = jax.ShapeDtypeStruct((*query.shape[:3], sizes[3]), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((*query.shape[:3], rows), dtype)
     assert "triton" in lower_for_cuda(spmv.value_spmv, weights, packed)

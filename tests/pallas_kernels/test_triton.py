@@ -36,12 +36,37 @@ def numbers(seed):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(LANES) * 100, jnp.float32)
 
 
+def swap_halves(a, b, *, interpret):
+    """`as_words` of the halves of two words, the second one's first."""
+    halves = triton.stack([x for word in (b, a) for x in triton.as_dtype_pairs(word, jnp.int16)])
+    first, second = triton.as_words(halves, interpret=interpret)
+    return first * 31 + second
+
+
+def append_to_shared(a, kept, *, interpret):
+    """16 words made of a, appended behind a half, and all that is then in shared memory, hashed."""
+    lane = jnp.arange(LANES, dtype=jnp.int32)
+    memory = triton.shared_buffer(LANES * 17, lane, interpret=interpret)
+    start = triton.shared_offset(memory, lane * 68, interpret=interpret)
+    for i in range(17):
+        memory = triton.shared_store_word(memory, start, 4 * i, a, interpret=interpret)
+    memory = triton.shared_append(memory, start + 2, [a + i for i in range(16)], kept, interpret=interpret)
+    read = [triton.shared_load(memory, start, 4 * i, clear=False, interpret=interpret) for i in range(17)]
+    return functools.reduce(lambda total, word: total * 31 + word, read)
+
+
 HELPERS = {
     "highest_bit": (triton.highest_bit, (words(0),)),
     "pick low halves": (functools.partial(triton.pick_halves, half=0), (words(0), words(1))),
     "pick high halves": (functools.partial(triton.pick_halves, half=1), (words(0), words(1))),
     "pack bfloat16": (functools.partial(triton.pack_pair, dtype=jnp.bfloat16), (numbers(0), numbers(1))),
     "pack float16": (functools.partial(triton.pack_pair, dtype=jnp.float16), (numbers(0), numbers(1))),
+    "permute_bytes": (functools.partial(triton.permute_bytes, selector=0x7340), (words(0), words(1))),
+    "merge_bits": (triton.merge_bits, (words(0), words(1), words(2))),
+    "merge_bits by a constant": (functools.partial(triton.merge_bits, mask=0x33333333), (words(0), words(1))),
+    "as_words": (swap_halves, (words(0), words(1))),
+    "from_neighbour": (triton.from_neighbour, (words(0),)),
+    "shared_append": (append_to_shared, (words(0), words(1))),
 }
 
 
@@ -57,6 +82,39 @@ def test_a_helper_equals_its_twin(name):
 def test_a_helper_lowers_for_cuda(name):
     function, args = HELPERS[name]
     assert "triton" in lower_for_cuda(functools.partial(elementwise, function, interpret=False), *args)
+
+
+def test_permute_bytes():
+    both = np.stack([np.asarray(words(seed)) for seed in (0, 1)], axis=1).view(np.uint8)
+    permuted = np.asarray(triton.permute_bytes(words(0), words(1), 0x7340, interpret=True))
+    np.testing.assert_array_equal(permuted.view(np.uint8).reshape(-1, 4), both[:, [0, 4, 3, 7]])
+
+
+def test_merge_bits():
+    a, b, mask = (np.asarray(words(seed)) for seed in range(3))
+    np.testing.assert_array_equal(
+        triton.merge_bits(*map(jnp.asarray, (a, b, mask)), interpret=True), b ^ (a ^ b) & mask
+    )
+
+
+def test_as_words():
+    a, b = words(0), words(1)
+    halves = jnp.asarray(np.stack([np.asarray(a), np.asarray(b)], axis=1).view(np.int16))
+    np.testing.assert_array_equal(triton.as_words(halves, interpret=True), [a, b])
+
+
+def test_from_neighbour():
+    swapped = np.asarray(words(0)).reshape(-1, 2)[:, ::-1].reshape(-1)
+    np.testing.assert_array_equal(triton.from_neighbour(words(0), interpret=True), swapped)
+
+
+def test_shared_append():
+    lane = jnp.arange(2, dtype=jnp.int32)
+    memory = triton.shared_buffer(8, lane, interpret=True)
+    entries = [jnp.asarray([i | (i + 1) << 16] * 2, jnp.int32) for i in range(1, 33, 2)]  # half b is b + 1
+    kept = jnp.asarray([1 - 2**31 + (1 << 4), 0b1010], jnp.int32)
+    appended = triton.shared_append(memory, lane * 16 + 2, entries, kept, interpret=True)
+    np.testing.assert_array_equal(appended.reshape(2, 8)[:, :5], [[0, 1, 5, 32, 0], [0, 2, 4, 0, 0]])
 
 
 def test_highest_bit():
