@@ -1,5 +1,14 @@
 """What all tests share."""
 
+import os
+import pathlib
+
+# Most of a test's time is compiling, which takes half as long without LLVM's optimisations. Set before jax is imported;
+# not where there is a GPU, whose programs would run too slowly.
+if not any(pathlib.Path("/dev").glob("nvidia[0-9]*")):
+    QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+
 import hypothesis
 import jax
 import pytest

@@ -194,7 +194,8 @@ def compiled_step(config, dtype):
 
     cache = jax.eval_shape(lambda: empty(config, dtype, batch=4, capacity=8192))
     token, query = (jax.ShapeDtypeStruct((4, heads, HEAD_DIM), dtype) for heads in (KV_HEADS, 3 * KV_HEADS))
-    return cache, jax.jit(step, donate_argnums=0).lower(cache, token, token, query).compile()
+    as_users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}  # tests compile quickly else
+    return cache, jax.jit(step, donate_argnums=0, compiler_options=as_users).lower(cache, token, token, query).compile()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -41,11 +41,12 @@ def poisoned(rng, batch, kv_heads, rows, head_dim, kept, dtype):
 def written(target, x, mask, first, start, held, rows):
     """The target with rows first .. of x [B, K, S, H] in it, through XLA; as numpy arrays, values as bits."""
     words, values = np.array(target.bitmap), bits(target.values).copy()
+    x, mask = np.asarray(x), np.asarray(mask)  # XLA may rewrite NaN where it slices 16-bit numbers on a CPU
     for b in range(x.shape[0]):
         if start[b] >= words.shape[2]:
             continue
         taken = slice(first[b], first[b] + held[b])
-        packed = mj.pack(x[b, :, taken], mask[b, :, taken], slots=values.shape[3] * values.shape[5])
+        packed = mj.pack(jnp.asarray(x[b, :, taken]), mask[b, :, taken], slots=values.shape[3] * values.shape[5])
         here = slice(start[b], start[b] + rows)
         words[b, :, here], values[b, :, start[b] // 32 : (start[b] + rows) // 32] = 0, 0
         words[b, :, start[b] : start[b] + held[b]] = packed.bitmap
