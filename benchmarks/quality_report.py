@@ -135,30 +135,35 @@ def plot(results: Results, file: pathlib.Path) -> None:
     figure, axes = _panels(len(panels), results)
     for axis, pruned in zip(axes, panels, strict=True):
         alike = [row for row in rows if row["pruned"] == pruned]
-        for rule in dict.fromkeys(row["rule"] for row in alike):
-            points = [_point(row, "kl") for row in alike if row["rule"] == rule]
+        for family in dict.fromkeys(map(_family, alike)):
+            points = [_point(row, "kl") for row in alike if _family(row) == family]
             held, mean, low, high = np.array(sorted(points)).T
-            axis.errorbar(held, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=rule)
+            axis.errorbar(held, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=family)
         axis.set(yscale="log", title=f"{pruned} compressed", ylabel="mean KL to dense, nats per token")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.savefig(file, dpi=100)
+
+
+def _family(row: Row) -> str:
+    return re.sub(r"^int\d$", "quantised (int2, int3, int4)", row["rule"])
 
 
 def plot_frontier(results: Results, file: pathlib.Path) -> None:
     """Loss over dense, and divergence from it, against bytes held: what no other cache beats in both is joined."""
     rows = [row for row in results["rows"] if "perplexity" in row["tests"] and row["pruned"] == "K+V"]
     figure, axes = _panels(2, results)
+    looks = [{"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5]} for i in range(len(rows))]
     for axis, (name, label) in zip(axes, {"increase": "loss over dense", "kl": "KL to dense"}.items(), strict=True):
         points = [_point(row, name) for row in rows]
-        for row, (held, mean, low, high) in zip(rows, points, strict=True):
-            axis.errorbar(held, mean, yerr=[[mean - low], [high - mean]], fmt="o", capsize=3)
-            axis.annotate(
-                _label(row).replace(" K+V", ""), (held, mean), fontsize=6, xytext=(4, 2), textcoords="offset points"
-            )
+        for row, look, (held, mean, low, high) in zip(rows, looks, points, strict=True):
+            spread, rule = [[mean - low], [high - mean]], _label(row).replace(" K+V", "")
+            axis.errorbar(held, mean, yerr=spread, linestyle="", capsize=3, label=rule, **look)
         best = frontier([(held, mean) for held, mean, _, _ in points])
         axis.plot(*zip(*best, strict=True), color="gray", linestyle=":", zorder=0)
         axis.set_ylabel(f"mean {label}, nats per token")
-        axis.set_yscale("symlog", linthresh=0.01)  # a loss may lie below dense's
+    axes[0].set_yscale("symlog", linthresh=0.01)  # a loss may lie below dense's
+    axes[1].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=100)
 
 
@@ -175,12 +180,12 @@ def _panels(count: int, results: Results) -> tuple[Any, Any]:
     """A figure and its axes, side by side, against bytes held."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * count, 5), layout="constrained")
+    figure = Figure(figsize=(5.5 * count, 5.5), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis in axes:
         axis.set_xlabel("bytes held, % of dense")
         axis.grid(alpha=0.3)
-    figure.suptitle(conditions(results)[0] + " Bars: 95 % intervals.", fontsize=9)
+    figure.suptitle(conditions(results)[0] + " Bars: 95 % intervals.", fontsize=8)
     return figure, axes
 
 
