@@ -64,7 +64,8 @@ class Results:
             path = folder / f"{name}.json"
             return json.loads(path.read_text()) if path.exists() else {}
 
-        self._rows = {name: read(name).get("rows", []) for name in ("attention", "compression", "generation")}
+        names = ("attention", "compression", "generation")
+        self._rows = {name: [row for row in read(name).get("rows", []) if "where" in row] for name in names}
         self._agreement: Row = read("agreement")
 
     def attention(self, shape: str, name: str) -> Row:
@@ -116,7 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print all bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="of a device's results")
-    results = Results(parser.parse_args(arguments).folder)
+    folder = parser.parse_args(arguments).folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is no folder")
+    results = Results(folder)
     lines = [bar.line(results) for bar in bars()]
     print("\n".join(lines))
     verdicts = [line.split()[0] for line in lines]
@@ -192,6 +196,9 @@ def _generation_bars() -> Iterator[Bar]:
 
 
 def _of_published(results: Results, shape: str) -> float:
+    device = results.attention(shape, "published 0.7, triton")["where"]["device"]
+    if "H100" not in device:
+        raise MissingError(f"row of an H100 in attention.json; this is of {device}")
     return results.us(shape, 0.7, "triton") / PUBLISHED_KERNELS[shape, 0.7]
 
 

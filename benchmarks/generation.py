@@ -36,7 +36,7 @@ from benchmarks import device_time
 from benchmarks.attention import RULES
 from benchmarks.origin import where
 from benchmarks.table import Row, Table, folder_of
-from mustafar_jax.cli import parse_size
+from mustafar_jax.arguments import parse_size
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, Caches, decode_step, prefill_prompt
 from mustafar_jax.models import Llama, ModelConfig, memory

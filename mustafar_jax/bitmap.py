@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mustafar_jax.implementations import Implementation, check_implementation, first_that_runs, on_cuda
+from mustafar_jax.implementations import Implementation, check_implementation, first_that_runs, kernels_or_xla
 from mustafar_jax.writes import write_rows
 
 WORD = 32
@@ -173,7 +173,7 @@ def _product(product: str, x: jax.Array, packed: BitmapArray, implementation: Im
             raise NotImplementedError(f"implementation={name!r} attends caches; {product} wants one of {[*_PRODUCTS]}")
         return _PRODUCTS[name](product, x, packed)
 
-    names = check_implementation(implementation) or (("triton", "xla") if on_cuda() else ("xla",))
+    names = check_implementation(implementation) or kernels_or_xla()
     return first_that_runs(names, run)
 
 
@@ -192,6 +192,8 @@ def _product_triton(product: str, x: jax.Array, packed: BitmapArray, interpret: 
     if x.dtype != packed.dtype:
         raise NotImplementedError(f"the kernels take one dtype; got {x.dtype} and rows of {packed.dtype}")
     leading, rows = x.shape[:-2], packed.bitmap.shape[-2]
+    if rows == 0:
+        raise NotImplementedError("the kernels take at least one row; got none")
     by_head = Packed(*(y.reshape(-1, 1, *y.shape[len(leading) :]) for y in (packed.bitmap, packed.values)))
     x = x.reshape(-1, 1, *x.shape[-2:])
     if product == "key_spmv":

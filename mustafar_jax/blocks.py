@@ -6,8 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
-from mustafar_jax.writes import write_rows
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, check_kv, check_query
 
 
 def extend(
@@ -33,8 +32,12 @@ def extend(
         [B, n, N, H] in the query's dtype, and the cache with the tokens.
 
     Raises:
-        ValueError: n above the config's group.
+        ValueError: n above the config's group; shapes that do not fit the cache.
+        TypeError: another dtype than the cache's.
     """
+    sizes = cache.batch, query.shape[1], cache.num_kv_heads, cache.head_dim
+    check_kv(cache, key, value, sizes, "[B, n, K, H]")
+    check_query(cache, query, key.shape[:2], "[B, n, N, H]")
     if query.shape[1] > cache.config.group:
         raise ValueError(f"query has {query.shape[1]} tokens; at most group={cache.config.group} are taken at a time")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -67,10 +70,16 @@ def extend(
 
 def _extend_dense(cache: DenseCache, key: jax.Array, value: jax.Array) -> DenseCache:
     lengths = cache.lengths + key.shape[1]
+    index = (jnp.arange(cache.capacity) - cache.lengths[:, None])[..., None, None]  # of the token for each place
+
+    def written(held: jax.Array, new: jax.Array) -> jax.Array:
+        given = jnp.take_along_axis(new, index, axis=1, mode="clip")
+        return jnp.where((index >= 0) & (index < new.shape[1]), given, held)
+
     return dataclasses.replace(
         cache,
-        key=write_rows(cache.key, key, cache.lengths, axis=1),
-        value=write_rows(cache.value, value, cache.lengths, axis=1),
+        key=written(cache.key, key),
+        value=written(cache.value, value),
         lengths=jnp.minimum(lengths, cache.capacity),
         overflow=cache.overflow | (lengths > cache.capacity),
     )

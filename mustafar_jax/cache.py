@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, on_cuda
+from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, kernels_or_xla
 from mustafar_jax.pruning import RECENT, Context, Method, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
@@ -179,10 +179,10 @@ def prefill(
         TypeError: another dtype than the cache's.
         NotImplementedError: no implementation that was named can run this.
     """
-    names = check_implementation(implementation) or _present()
+    names = check_implementation(implementation) or kernels_or_xla()
     batch = cache.batch if rows is None else _check_rows(rows, cache.batch)
-    _check_kv(cache, key, value, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
-    _check_query(cache, query, key.shape[:2], "[B, S, N, H]")
+    check_kv(cache, key, value, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
+    check_query(cache, query, key.shape[:2], "[B, S, N, H]")
     if key.shape[1] > cache.capacity:
         raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
     lengths = check_lengths(lengths, batch, key.shape[1])
@@ -213,9 +213,9 @@ def append(
         TypeError: another dtype than the cache's.
         NotImplementedError: no implementation that was named can run this.
     """
-    _check_kv(cache, key, value, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
-    _check_query(cache, query, key.shape[:1], "[B, N, H]")
-    names = check_implementation(implementation) or _present()
+    check_kv(cache, key, value, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
+    check_query(cache, query, key.shape[:1], "[B, N, H]")
+    names = check_implementation(implementation) or kernels_or_xla()
     with jax.named_scope("append"):  # a profile shows it by this name
         return cache._append(key, value, query, names)
 
@@ -234,11 +234,6 @@ def packers(implementation: Implementation) -> Names | None:
     if names is None or isinstance(names, str):
         return names if names in _PACK else None
     return tuple(name for name in names if name in _PACK) or None
-
-
-def _present() -> tuple[str, ...]:
-    """What None tries on the default backend, best first."""
-    return ("triton", "xla") if on_cuda() else ("xla",)
 
 
 @_register(data_fields=["key", "value", *_COUNTS], meta_fields=_STATIC)
@@ -447,7 +442,7 @@ class PackedCache(LayerCache):
         """Prune and pack the oldest group of each sequence that has one to pack beside its `packed` [B] tokens."""
         start = jnp.where(self.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
         group = self._oldest(packed, start)
-        return self._pack(group, names or _present())
+        return self._pack(group, names or kernels_or_xla())
 
     def oldest_group(self, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What stands in the oldest group of the rings of sequences of which `packed` [B] tokens are packed.
@@ -676,9 +671,8 @@ def _check_rows(rows: ArrayLike | Sequence[int], batch: int) -> int:
     return given.shape[0]
 
 
-def _check_kv(
-    cache: LayerCache, key: jax.Array, value: jax.Array, wanted: tuple[int | None, ...], letters: str
-) -> None:
+def check_kv(cache: LayerCache, key: jax.Array, value: jax.Array, wanted: tuple[int | None, ...], letters: str) -> None:
+    """Raise ValueError for keys and values of another shape than `wanted`, TypeError for another dtype."""
     for name, x in (("key", key), ("value", value)):
         fits = x.ndim == len(wanted) and all(want in (None, size) for want, size in zip(wanted, x.shape, strict=True))
         if not fits:
@@ -690,7 +684,8 @@ def _check_kv(
         raise ValueError(f"value has shape {value.shape}, key has {key.shape}; wanted the same")
 
 
-def _check_query(cache: LayerCache, query: jax.Array | None, leading: tuple[int, ...], letters: str) -> None:
+def check_query(cache: LayerCache, query: jax.Array | None, leading: tuple[int, ...], letters: str) -> None:
+    """Raise ValueError where a method scores with queries and there are none, or of another shape."""
     if not (isinstance(cache, PackedCache) and cache.queries is not None):
         return
     wanted = (*leading, cache.queries.shape[1], cache.head_dim)

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import re
@@ -19,9 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mustafar_jax import text
+from mustafar_jax.arguments import parse_count, parse_size
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE
+from mustafar_jax.implementations import check_implementation
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        batch = getattr(options, "batch", 1)
-        hint = f"--batch {batch // 2} takes less" if batch > 1 else "a shorter prompt or fewer new tokens take less"
+        flag = "--batches" if hasattr(options, "batches") else "--batch"
+        batch = max(getattr(options, "batches", [getattr(options, "batch", 1)]))
+        hint = f"{flag} {batch // 2} takes less" if batch > 1 else "a shorter prompt or fewer new tokens take less"
         return _failed(options, f"the device's memory is exhausted; {hint} ({str(error).splitlines()[0]})")
     return 0
 
@@ -67,6 +69,7 @@ def generate(options: argparse.Namespace) -> None:
     """Load a model, continue a prompt, and say how fast and with how large a cache."""
     from mustafar_jax.models import memory
 
+    check_implementation(options.implementation)
     config, prompt = _compression(options), _prompt(options)
     with _progress() as progress:
         model, tokenizer = _load(options, progress)
@@ -90,18 +93,24 @@ def generate(options: argparse.Namespace) -> None:
         first = next(pieces)
     rate = _print_pieces(first, pieces, flush=options.stream)
     if returned.value.any():
-        print(f"mustafar generate: a value needed more than {config.v_slots=} and lost entries", file=sys.stderr)
+        what = f"a value needed more than --v-slots {config.v_slots} and lost entries"
+        print(f"mustafar generate: {what}", file=sys.stderr)
     capacity = tokens.shape[1] + options.max_new_tokens
     caches = memory.abstract_caches(model.config, config, capacity, dtype=model.dtype)
     print(_summary(rate, caches, config, model.config.head_dim), file=sys.stderr)
 
 
-def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+def _load_model(options: argparse.Namespace, progress: Progress) -> tuple[Any, Any]:
+    """The model and its tokenizer, if it has one."""
     from mustafar_jax import models
 
     loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
-    model, tokenizer = models.load(options.model, dtype=options.dtype, progress=loaded)
+    return models.load(options.model, dtype=options.dtype, progress=loaded)
+
+
+def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    model, tokenizer = _load_model(options, progress)
     if tokenizer is None:
         raise ValueError(f"--model {options.model} holds no tokenizer, which turning text into tokens needs")
     return model, tokenizer
@@ -123,28 +132,29 @@ def info(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Time generations through a dense and a compressed cache, and print how they compare."""
-    from mustafar_jax import models
     from mustafar_jax.speed import measure
 
+    check_implementation(options.implementation)
     compressed, sizes = _compression(options), {"context": options.context, "new_tokens": options.new_tokens}
-    rows: list[list[str]] = []
-    with _progress() as progress:
-        loaded = functools.partial(_report, progress, progress.add_task("loading", total=None))
-        model, _ = models.load(options.model, dtype=options.dtype, progress=loaded)
-        timing = progress.add_task("timing", total=2 * len(options.batches))
-        for batch in options.batches:
-            found = []
-            for config, name in ((DENSE, None), (compressed, options.implementation)):
-                found.append(measure(model, config, batch=batch, implementation=name, **sizes))
-                progress.advance(timing)
-            rows += _speed_rows(batch, *found)
-    title = f"{options.context} tokens of prompt, {options.new_tokens} written; {jax.devices()[0].device_kind}"
-    table = Table(title=f"{title}, {model.dtype}")
+    table = Table()
     for column in ("batch", "cache", "first token, s", "tokens/s", "of dense", "bytes", "of dense"):
         table.add_column(column, justify="left" if column == "cache" else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    try:
+        with _progress() as progress:
+            model = _load_model(options, progress)[0]
+            title = f"{options.context} tokens of prompt, {options.new_tokens} written"
+            table.title = f"{title}; {jax.devices()[0].device_kind}, {model.dtype}"
+            timing = progress.add_task("timing", total=2 * len(options.batches))
+            for batch in options.batches:
+                found = []
+                for config, name in ((DENSE, None), (compressed, options.implementation)):
+                    found.append(measure(model, config, batch=batch, implementation=name, **sizes))
+                    progress.advance(timing)
+                for row in _speed_rows(batch, *found):
+                    table.add_row(*row)
+    finally:  # a batch that is too large leaves the others
+        if table.rows:
+            Console().print(table)
 
 
 def _speed_rows(batch: int, dense: "Speed", packed: "Speed") -> list[list[str]]:
@@ -178,6 +188,8 @@ def evaluate(options: argparse.Namespace) -> None:
         examples = examples[: options.limit]
         for problem in problems:
             print(f"mustafar eval: {problem}; left out", file=sys.stderr)
+        if not examples:
+            raise ValueError("the data and options ask for no example: nothing to evaluate")
         run = Run(folder, _settings(options, task, model, config))
         evaluated = functools.partial(_report, progress, progress.add_task("evaluating", total=None))
         Evaluator(model, tokenizer, batch=options.batch).run(config, examples, run, evaluated)
@@ -206,6 +218,9 @@ def _check_data(options: argparse.Namespace, task: "Task") -> None:
         other = files.setdefault(file.stem, file)
         if other is not file:
             raise ValueError(f"--data names {other} and {file}: examples go by their file's name; rename one")
+    for file in options.data:
+        if not file.is_file():
+            raise ValueError(f"--data names {file}, which is no file")
 
 
 def _folder_name(config: CompressionConfig) -> str:
@@ -286,9 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     times = commands.add_parser("bench", help="how fast a model writes through a dense and a compressed cache")
     times.set_defaults(run=bench)
     times.add_argument("--model", required=True, help="Hugging Face folder, .gguf file or hub id")
-    times.add_argument(
-        "--batches", type=parse_count, nargs="+", default=[1], help="prompts at once, each in turn (%(default)s)"
-    )
+    times.add_argument("--batches", type=parse_count, nargs="+", default=[1], help="prompts at once, each in turn (1)")
     times.add_argument("--context", type=parse_count, default=1024, help="tokens of a prompt (%(default)s)")
     times.add_argument("--new-tokens", type=parse_count, default=64, help="tokens to write (%(default)s)")
     times.add_argument("--implementation", help="with the compressed cache; the best that works here unless given")
@@ -476,30 +489,6 @@ def _contexts(config: "ModelConfig") -> list[int]:
     """Context lengths to show: those of `CONTEXTS` below the model's own, and that one."""
     longest = config.max_position_embeddings
     return [length for length in CONTEXTS if length < longest] + [longest]
-
-
-def parse_size(text: str) -> float:
-    """Bytes of a size such as 80GB, 79.6GiB or 24e9."""
-    units = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    number = text.rstrip("kMGTiB")
-    try:
-        size = float(number) * units[text[len(number) :]]
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted one such as 80GB, 79.6GiB or 24e9")
-    return size
-
-
-def parse_count(text: str) -> int:
-    """A whole number of at least 1."""
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; wanted a whole number of at least 1")
-    return count
 
 
 def _metrics_table(task: str, metrics: dict[str, Any]) -> Table:

@@ -45,6 +45,11 @@ def on_cuda() -> bool:
     return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
 
 
+def kernels_or_xla() -> tuple[str, ...]:
+    """What None tries on the default backend where there are Triton kernels for it, best first."""
+    return ("triton", "xla") if on_cuda() else ("xla",)
+
+
 def _check_present(name: str) -> None:
     """Raise NotImplementedError for what only lowering would find out: a backend named alone may be for elsewhere."""
     if name != "xla" and not on_cuda():

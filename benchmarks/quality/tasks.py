@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mustafar_jax.arguments import parse_count
 from mustafar_jax.quality import choice, longbench, needle, perplexity, ruler
 from mustafar_jax.quality.examples import Example, Problem
 from mustafar_jax.quality.runs import Record, fingerprint
@@ -76,7 +77,7 @@ def _choice(tokenizer: Any, options: argparse.Namespace, context: int) -> Exampl
 
 
 def _lengths(what: str) -> dict[str, Any]:
-    return {"type": int, "nargs": "+", "default": [1024, 2048, 4096], "help": f"tokens of {what} (%(default)s)"}
+    return {"type": parse_count, "nargs": "+", "default": [1024, 2048, 4096], "help": f"tokens of {what} (%(default)s)"}
 
 
 _SEED = {"type": int, "default": 0, "help": "of what is made at random (%(default)s)"}
@@ -87,9 +88,9 @@ TASKS = {
         "text files",
         _perplexity,
         {
-            "--windows": {"type": int, "default": 8, "help": "of each text (%(default)s)"},
-            "--prompt": {"type": int, "default": 1536, "help": "tokens prefilled (%(default)s)"},
-            "--continuation": {"type": int, "default": 512, "help": "tokens scored (%(default)s)"},
+            "--windows": {"type": parse_count, "default": 8, "help": "of each text (%(default)s)"},
+            "--prompt": {"type": parse_count, "default": 1536, "help": "tokens prefilled (%(default)s)"},
+            "--continuation": {"type": parse_count, "default": 512, "help": "tokens scored (%(default)s)"},
         },
     ),
     "needle": Task(
@@ -98,8 +99,8 @@ TASKS = {
         _needle,
         {
             "--lengths": _lengths("the prompts, the answer not included"),
-            "--depths": {"type": int, "default": 10, "help": "places from beginning to end (%(default)s)"},
-            "--repeats": {"type": int, "default": 1, "help": "examples at each length and place (%(default)s)"},
+            "--depths": {"type": parse_count, "default": 10, "help": "places from beginning to end (%(default)s)"},
+            "--repeats": {"type": parse_count, "default": 1, "help": "examples at each length and place (%(default)s)"},
             "--seed": _SEED,
         },
     ),
@@ -123,7 +124,7 @@ TASKS = {
                 "help": "jsonl files of qa_1 and qa_2: question, answers, documents",
             },
             "--lengths": _lengths("prompt and answer together"),
-            "--samples": {"type": int, "default": 10, "help": "of each task at each length (%(default)s)"},
+            "--samples": {"type": parse_count, "default": 10, "help": "of each task at each length (%(default)s)"},
             "--seed": _SEED,
         },
     ),

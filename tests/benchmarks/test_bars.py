@@ -22,9 +22,13 @@ def attention_rows(us):
         names += [(0.7, f"published 0.7, {kernel}, {mask} mask", kernel, mask) for mask in bars.MASKS[1:]]
     return [
         {"shape": shape, "name": name, "us": us(shape, sparsity, kernel, mask), "bytes": 1000 * (1 - 0.9 * sparsity)}
+        | WHERE
         for shape in ("A", "B", "B, group 1", "B, group 8", *CONTEXTS)
         for sparsity, name, kernel, mask in names
     ]
+
+
+WHERE = {"where": {"device": "NVIDIA H100 80GB HBM3"}}
 
 
 def good(shape, sparsity, kernel, mask):
@@ -38,7 +42,7 @@ def generation_row(sparsity, **fields):
         "status": "ok", "shape": "llama-3-8b", "sparsity": sparsity, "new_tokens": 256, "largest": False,
         "tokens_per_s": 100 * speed, "ttft_s": 2.0, "decode_bytes": 103, "weights_bytes": 50, "cache_bytes": 50,
         "layer_attention_us": 160.0, "flatness": 0.01,
-    } | fields  # fmt: skip
+    } | WHERE | fields  # fmt: skip
 
 
 def generation_rows():
@@ -54,7 +58,7 @@ def generation_rows():
 @pytest.fixture
 def folder(tmp_path):
     compression = [
-        {"what": what, "rule": rule, "us": 10.0, "copy_us": 8.0, "share": 0.02}
+        {"what": what, "rule": rule, "us": 10.0, "copy_us": 8.0, "share": 0.02} | WHERE
         for what in ("prompt", "steps")
         for rule in ("published", "recommended")
     ]
@@ -115,6 +119,19 @@ def test_a_result_that_is_not_good_enough_fails_its_bar(folder, name, where, fie
     found = [text for text, verdict in verdicts(folder).items() if verdict == "FAIL"]
     assert len(found) == len(failing)
     assert all(part in text for part, text in zip(failing, found, strict=True))
+
+
+def test_bars_of_an_h100_are_not_judged_by_another_device(folder):
+    change(folder, "attention", lambda row: row.update(where={"device": "NVIDIA H200"}))
+    missing = [text for text, verdict in verdicts(folder).items() if verdict == "missing"]
+    assert len(missing) == 2
+    assert all("published CUDA kernels on an H100" in text for text in missing)
+
+
+def test_no_folder_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bars.main([str(tmp_path / "none")])
+    assert "none is no folder" in capsys.readouterr().err
 
 
 def test_a_row_that_failed_is_missing(folder):

@@ -46,6 +46,26 @@ def test_equals_token_by_token(name, window):
         np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dense", "published"])
+def test_what_has_no_room_is_not_written(name):
+    cache = LayerCache.init(ALL[name], batch=1, capacity=12, num_kv_heads=1, head_dim=32, dtype="float32")
+    first, second = (jnp.arange(start, start + 8.0)[None, :, None, None] * jnp.ones((1, 8, 1, 32)) for start in (1, 9))
+    for tokens in (first, second):
+        _, cache = extend(cache, tokens, tokens, tokens)
+    assert cache.lengths.tolist() == [12]
+    assert cache.overflow.tolist() == [True]
+    np.testing.assert_array_equal(cache.to_dense()[0][0, :, 0, 0], np.arange(1, 13))
+
+
+def test_wrong_tokens_are_refused():
+    cache = LayerCache.init(CONFIGS["published"], batch=1, capacity=99, num_kv_heads=1, head_dim=32, dtype="bfloat16")
+    tokens = jnp.ones((1, 8, 1, 32), jnp.bfloat16)
+    with pytest.raises(TypeError, match="key has dtype float32; the cache holds bfloat16"):
+        extend(cache, tokens, tokens.astype(jnp.float32), tokens)
+    with pytest.raises(ValueError, match=r"key has shape \(1, 4, 1, 32\); the cache wants \[B, n, K, H\]"):
+        extend(cache, tokens, tokens[:, :4], tokens[:, :4])
+
+
 def test_more_than_a_group_is_refused():
     cache = LayerCache.init(CONFIGS["published"], batch=1, capacity=99, num_kv_heads=1, head_dim=32, dtype="float32")
     tokens = jnp.ones((1, 33, 1, 32))

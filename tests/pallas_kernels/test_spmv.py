@@ -67,6 +67,9 @@ def test_which_implementation_is_taken(product):
     assert "triton" not in jax.jit(product).lower(keys, packed).as_text()
     with pytest.raises(NotImplementedError, match="float32 and rows of bfloat16"):
         product(keys.astype(jnp.float32), packed, implementation="triton")
+    none = mj.pack(keys[:0], keys[:0] > 0)
+    with pytest.raises(NotImplementedError, match="at least one row; got none"):
+        product(keys if product is mj.key_spmv else keys[:, :0], none, implementation="triton")
     with pytest.raises(NotImplementedError, match="'cudnn' attends caches"):
         product(keys, packed, implementation="cudnn")
     with pytest.raises(ValueError, match="implementation='fast' must be one of"):

@@ -1,0 +1,28 @@
+"""What command lines take."""
+
+import argparse
+import math
+
+
+def parse_size(text: str) -> float:
+    """Bytes of a size such as 80GB, 79.6GiB or 24e9."""
+    units = {"": 1, "B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    number = text.rstrip("kMGTiB")
+    try:
+        size = float(number) * units[text[len(number) :]]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 1e6 <= size < math.inf:  # less is a unit that was forgotten
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted one such as 80GB, 79.6GiB or 24e9")
+    return size
+
+
+def parse_count(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; wanted a whole number of at least 1")
+    return count
