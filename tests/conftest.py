@@ -3,11 +3,12 @@
 import os
 import pathlib
 
-# Most of a test's time is compiling, which takes half as long without LLVM's optimisations. Set before jax is imported;
-# not where there is a GPU, whose programs would run too slowly.
+from tests.quick import QUICK
+
+# Before jax is imported; not where there is a GPU, whose programs would run too slowly.
 if not any(pathlib.Path("/dev").glob("nvidia[0-9]*")):
-    QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+    flags = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 import hypothesis
 import jax

@@ -15,6 +15,7 @@ from mustafar_jax.cache import DenseCache, PackedCache
 from mustafar_jax.pruning import Context, rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import CONFIGS, DTYPES, rope_frequencies
+from tests.quick import AS_USERS
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 2, 2, 64, 256, 150
 INV_FREQ = rope_frequencies(HEAD_DIM)
@@ -194,8 +195,7 @@ def compiled_step(config, dtype):
 
     cache = jax.eval_shape(lambda: empty(config, dtype, batch=4, capacity=8192))
     token, query = (jax.ShapeDtypeStruct((4, heads, HEAD_DIM), dtype) for heads in (KV_HEADS, 3 * KV_HEADS))
-    as_users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}  # tests compile quickly else
-    return cache, jax.jit(step, donate_argnums=0, compiler_options=as_users).lower(cache, token, token, query).compile()
+    return cache, jax.jit(step, donate_argnums=0, compiler_options=AS_USERS).lower(cache, token, token, query).compile()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,17 +7,14 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.pallas_kernels.rows import Packed
+from tests.quick import QUICK
 
 TOLERANCE = {jnp.dtype(jnp.bfloat16): 5e-3, jnp.dtype(jnp.float16): 1e-3}
 """Largest RMS error ratio against float32 on the pruned tensors."""
 
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""An interpreted kernel runs for milliseconds, and XLA would optimise it for many seconds."""
-
-
 def jit(function, *, interpret, **options):
-    """jax.jit of what calls a kernel."""
+    """jax.jit of what calls a kernel. An interpreted one runs for milliseconds; XLA would optimise it for seconds."""
     return jax.jit(function, compiler_options=QUICK if interpret else None, **options)
 
 
