@@ -1,4 +1,4 @@
-"""How tests compile on CPUs: most of their time is compiling, which takes half as long, or less, without optimisations."""
+"""How tests compile on CPUs: most of their time is compiling, which without optimisations takes half as long or less."""
 
 import importlib.metadata
 
