@@ -1,4 +1,4 @@
-"""How tests compile on CPUs: most of their time is compiling, which without optimisations takes half as long or less."""
+"""How tests compile on CPUs: compiling is most of their time, and takes half of it without optimisations."""
 
 import importlib.metadata
 
