@@ -619,7 +619,7 @@ def test_a_layer_packs_by_whom_it_is_told(llama, monkeypatch, implementation, wa
 
     for name in ("triton", "xla", "best"):
         monkeypatch.setitem(cache._PACK, name, functools.partial(pack, name))
-    monkeypatch.setattr(cache, "_present", lambda: ("best",))
+    monkeypatch.setattr(cache, "kernels_or_xla", lambda: ("best",))
     for name in ("triton", "xla", "cudnn"):
         monkeypatch.setitem(attention._PACKED, name, lambda query, *rest: query)
     (held, _), layer = (
