@@ -98,7 +98,7 @@ def _interpret(
     """`kernel_call` on numpy arrays."""
 
     def call(*arrays: np.ndarray) -> list[np.ndarray]:
-        inputs = [np.ascontiguousarray(x).view(np.uint8) for x in map(np.asarray, arrays)]
+        inputs = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in map(np.asarray, arrays)]
         outputs = [np.full(x.size * x.dtype.itemsize, 0xFF, np.uint8) for x in out_shape]
 
         def kernel(warp: simt.Warp) -> None:
