@@ -1,10 +1,11 @@
 """Time pruning and packing: python -m benchmarks.compression.
 
 Prompts, beside copying as many bytes (dense rows read, packed rows written). And decode steps: what `append` takes, on
-average over the steps in which every sequence packs one group, beside the attention of the same steps. Each row is
-checked against the XLA implementation first, and shows no time where it fails. Times are of the device, from the
-profiler; `clock_us` is by the clock. Writes benchmarks/results/<device>/compression.json after each row, in which a row
-that is measured again replaces what was there.
+average over the steps in which every sequence packs one group; less what it takes on a dense cache, which has to write
+its tokens, too; beside the attention of the same steps. Each row is checked against the XLA implementation first, and
+shows no time where it fails. Times are of the device, from the profiler; `clock_us` is by the clock. Writes
+benchmarks/results/<device>/compression.json after each row, in which a row that is measured again replaces what was
+there.
 """
 
 import argparse
@@ -187,6 +188,11 @@ class Steps:
         return RULES[self.rule](self.sparsity, self.sparsity)
 
     @property
+    def dense(self) -> "Steps":
+        """The same on a dense cache."""
+        return dataclasses.replace(self, sparsity=0.0, attention="cudnn")
+
+    @property
     def length(self) -> int:
         """Tokens that are held before: with one more, a group leaves the dense part."""
         config, groups = self.config, self.config.packed_tokens(self.shape.tokens) // self.config.group
@@ -231,13 +237,12 @@ def measure_steps(shape: Shape, options: argparse.Namespace) -> Iterator[Row]:
         for attention in options.attention
     ]
     references = {steps: dataclasses.replace(steps, implementation="xla", attention="xla") for steps in rows}
-    programs = device_time.compile_all(
-        {steps: _steps_job(steps) for steps in {**dict.fromkeys(references.values()), **dict.fromkeys(rows)}}
-    )
+    needed = [*references.values(), *(steps.dense for steps in rows), *rows]
+    programs = device_time.compile_all({steps: _steps_job(steps) for steps in dict.fromkeys(needed)})
     for steps in rows:
         fields = dataclasses.asdict(steps) | {"what": "steps"}
         del fields["shape"]
-        yield fields | attempt(functools.partial(measure_step, steps, programs[steps], programs[references[steps]]))
+        yield fields | attempt(functools.partial(measure_step, steps, programs, references[steps]))
 
 
 def _steps_job(steps: Steps) -> jax.stages.Lowered | Exception:
@@ -245,22 +250,33 @@ def _steps_job(steps: Steps) -> jax.stages.Lowered | Exception:
     return device_time.lowered(jax.jit(steps.run, donate_argnums=0), *arguments)
 
 
-def measure_step(steps: Steps, program: Any, reference: Any) -> Row:
+def measure_step(steps: Steps, programs: dict[Steps, Any], reference: Steps) -> Row:
     """Microseconds of a step's compression and of its attention, if what is packed is right."""
     tokens, query = steps.tokens(), synthetic.query(steps.shape)
 
-    def held(program: Any) -> list[jax.Array]:
-        return steps.packed_last(device_time.run(program, steps.cache(), tokens, query)[0])
+    def held(steps: Steps) -> list[jax.Array]:
+        return steps.packed_last(device_time.run(programs[steps], steps.cache(), tokens, query)[0])
 
-    error = max(different(one, other) for one, other in zip(held(program), held(reference), strict=True))
+    error = max(different(one, other) for one, other in zip(held(steps), held(reference), strict=True))
     if not error < TOLERANCE:
         return {"us": None, "error": error, "reason": f"wrong: error ratio {error:.1e}"}
-    clock = time_fresh(program, steps.cache, tokens, query) / steps.config.group
-    _, seconds = device_time.profile(program, steps.cache(), tokens, query, scopes=SCOPES)
-    append, attention = (seconds[scope] / steps.config.group * 1e6 for scope in SCOPES)
-    parts = {"us": append, "attention_us": attention, "share": append / attention} if attention else {"us": None}
-    reason = {} if attention else {"reason": "no GPU: nothing tells compression from attention"}
-    return {"error": error, "clock_us": clock} | parts | reason
+    clock = time_fresh(programs[steps], steps.cache, tokens, query) / steps.config.group
+    append, attention = time_parts(steps, programs[steps])
+    if not attention:
+        reason = "no GPU: nothing tells compression from attention"
+        return {"error": error, "clock_us": clock, "us": None, "reason": reason}
+    dense_append, _ = time_parts(steps.dense, programs[steps.dense])
+    us = append - dense_append
+    parts = {"append_us": append, "dense_append_us": dense_append, "attention_us": attention, "share": us / attention}
+    return {"error": error, "clock_us": clock, "us": us} | parts
+
+
+def time_parts(steps: Steps, program: Any) -> list[float]:
+    """Microseconds of a step's `append` and of its attention, on the device; 0 where there is no GPU."""
+    arguments = steps.cache(), steps.tokens(), synthetic.query(steps.shape)
+    device_time.run(program, steps.cache(), *arguments[1:])
+    _, seconds = device_time.profile(program, *arguments, scopes=SCOPES)
+    return [seconds[scope] / steps.config.group * 1e6 for scope in SCOPES]
 
 
 def different(one: jax.Array, other: jax.Array) -> float:
@@ -299,7 +315,8 @@ def print_row(row: Row) -> None:
     elif row["what"] == "prompt":
         shown = f"{row['us']:8.1f} us  {row['copy_us'] / row['us']:.2f} of a copy's speed"
     else:
-        shown = f"{row['us']:8.2f} us a step, {row['share']:.1%} of attention ({row['attention']})"
+        beside = f"{row['append_us']:.2f} beside {row['dense_append_us']:.2f} of a dense cache"
+        shown = f"{row['us']:8.2f} us a step ({beside}), {row['share']:.1%} of attention ({row['attention']})"
     print(f"{name}  {shown}", flush=True)
 
 

@@ -62,7 +62,7 @@ def decode_attention(
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
         implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
             on to the next), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn"
-            for dense caches, "triton" for packed ones.
+            for dense caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), elsewhere "triton".
 
     Returns:
         [B, N, H] in the query's dtype.
@@ -196,7 +196,7 @@ def _decode(names: Names, query: jax.Array, cache: LayerCache, scale: float, win
 
 def _present() -> tuple[str, ...]:
     """What None tries on the default backend, best first."""
-    return ("cudnn", "triton", "xla") if on_cuda() else ("xla",)
+    return ("cudnn", "mosaic_gpu", "triton", "xla") if on_cuda() else ("xla",)
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:

@@ -1,6 +1,7 @@
 """The end of flash decoding: the splits of the packed rows merged, the tokens that are not packed attended."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +13,11 @@ from jax.experimental import pallas as pl
 from mustafar_jax.pallas_kernels import triton
 from mustafar_jax.pallas_kernels.rows import Tail, per_head
 
-_SLOTS = 64
-"""Dense slots, or splits, that a block takes at a time."""
+_TILE = 64
+"""Recent tokens, or splits, that a block takes at a time, at most."""
 
 _State = tuple[jax.Array, jax.Array, jax.Array]  # m, l: []; out: [H]
+_Parts = tuple[jax.Array, jax.Array, jax.Array]  # m, l: [n]; out: [n, H]; unnormalised, to be merged
 
 
 def merge(
@@ -82,37 +84,60 @@ def _kernel(
     channel = jnp.arange(head_dim)[None, :]
     query = q_ref[...].astype(jnp.float32) * scale
 
-    def attend_slots(i: Any, state: _State) -> _State:
-        slot = i * _SLOTS + jnp.arange(_SLOTS)
+    def slots_from(first: Any, size: int, end: int) -> Callable[[], _Parts]:
+        """Begin to load slots first .. first + size - 1, of those before `end`."""
+        slot = first + jnp.arange(size)
         position = _position(slot, packed, sinks, slots - sinks)
-        visible = (slot < slots) & (position < length)
+        visible = (slot < end) & (position < length)
         if window is not None:
             visible &= position >= length - window
-        mask = jnp.broadcast_to(visible[:, None], (_SLOTS, head_dim))
-        key, value = (
-            triton.load(ref.at[slot[:, None], channel], mask=mask, other=0).astype(jnp.float32)
-            for ref in (key_ref, value_ref)
-        )
-        scores = jnp.where(visible, jnp.sum(key * query[None, :], axis=1), -jnp.inf)
-        return _add(state, scores, jnp.ones_like(scores), value)
+        mask = jnp.broadcast_to(visible[:, None], (size, head_dim))
+        key, value = (triton.load(ref.at[slot[:, None], channel], mask=mask, other=0) for ref in (key_ref, value_ref))
 
-    def merge_splits(i: Any, state: _State) -> _State:
+        def parts() -> _Parts:
+            scores = jnp.where(visible, jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1), -jnp.inf)
+            return scores, jnp.ones_like(scores), value.astype(jnp.float32)
+
+        return parts
+
+    def splits_from(first: Any, size: int, end: int) -> Callable[[], _Parts]:
+        """Begin to load splits first .. first + size - 1, of those before `end`."""
         out_ref, m_ref, l_ref = split_refs
-        split = i * _SLOTS + jnp.arange(_SLOTS)
-        there = split < m_ref.shape[0]
+        split = first + jnp.arange(size)
+        there = split < end
         m = triton.load(m_ref.at[split], mask=there, other=-jnp.inf)
         l = triton.load(l_ref.at[split], mask=there, other=0)  # noqa: E741
-        mask = jnp.broadcast_to(there[:, None], (_SLOTS, head_dim))
+        mask = jnp.broadcast_to(there[:, None], (size, head_dim))
         out = triton.load(out_ref.at[split[:, None], channel], mask=mask, other=0)
-        return _add(state, m, l, out)
+        return lambda: (m, l, out)
 
     zero = jnp.zeros((), jnp.float32)
     state = (jnp.full((), np.finfo(np.float32).min), zero, jnp.zeros(head_dim, jnp.float32))
-    state = lax.fori_loop(0, -(-slots // _SLOTS), attend_slots, state)
+    sources = [(slots_from, range(sinks, slots)), (slots_from, range(sinks))]
     if split_refs:
-        state = lax.fori_loop(0, -(-split_refs[1].shape[0] // _SLOTS), merge_splits, state)
-    _, total, out = state
+        sources.append((splits_from, range(split_refs[1].shape[0])))
+    _, total, out = _over_all([(load, what) for load, what in sources if what], state)
     result_ref[...] = (out / jnp.where(total > 0, total, 1)).astype(result_ref.dtype)
+
+
+def _over_all(sources: list[tuple[Callable[[Any, int, int], Callable[[], _Parts]], range]], state: _State) -> _State:
+    """The state and what all sources load: of each one tile, all on their way before the first is used; then the rest.
+
+    Mostly there is no rest.
+    """
+    sizes = [min(_TILE, max(16, 1 << (len(what) - 1).bit_length())) for _, what in sources]  # powers of two
+    begun = [load(what.start, size, what.stop) for (load, what), size in zip(sources, sizes, strict=True)]
+    for parts in begun:
+        state = _add(state, *parts())
+    for (load, what), size in zip(sources, sizes, strict=True):
+        tiles = -(-len(what) // size)
+
+        def step(i: Any, state: _State, load: Any = load, what: range = what, size: int = size) -> _State:
+            return _add(state, *load(what.start + i * size, size, what.stop)())
+
+        if tiles > 1:
+            state = lax.fori_loop(1, tiles, step, state)
+    return state
 
 
 def _position(slot: jax.Array, packed: jax.Array, sinks: int, ring: int) -> jax.Array:

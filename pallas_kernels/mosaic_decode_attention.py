@@ -426,27 +426,34 @@ def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
     """Add the product of the weights with the tile of values to the sums, and empty the tile, unless it is then filled.
 
     A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads. A lane reads
-    quads of tokens 2 t + i, i = 0 and 1, of pair g. Where there are at most 4 heads, lanes of odd g read the odd quad
-    first, so that the 8 lanes of a phase meet all banks; the columns are then (head, parity of the quad), of which a
-    row uses the one of its own parity, and the other is dropped in the end.
+    quads of tokens 2 t + i, i = 0 and 1, of pair g, the odd quad first where g is odd, so that the 8 lanes of a phase
+    meet all banks. Where there are at most 4 heads, it multiplies them in that order; the columns are then (head,
+    parity of the quad), of which a row uses the one of its own parity, and the other is dropped in the end. More heads
+    leave no column free: lanes of odd g exchange their two quads first.
     """
-    quad = (at.t << 1) | (at.g & 1 if plan.parities == 2 else w.integer(0))
-    read = at.tile + at.g * ROW + (quad << 4)
-    reads = [read, at.tile + at.g * ROW + ((quad ^ 1) << 4)]
-    row = (at.g >> 1) * (2 * TOKENS) if plan.parities == 2 else at.g * (2 * TOKENS)
+    odd = at.g & 1
+    quad = (at.t << 1) | odd
+    reads = [at.tile + at.g * ROW + ((quad ^ i) << 4) for i in range(2)]
+    row, first = ((at.g >> 1), quad) if plan.parities == 2 else (at.g, at.t << 1)
     weights = [
-        [w.load_shared(at.weights + row + ((quad ^ i) << 3), 2, 8 * octet * 2 * TOKENS) for octet in range(plan.octets)]
+        [
+            w.load_shared(at.weights + row * (2 * TOKENS) + ((first ^ i) << 3), 2, 8 * octet * 2 * TOKENS)
+            for octet in range(plan.octets)
+        ]
         for i in range(2)
     ]
     zeros = [w.integer(0)] * 4
     for block in range(plan.pairs // 8):
-        for i in range(2):
-            words = w.load_shared(reads[i], 4, 8 * block * ROW)
-            if not plan.centred:
-                w.store_shared(reads[i], zeros, 8 * block * ROW)
+        quads = [w.load_shared(read, 4, 8 * block * ROW) for read in reads]
+        if not plan.centred:
+            for read in reads:
+                w.store_shared(read, zeros, 8 * block * ROW)
+        if plan.parities == 1:
+            quads = [[w.select(odd > 0, b, a) for a, b in zip(*pair, strict=True)] for pair in (quads, quads[::-1])]
+        for words, of_quad in zip(quads, weights, strict=True):
             operand = [w.pick_halves(words[n], words[n + 1], half) for n in (0, 2) for half in (0, 1)]
             for octet in range(plan.octets):
-                state.out[block][octet] = w.multiply_add(operand, weights[i][octet], state.out[block][octet])
+                state.out[block][octet] = w.multiply_add(operand, of_quad[octet], state.out[block][octet])
 
 
 def publish(w: Warp, state: State, at: Places, plan: Plan) -> None:

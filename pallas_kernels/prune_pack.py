@@ -81,8 +81,9 @@ def prune_pack(
     kv_heads = source.shape[head_axis]
     triton.check_supported(dtype=source.dtype, head_dim=head_dim)
     plans = tuple(_Plan.of(prune, interpret) for prune in prunes)
-    ranges = jnp.stack([first, start, held], axis=1).astype(jnp.int32)
-    operands = [(ranges, pl.BlockSpec((None, 3), lambda head, block, sequence, side: (sequence, 0)))]
+    # not stacked: that would be a kernel of its own in every decode step
+    of_sequence = pl.BlockSpec((None, 1), lambda head, block, sequence, side: (sequence, 0))
+    operands = [(x.astype(jnp.int32)[:, None], of_sequence) for x in (first, start, held)]
     targets: list[tuple[jax.Array, pl.BlockSpec]] = []
     aliases: dict[int, int] = {}
     for prune in prunes:
@@ -193,15 +194,20 @@ class _Plan:
         return self.kept // 2 + 1
 
 
-def _kernel(range_ref: triton.Ref, *refs: triton.Ref, plans: tuple[_Plan, ...]) -> None:
+def _kernel(
+    first_ref: triton.Ref,  # [1]
+    start_ref: triton.Ref,  # [1]
+    held_ref: triton.Ref,  # [1]
+    *refs: triton.Ref,
+    plans: tuple[_Plan, ...],
+) -> None:
     """32 tokens of one head.
 
-    `range_ref` [3]: first, start, held. The other refs, for each plan: source [S, H]; with a mean what
-    `_mean_operands` says; the target's bitmap and values, which alias the outputs. Then the outputs, for each plan:
-    bitmap [S * H / 32], values [S * slots].
+    The other refs, for each plan: source [S, H]; with a mean what `_mean_operands` says; the target's bitmap and
+    values, which alias the outputs. Then the outputs, for each plan: bitmap [S * H / 32], values [S * slots].
     """
     offset = pl.program_id(1) * _BLOCK
-    first, row, held = range_ref[0] + offset, range_ref[1] + offset, range_ref[2]
+    first, row, held = first_ref[0] + offset, start_ref[0] + offset, held_ref[0]
     inputs, outputs = iter(refs[: -2 * len(plans)]), iter(refs[-2 * len(plans) :])
     for side, plan in enumerate(plans):
         source_ref, *mean_refs = (next(inputs) for _ in range(1 if plan.offset is None else 4))
