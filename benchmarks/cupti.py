@@ -3,9 +3,10 @@
 Written against the headers of CUDA 13, whose structures have been the same since CUDA 12.
 """
 
+import contextlib
 import ctypes
 import pathlib
-import site
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -136,15 +137,12 @@ class Recorder:
 
 def _library() -> ctypes.CDLL:
     """CUPTI: the one on the library path, or the one of an installed package."""
-    names = [f"libcupti.so.{version}" for version in (13, 12)]
-    roots = [pathlib.Path(x) / "nvidia" for x in site.getsitepackages()] + [pathlib.Path("/usr/local/cuda")]
-    found = [str(x) for root in roots for x in sorted(root.glob("**/libcupti.so.1[23]"))]
-    for name in [*names, *found]:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise OSError(f"no CUPTI: looked for {', '.join(names)} on the library path and under {', '.join(map(str, roots))}")
+    roots = [pathlib.Path(x) / "nvidia" for x in sys.path if x] + [pathlib.Path("/usr/local/cuda")]
+    for name in ("libcupti.so.13", "libcupti.so.12"):
+        for candidate in [name, *(str(x) for root in roots for x in sorted(root.glob(f"**/{name}")))]:
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(candidate)
+    raise OSError(f"no CUPTI on the library path or under {', '.join(map(str, roots))}")
 
 
 def check(status: int, what: str) -> None:
