@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mustafar_jax import bitmap
@@ -286,7 +287,7 @@ def _attend_packed_kernels(
     sinks = min(cache.config.sink_tokens, cache.capacity)
     mean = None
     if cache.key_mean is not None:
-        mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), sinks)
+        mean = Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), sinks)
     out: jax.Array = kernels.decode_attention(
         query,
         kernel_rows(cache.keys.packed),

@@ -611,7 +611,7 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
 
     config, mean = cache.config, None
     if cache.key_mean is not None:
-        mean = Mean(cache.key_mean, jnp.asarray(cache.inv_freq), config.sink_tokens)
+        mean = Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), config.sink_tokens)
     prunes = []
     for packed, method, source, taken_off, rescale in (
         (cache.keys.packed, config.k_method, leaving.key, mean, False),

@@ -128,13 +128,15 @@ def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
 def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
     """What `_centre` reads: mean keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
 
-    The last is [2, 8, threads, 4], so that threads side by side read what stands side by side.
+    The last is [2, 8, threads, 4], so that threads side by side read what stands side by side. Of frequencies that are
+    known it is a constant, which a decode step need not compute.
     """
     if mean is None:
         return []
+    numbers: Any = np if isinstance(mean.inv_freq, np.ndarray) else jnp
     by_part = mean.inv_freq.reshape(-1, 8, 4).swapaxes(0, 1)
-    angle = (jnp.arange(_BLOCK)[:, None, None] * by_part[:, None]).reshape(8, -1, 4)
-    whole = [mean.inv_freq, jnp.stack([jnp.cos(angle), jnp.sin(angle)])]
+    angle = (numbers.arange(_BLOCK, dtype=np.float32)[:, None, None] * by_part[:, None]).reshape(8, -1, 4)
+    whole = [jnp.asarray(x) for x in (mean.inv_freq, numbers.stack([numbers.cos(angle), numbers.sin(angle)]))]
     return [_of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in whole)]
 
 

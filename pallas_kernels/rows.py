@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -31,12 +32,13 @@ class Mean(NamedTuple):
 
     Attributes:
         key: float32 [B, K, H], before rotation.
-        inv_freq: float32 [H / 2], RoPE's frequencies; channel i pairs with i + H / 2.
+        inv_freq: float32 [H / 2], RoPE's frequencies, a numpy array where they are known; channel i pairs with
+            i + H / 2.
         offset: the position of row 0.
     """
 
     key: jax.Array
-    inv_freq: jax.Array
+    inv_freq: jax.Array | np.ndarray
     offset: int
 
 
