@@ -3,14 +3,12 @@
 Each warp works alone on 32 tokens at a time, a unit: it holds one tile in shared memory, into which it scatters the
 keys' entries and, once their product is taken, the values'. docs/kernels.md draws the tile and says who owns what.
 
-Lanes stand for tokens while entries are scattered and scores become weights. In matrix products lane 4 g + t holds
-what `Warp.multiply_add` says; g and t below are these two.
+Lanes stand for tokens while entries are scattered. In matrix products (`mosaic_products`) lane 4 g + t holds what
+`Warp.multiply_add` says; g and t below are these two.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,14 +17,11 @@ import numpy as np
 
 from mustafar_jax.pallas_kernels import launch, mosaic_gpu
 from mustafar_jax.pallas_kernels.merge import merge
-from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Places, Plan, layout
+from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Places, Plan, State, layout
+from mustafar_jax.pallas_kernels.mosaic_products import LOWEST, merge_warps, products
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
 from mustafar_jax.pallas_kernels.sources import smaller, source
 from mustafar_jax.pallas_kernels.warp import LANES, Register, Warp
-
-_SLACK = 8.0
-"""How far scores, to base 2, may exceed the one that weights are relative to, before all sums are rescaled."""
-_LOWEST = float(np.finfo(np.float32).min)
 
 
 def decode_attention(
@@ -145,32 +140,6 @@ def _turns(mean: Mean, plan: Plan) -> jax.Array:
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-@dataclasses.dataclass
-class State:
-    """Softmax so far, in registers.
-
-    Attributes:
-        m: a score of each head, the same in all lanes, that none so far exceeds by more than `_SLACK`.
-        l: this lane's sum of weights of each head.
-        out: sums [pairs / 8][octets][4], a product's accumulators: see `add_values`.
-    """
-
-    m: list[Register]
-    l: list[Register]  # noqa: E741
-    out: list[list[list[Register]]]
-
-    def flat(self) -> list[Register]:
-        """All registers in order."""
-        return [*self.m, *self.l, *(x for block in self.out for part in block for x in part)]
-
-    @staticmethod
-    def from_flat(registers: list[Register], plan: Plan) -> "State":
-        """The inverse of `flat`."""
-        m, l, rest = registers[: plan.group], registers[plan.group : 2 * plan.group], registers[2 * plan.group :]  # noqa: E741
-        parts = [rest[i : i + 4] for i in range(0, len(rest), 4)]
-        return State(m, l, [parts[i : i + plan.octets] for i in range(0, len(parts), plan.octets)])
-
-
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """One split of one KV head: a block, whose warps take every `warps`-th unit.
 
@@ -189,70 +158,47 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     at = Places.of(w, shared, plan)
     # in flight while the rest is made ready
     loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
-    fragments = load_query(w, query, head, at, plan)
+    multiply = products(w, at, plan)
+    fragments = multiply.load_query(query, head)
     mean: list[Register] = []
     if plan.centred:
         mean_key, turns = inputs
         mean = begin_mean(w, mean_key, turns, head, begin, begin < end, at, plan)
     else:
         clear_tile(w, at, plan)
-    state = State(
-        [w.number(_LOWEST)] * plan.group,
-        [w.number(0)] * plan.group,
-        [[[w.number(0)] * 4 for _ in range(plan.octets)] for _ in range(plan.pairs // 8)],
-    )
+    state = State.empty(w, LOWEST, plan)
+
+    def seen_of(token: Register) -> Register:
+        return w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
 
     def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
         state = State.from_flat(carry[key.registers + value.registers + len(mean) :], plan)
         next_mean = carry[key.registers + value.registers :][: len(mean)]
         if plan.centred:
             next_mean = fill_tile(w, next_mean, at, plan)
-        token = unit * TOKENS + at.lane
-        seen = w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
-        ahead = unit + plan.warps
+        seen, ahead = seen_of(unit * TOKENS + at.lane), unit + plan.warps
         key.unpack(w, carry, unit, seen, at, plan)
         next_key = key.load(w, ahead, at, ahead < end)
         w.sync_warp()
-        multiply_keys(w, fragments, at, plan)
+        scores = multiply.multiply_keys(fragments)
         w.sync_warp()
-        weigh(w, state, seen, at, plan)
+        weights = multiply.weigh(state, scores, unit, seen_of)
         value.unpack(w, carry[key.registers :], unit, seen, at, plan)
         next_value = value.load(w, ahead, at, ahead < end)
         w.sync_warp()
-        add_values(w, state, at, plan)
+        multiply.add_values(state, weights)
         w.sync_warp()
         return [*next_key, *next_value, *next_mean, *state.flat()]
 
     carry = w.loop(begin, end, plan.warps, [*loaded, *mean, *state.flat()], attend_unit)
     state = State.from_flat(carry[len(loaded) + len(mean) :], plan)
-    publish(w, state, at, plan)
+    multiply.publish(state)
     w.sync_block()
     merge_warps(w, shared, out, m, l, plan)
 
 
 def _larger(w: Warp, a: Register, b: Register) -> Register:
     return w.select(a < b, b, a)
-
-
-def load_query(w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> list[list[list[Register]]]:
-    """The queries as `multiply_keys` wants them: [octets][steps of 8 pairs][2].
-
-    Lane (g, t) holds head g % 2 of heads 2 n, 2 n + 1 with n = (t - g / 2) % 4, at pairs 8 step + t and 8 step + 4 + t.
-    """
-    row = w.row(query, head, plan.group * plan.head_dim * 2)
-    odd = (at.t & 1) > 0
-    fragments = []
-    for octet in range(plan.octets):
-        number = at.pair_of_heads * 2 + (at.g & 1) + 8 * octet
-        there = number < plan.group
-        start = number * (plan.head_dim * 2) + ((at.t >> 1) << 2)
-        words = []
-        for pair in range(0, plan.pairs, 4):  # channels pair + t and pair + t + pairs, each with a neighbour
-            low, high = (w.load(row, start, 1, 2 * (pair + i * plan.pairs), where=there)[0] for i in range(2))
-            word = w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0))
-            words.append(w.select(there, word, w.integer(0)))
-        fragments.append([words[i : i + 2] for i in range(0, len(words), 2)])
-    return fragments
 
 
 def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
@@ -327,179 +273,3 @@ def fill_tile(w: Warp, mean: list[Register], at: Places, plan: Plan) -> list[Reg
         ahead += rotate(first, unit)
     w.sync_warp()
     return ahead
-
-
-def multiply_keys(w: Warp, fragments: list[list[list[Register]]], at: Places, plan: Plan) -> None:
-    """Multiply the queries with the tile of keys, empty it, and leave parts of scores in shared memory.
-
-    A product's 16 rows are tokens, its inner axis 8 pairs of channels, its columns (class j, head) = 2 j + head for 4
-    classes and 2 heads. A lane reads four neighbouring tokens, quad (g + 2 t) % 8, of one pair, so that the 8 lanes of
-    a phase meet all banks. A row thus mixes the quads of 4 classes of pairs; the queries are zero but for one class in
-    each column, which keeps them apart. The part of (head, class t) for quad n goes to word 4 n of scores[head][t].
-    """
-    read = at.tile + at.t * ROW + (((at.g + at.t * 2) & 7) << 4)
-    zeros = [w.integer(0)] * 4
-    for octet, steps in enumerate(fragments):
-        heads = range(8 * octet, min(plan.group, 8 * octet + 8), 2)
-        even = [[w.number(0)] * 4 for _ in heads]  # of each two heads, tokens 0 and 1 of a quad
-        odd = [[w.number(0)] * 4 for _ in heads]  # tokens 2 and 3
-        for step, operand in enumerate(steps):
-            starts = [8 * step * ROW, (8 * step + 4) * ROW]
-            low, high = (w.load_shared(read, 4, start) for start in starts)
-            if octet == plan.octets - 1:
-                for start in starts:
-                    w.store_shared(read, zeros, start)
-            for n in range(len(heads)):
-                columns = (
-                    operand if len(heads) == 1 else [w.select(at.pair_of_heads == n, x, zeros[0]) for x in operand]
-                )
-                even[n] = w.multiply_add([low[0], low[1], high[0], high[1]], columns, even[n])
-                odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
-        for n, head in enumerate(heads):
-            quad = (at.g + ((at.t + n) & 3) * 2) & 7
-            place = at.scores + at.t * ROW + (quad << 4)
-            for i in range(min(2, plan.group - head)):
-                part = [even[n][i], even[n][i + 2], odd[n][i], odd[n][i + 2]]
-                w.store_shared(place, part, (head + i) * 4 * ROW)
-
-
-def weigh(w: Warp, state: State, seen: Register, at: Places, plan: Plan) -> None:
-    """Turn scores into weights, one token per lane, and leave them in shared memory; update the statistics."""
-    column = at.scores + (at.lane << 2)
-    scores = []
-    for head in range(plan.group):
-        parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * ROW)[0]) for j in range(4)]
-        score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * plan.scale
-        scores.append(w.select(seen, score, w.number(-math.inf)))
-    larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(scores, state.m, strict=True)])
-
-    def rescale(carry: list[Register]) -> list[Register]:
-        old = State.from_flat(carry, plan)
-        m = [w.maximum(a, over_lanes(w, s, at, w.maximum)) for a, s in zip(old.m, scores, strict=True)]
-        decay = [w.exp2(a - b) for a, b in zip(old.m, m, strict=True)]
-        l = [a * d for a, d in zip(old.l, decay, strict=True)]  # noqa: E741
-        factors = [of_columns(w, decay, octet, at, plan) for octet in range(plan.octets)]
-        out = [
-            [
-                [x * f for x, f in zip(part, factor * 2, strict=True)]
-                for part, factor in zip(block, factors, strict=True)
-            ]
-            for block in old.out
-        ]
-        return State(m, l, out).flat()
-
-    new = State.from_flat(w.branch(w.any(larger), state.flat(), rescale), plan)
-    weights = [w.exp2(s - m) for s, m in zip(scores, new.m, strict=True)]
-    state.m, state.out = new.m, new.out
-    state.l = [a + b for a, b in zip(new.l, weights, strict=True)]
-    place = at.weights + (at.lane << 1)
-    for head in range(0, plan.group, 2):
-        pair = w.pack_pair(weights[head], weights[min(head + 1, plan.group - 1)])
-        for i in range(min(2, plan.group - head)):
-            w.store_shared_half(place + (head + i) * 2 * TOKENS, pair, i)
-    w.sync_warp()
-
-
-def over_lanes(w: Warp, x: Register, at: Places, combine: Callable[[Register, Register], Register]) -> Register:
-    """x of all lanes combined, in all lanes."""
-    for distance in (1, 2, 4, 8, 16):
-        x = combine(x, w.shuffle(x, at.lane ^ distance))
-    return x
-
-
-def of_columns(w: Warp, heads: list[Register], octet: int, at: Places, plan: Plan) -> list[Register]:
-    """What belongs to the heads of a lane's two columns of a product with values, of one number for each head."""
-
-    def by_t(numbers: list[Register]) -> Register:
-        picked = numbers[0]
-        for i, x in enumerate(numbers[1:], start=1):
-            picked = w.select(at.t == i, x, picked)
-        return picked
-
-    if plan.parities == 2:
-        return [by_t(heads)] * 2
-    octet_heads = heads[8 * octet : 8 * octet + 8]
-    return [by_t(octet_heads[i::2] or octet_heads) for i in range(2)]
-
-
-def add_values(w: Warp, state: State, at: Places, plan: Plan) -> None:
-    """Add the product of the weights with the tile of values to the sums, and empty the tile, unless it is then filled.
-
-    A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads. A lane reads
-    quads of tokens 2 t + i, i = 0 and 1, of pair g, the odd quad first where g is odd, so that the 8 lanes of a phase
-    meet all banks. Where there are at most 4 heads, it multiplies them in that order; the columns are then (head,
-    parity of the quad), of which a row uses the one of its own parity, and the other is dropped in the end. More heads
-    leave no column free: lanes of odd g exchange their two quads first.
-    """
-    odd = at.g & 1
-    quad = (at.t << 1) | odd
-    reads = [at.tile + at.g * ROW + ((quad ^ i) << 4) for i in range(2)]
-    row, first = ((at.g >> 1), quad) if plan.parities == 2 else (at.g, at.t << 1)
-    weights = [
-        [
-            w.load_shared(at.weights + row * (2 * TOKENS) + ((first ^ i) << 3), 2, 8 * octet * 2 * TOKENS)
-            for octet in range(plan.octets)
-        ]
-        for i in range(2)
-    ]
-    zeros = [w.integer(0)] * 4
-    for block in range(plan.pairs // 8):
-        quads = [w.load_shared(read, 4, 8 * block * ROW) for read in reads]
-        if not plan.centred:
-            for read in reads:
-                w.store_shared(read, zeros, 8 * block * ROW)
-        if plan.parities == 1:
-            quads = [[w.select(odd > 0, b, a) for a, b in zip(*pair, strict=True)] for pair in (quads, quads[::-1])]
-        for words, of_quad in zip(quads, weights, strict=True):
-            operand = [w.pick_halves(words[n], words[n + 1], half) for n in (0, 2) for half in (0, 1)]
-            for octet in range(plan.octets):
-                state.out[block][octet] = w.multiply_add(operand, of_quad[octet], state.out[block][octet])
-
-
-def publish(w: Warp, state: State, at: Places, plan: Plan) -> None:
-    """Leave a warp's result in its shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
-    odd = (at.g & 1) > 0
-    for octet in range(plan.octets):
-        for block in range(plan.pairs // 8):
-            part = state.out[block][octet]
-            for half in range(2):
-                a, b = part[2 * half : 2 * half + 2]
-                channel = at.g + (8 * block + half * plan.pairs)
-                if plan.parities == 2:
-                    w.store_shared(at.tile + (at.t * plan.head_dim + channel) * 4, [w.select(odd, b, a)])
-                else:
-                    place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
-                    w.store_shared(place, [a])
-                    w.store_shared(place, [b], plan.head_dim * 4)
-    for head in range(plan.group):
-        w.store_shared(at.scores, [state.m[head]], 4 * head)
-        w.store_shared(at.scores, [over_lanes(w, state.l[head], at, lambda a, b: a + b)], 4 * (16 + head))
-
-
-def merge_warps(w: Warp, shared: Register, out: Any, m: Any, l: Any, plan: Plan) -> None:  # noqa: E741
-    """Merge what the block's warps have published, and write it to global memory."""
-    block, threads, size = w.block(), plan.warps * LANES, plan.group * plan.head_dim
-    out, m, l = (w.row(x, block, 4 * n) for x, n in ((out, size), (m, plan.group), (l, plan.group)))  # noqa: E741
-    for start in range(0, size, threads):
-        element = w.warp() * LANES + w.lane() + start
-        there = element < size
-        element = w.select(there, element, w.integer(0))
-        head = element // plan.head_dim
-        sums, statistics = shared + (element << 2), shared + (head << 2)
-
-        def read(address: Register, constant: int, warp: int) -> Register:
-            return w.as_float(w.load_shared(address, 1, warp * plan.warp_bytes + constant)[0])
-
-        warps = range(plan.warps)
-        largest = [read(statistics, plan.tile_bytes, warp) for warp in warps]
-        top = functools.reduce(w.maximum, largest)
-        weights = [w.exp2(x - top) for x in largest]
-        total, part = w.number(0), w.number(0)
-        for warp, weight in enumerate(weights):
-            total = total + weight * read(statistics, plan.tile_bytes + 64, warp)
-            part = part + weight * read(sums, 0, warp)
-        natural = w.select(top > _LOWEST, top * math.log(2), w.number(_LOWEST))
-        w.store(out, element << 2, w.as_bits(part), where=there)
-        first = w.select(there, element % plan.head_dim, w.integer(1)) == 0
-        w.store(m, head << 2, w.as_bits(natural), where=first)
-        w.store(l, head << 2, w.as_bits(total), where=first)

@@ -1,4 +1,4 @@
-"""What decode attention through Mosaic GPU is compiled for, and what each of its warps has in shared memory."""
+"""What decode attention through Mosaic GPU is compiled for, and what each of its warps has in memory and registers."""
 
 import dataclasses
 
@@ -71,9 +71,14 @@ class Plan:
         return -(-self.group // 8)
 
     @property
-    def parities(self) -> int:
-        """Classes of tokens that a product with values keeps apart, where its 8 columns outnumber the heads."""
-        return 2 if self.group <= 4 else 1
+    def many_heads(self) -> bool:
+        """Which products: see `mosaic_products`."""
+        return self.group > 4
+
+    @property
+    def statistics(self) -> int:
+        """Registers that hold a lane's m, and its l."""
+        return self.octets if self.many_heads else self.group
 
     @property
     def tile_bytes(self) -> int:
@@ -82,8 +87,8 @@ class Plan:
 
     @property
     def scores_bytes(self) -> int:
-        """Of the parts of scores [G, 4, TOKENS], float32."""
-        return self.group * 4 * TOKENS * 4
+        """Of the parts of scores [G, 4, TOKENS], float32, where they go through memory; room for m and l [2, 16]."""
+        return 2 * 16 * 4 if self.many_heads else self.group * 4 * TOKENS * 4
 
     @property
     def warp_bytes(self) -> int:
@@ -92,8 +97,8 @@ class Plan:
 
     @property
     def weights_bytes(self) -> int:
-        """Of the weights [heads, TOKENS], 16 bits each."""
-        return 8 * self.octets * TOKENS * 2
+        """Of the weights [heads, TOKENS], 16 bits each, where they go through memory."""
+        return 0 if self.many_heads else 4 * TOKENS * 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +123,6 @@ class Places:
         """The first of the two quads of tokens that this lane fills with a mean: see `begin_mean`."""
         return self.t + ((self.g & 1) << 2)
 
-    @property
-    def pair_of_heads(self) -> Register:
-        """N where this lane holds queries of heads 2 n and 2 n + 1 of an octet: see `load_query`."""
-        return (self.t + 4 - (self.g >> 1)) & 3
-
     @staticmethod
     def of(w: Warp, shared: Register, plan: Plan) -> "Places":
         """Places of warp w in memory that begins at `shared`."""
@@ -131,3 +131,46 @@ class Places:
         scores = tile + plan.tile_bytes
         weights = scores + plan.scores_bytes
         return Places(tile, scores, weights, weights + plan.weights_bytes, lane, lane >> 2, lane & 3)
+
+
+@dataclasses.dataclass
+class State:
+    """Softmax so far, in registers.
+
+    Attributes:
+        m: a score of each head, that none so far exceeds by more than a little; see `mosaic_products`. With few heads
+            one register per head, the same in all lanes; with many one per octet, of head g.
+        l: this lane's sum of weights of each head, or of head g of each octet.
+        out: sums [pairs / 8][octets][4], the accumulators of a product with values.
+    """
+
+    m: list[Register]
+    l: list[Register]  # noqa: E741
+    out: list[list[list[Register]]]
+
+    @staticmethod
+    def empty(w: Warp, lowest: float, plan: Plan) -> "State":
+        """Of no tokens."""
+        out = [[[w.number(0)] * 4 for _ in range(plan.octets)] for _ in range(plan.pairs // 8)]
+        return State([w.number(lowest)] * plan.statistics, [w.number(0)] * plan.statistics, out)
+
+    def flat(self) -> list[Register]:
+        """All registers in order."""
+        return [*self.m, *self.l, *(x for block in self.out for part in block for x in part)]
+
+    @staticmethod
+    def from_flat(registers: list[Register], plan: Plan) -> "State":
+        """The inverse of `flat`."""
+        n = plan.statistics
+        m, l, rest = registers[:n], registers[n : 2 * n], registers[2 * n :]  # noqa: E741
+        parts = [rest[i : i + 4] for i in range(0, len(rest), 4)]
+        return State(m, l, [parts[i : i + plan.octets] for i in range(0, len(parts), plan.octets)])
+
+    def rescaled(self, m: list[Register], decay: list[Register], columns: list[list[Register]]) -> "State":
+        """Relative to new m: l times `decay`, of the same heads, and sums times `columns` [octets][4]."""
+        l = [a * b for a, b in zip(self.l, decay, strict=True)]  # noqa: E741
+        out = [
+            [[x * f for x, f in zip(*both, strict=True)] for both in zip(block, columns, strict=True)]
+            for block in self.out
+        ]
+        return State(m, l, out)

@@ -74,7 +74,7 @@ CASES = {
     "8 query heads, slots in fours": Case(128, F16, 8, 0.72, 0.96, 96, 1, [RAGGED[0], Sequence("unequal", 5, 96)]),
     "dense keys": Case(128, F16, 2, 0, 0.5, 256, 2, RAGGED),
     "dense values": Case(64, BF16, 3, 0.5, 0, 256, 3, RAGGED),
-    "centred": Case(128, BF16, 2, 0.5, 0.5, 320, 1, [*RAGGED, Sequence("magnitude", 40, 310)], centred=True),
+    "centred": Case(128, BF16, 4, 0.5, 0.5, 320, 1, [*RAGGED, Sequence("magnitude", 40, 310)], centred=True),
     "centred, all held": Case(64, F16, 5, 0.7, 0.01, 230, 2, RAGGED, centred=True),
 }
 

@@ -61,6 +61,6 @@ def test_wants_one_side_packed():
 
 def test_says_when_a_block_is_too_large():
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-    call = functools.partial(kernels.attend_rows, scale=0.1, params=MosaicParams(1, warps=16))
+    call = functools.partial(kernels.attend_rows, scale=0.1, params=MosaicParams(1, warps=28))
     with pytest.raises(ValueError, match="fewer warps"):
         jax.eval_shape(call, *specs(1, 1, 16, 64, 128, 40, 40, BF16), lengths, lengths)

@@ -1,0 +1,356 @@
+"""Queries times keys, softmax, weights times values: what a warp does with a tile, for few and for many query heads.
+
+With up to 4 query heads per KV head, tokens are the rows of the product with keys, and a lane weighs one token for
+every head: scores and weights go through shared memory. With more, queries are the rows, and a lane weighs 8 tokens for
+one head: all stays in registers, in the order in which the product with values wants it. docs/kernels.md says what
+either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and t below are these two.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Places, Plan, State
+from mustafar_jax.pallas_kernels.warp import LANES, Register, Warp
+
+LOWEST = float(np.finfo(np.float32).min)
+_SLACK = 8.0
+"""How far scores, to base 2, may exceed the one that weights are relative to, before all sums are rescaled."""
+
+SeenOf = Callable[[Register], Register]
+"""Which tokens, given by their rows, are to be attended."""
+
+
+class Products(Protocol):
+    """Of one warp. Between two of the steps, other lanes' shared memory is to be waited for (`Warp.sync_warp`)."""
+
+    def load_query(self, query: Any, head: Register) -> list[Register]:
+        """The queries of a KV head, as `multiply_keys` wants them."""
+
+    def multiply_keys(self, query: list[Register]) -> list[Register]:
+        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants, not scaled yet."""
+
+    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
+        """Turn a unit's scores into weights, and update the statistics; what `add_values` wants."""
+
+    def add_values(self, state: State, weights: list[Register]) -> None:
+        """Add weights times the tile of values to the sums, and empty the tile, unless it is then filled."""
+
+    def publish(self, state: State) -> None:
+        """Leave the result in shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
+
+
+def products(w: Warp, at: Places, plan: Plan) -> Products:
+    """Those that a plan wants."""
+    return (ManyHeads if plan.many_heads else FewHeads)(w, at, plan)
+
+
+class _Common:
+    """What both have."""
+
+    def __init__(self, w: Warp, at: Places, plan: Plan) -> None:
+        self.w, self.at, self.plan = w, at, plan
+
+    def read_keys(self, step: int, quad: Register, clear: bool) -> list[list[Register]]:
+        """Of 8 pairs, a quad of tokens of pairs t and 4 + t, a word each; emptied if `clear`."""
+        w, at = self.w, self.at
+        read = at.tile + at.t * ROW + (quad << 4)
+        starts = [8 * step * ROW, (8 * step + 4) * ROW]
+        words = [w.load_shared(read, 4, start) for start in starts]
+        for start in starts if clear else []:
+            w.store_shared(read, [w.integer(0)] * 4, start)
+        return words
+
+    def read_values(self, block: int) -> list[list[Register]]:
+        """Quads 2 t and 2 t + 1 of pair g, the odd one first where g is odd, so that a phase meets all banks."""
+        w, at = self.w, self.at
+        quad = (at.t << 1) | (at.g & 1)
+        reads = [at.tile + at.g * ROW + ((quad ^ i) << 4) for i in range(2)]
+        quads = [w.load_shared(read, 4, 8 * block * ROW) for read in reads]
+        if not self.plan.centred:
+            for read in reads:
+                w.store_shared(read, [w.integer(0)] * 4, 8 * block * ROW)
+        return quads
+
+    def channels(self, words: list[Register]) -> list[Register]:
+        """Four tokens of a pair as a product's operand, whose rows are channels: low ones, then high ones."""
+        return [self.w.pick_halves(words[n], words[n + 1], half) for n in (0, 2) for half in (0, 1)]
+
+    def over_lanes(
+        self, x: Register, distances: tuple[int, ...], combine: Callable[[Register, Register], Register]
+    ) -> Register:
+        """x of the lanes that differ in these bits combined, in all of them."""
+        for distance in distances:
+            x = combine(x, self.w.shuffle(x, self.at.lane ^ distance))
+        return x
+
+
+class FewHeads(_Common):
+    """Up to 4 query heads; the product with keys has tokens as rows.
+
+    Its inner axis is 8 pairs of channels, its columns (class j, head) = 2 j + head for 4 classes and 2 heads. A lane
+    reads quad (g + 2 t) % 8 of pair t, so that the 8 lanes of a phase meet all banks. A row thus mixes the quads of 4
+    classes of pairs; the queries are zero but for one class in each column, which keeps them apart.
+    """
+
+    def load_query(self, query: Any, head: Register) -> list[Register]:
+        """Of each 8 pairs two words.
+
+        Lane (g, t) holds head g % 2 of heads 2 n, 2 n + 1 with n = (t - g / 2) % 4, at pairs 8 step + t and 8 step + 4
+        + t.
+        """
+        number = self._pair_of_heads() * 2 + (self.at.g & 1)
+        return load_query_head(self.w, query, head, number, self.at, self.plan)
+
+    def _pair_of_heads(self) -> Register:
+        """N where this lane holds queries of heads 2 n and 2 n + 1."""
+        return (self.at.t + 4 - (self.at.g >> 1)) & 3
+
+    def multiply_keys(self, query: list[Register]) -> list[Register]:
+        """Leaves parts of scores in shared memory: of (head, class t) for quad n in word 4 n of scores[head][t]."""
+        w, at, plan = self.w, self.at, self.plan
+        heads = range(0, plan.group, 2)
+        even, odd = ([[w.number(0)] * 4 for _ in heads] for _ in range(2))  # tokens 0 and 1 of a quad; 2 and 3
+        for step in range(plan.pairs // 8):
+            low, high = self.read_keys(step, (at.g + at.t * 2) & 7, clear=True)
+            operand = query[2 * step : 2 * step + 2]
+            for n in range(len(heads)):
+                columns = operand
+                if len(heads) > 1:
+                    columns = [w.select(self._pair_of_heads() == n, x, w.integer(0)) for x in operand]
+                even[n] = w.multiply_add([low[0], low[1], high[0], high[1]], columns, even[n])
+                odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
+        for n, head in enumerate(heads):
+            quad = (at.g + ((at.t + n) & 3) * 2) & 7
+            place = at.scores + at.t * ROW + (quad << 4)
+            for i in range(min(2, plan.group - head)):
+                part = [even[n][i], even[n][i + 2], odd[n][i], odd[n][i + 2]]
+                w.store_shared(place, part, (head + i) * 4 * ROW)
+        return []
+
+    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
+        """A token per lane; leaves the weights in shared memory."""
+        w, at, plan = self.w, self.at, self.plan
+        seen, column = seen_of(unit * TOKENS + at.lane), at.scores + (at.lane << 2)
+        for head in range(plan.group):
+            parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * ROW)[0]) for j in range(4)]
+            score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * plan.scale
+            scores = [*scores, w.select(seen, score, w.number(-math.inf))]
+        larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(scores, state.m, strict=True)])
+
+        def rescale(carry: list[Register]) -> list[Register]:
+            old = State.from_flat(carry, plan)
+            largest = [self.over_lanes(s, (1, 2, 4, 8, 16), w.maximum) for s in scores]
+            m = [w.maximum(a, b) for a, b in zip(old.m, largest, strict=True)]
+            decay = [w.exp2(a - b) for a, b in zip(old.m, m, strict=True)]
+            return old.rescaled(m, decay, [[self._of_column(decay)] * 4]).flat()
+
+        new = State.from_flat(w.branch(w.any(larger), state.flat(), rescale), plan)
+        weights = [w.exp2(s - m) for s, m in zip(scores, new.m, strict=True)]
+        state.m, state.out = new.m, new.out
+        state.l = [a + b for a, b in zip(new.l, weights, strict=True)]
+        place = at.weights + (at.lane << 1)
+        for head in range(0, plan.group, 2):
+            pair = w.pack_pair(weights[head], weights[min(head + 1, plan.group - 1)])
+            for i in range(min(2, plan.group - head)):
+                w.store_shared_half(place + (head + i) * 2 * TOKENS, pair, i)
+        w.sync_warp()
+        return []
+
+    def _of_column(self, heads: list[Register]) -> Register:
+        """What belongs to the head of a lane's columns of a product with values, of one number for each head."""
+        picked = heads[0]
+        for i, x in enumerate(heads[1:], start=1):
+            picked = self.w.select(self.at.t == i, x, picked)
+        return picked
+
+    def add_values(self, state: State, weights: list[Register]) -> None:
+        """A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens.
+
+        Its columns are (head, parity of the quad), of which a row uses the one of its own parity, since lanes of odd g
+        read the odd quad first; the other one is dropped in the end.
+        """
+        w, at, plan = self.w, self.at, self.plan
+        row = at.weights + (at.g >> 1) * (2 * TOKENS)
+        first = (at.t << 1) | (at.g & 1)
+        of_quads = [w.load_shared(row + ((first ^ i) << 3), 2) for i in range(2)]
+        for block in range(plan.pairs // 8):
+            for words, of_quad in zip(self.read_values(block), of_quads, strict=True):
+                state.out[block][0] = w.multiply_add(self.channels(words), of_quad, state.out[block][0])
+
+    def publish(self, state: State) -> None:
+        """Each lane's row has one column of its own parity."""
+        w, at, plan = self.w, self.at, self.plan
+        odd = (at.g & 1) > 0
+        for block, [part] in enumerate(state.out):
+            for half in range(2):
+                channel = at.g + (8 * block + half * plan.pairs)
+                x = w.select(odd, part[2 * half + 1], part[2 * half])
+                w.store_shared(at.tile + (at.t * plan.head_dim + channel) * 4, [x])
+        for head in range(plan.group):
+            w.store_shared(at.scores, [state.m[head]], 4 * head)
+            total = self.over_lanes(state.l[head], (1, 2, 4, 8, 16), lambda a, b: a + b)
+            w.store_shared(at.scores, [total], 4 * (16 + head))
+
+
+class ManyHeads(_Common):
+    """5 to 16 query heads, 8 at a time: an octet; the product with keys has queries as rows.
+
+    Its rows are (class, head) = 8 class + head for 2 of 4 classes, its inner axis 8 pairs of channels, its columns
+    quads, of which it takes one token. A lane reads quad (g + 2 t) % 8 of pair t, so that the 8 lanes of a phase meet
+    all banks. A column thus mixes the quads of 4 classes of pairs; a row's query is zero but for one class. Class t has
+    quad n in column (n - 2 t) % 8: lanes hand their parts on, t to t + 1, until quads 2 t and 2 t + 1 are whole. A lane
+    then has their 8 tokens for head g, in the order in which the product with values takes them.
+    """
+
+    def load_query(self, query: Any, head: Register) -> list[Register]:
+        """Of each octet and each 8 pairs two words: head g at pairs 8 step + t and 8 step + 4 + t."""
+        octets = (
+            load_query_head(self.w, query, head, self.at.g + 8 * octet, self.at, self.plan)
+            for octet in range(self.plan.octets)
+        )
+        return [x for words in octets for x in words]
+
+    def multiply_keys(self, query: list[Register]) -> list[Register]:
+        """Scores [octets][2][4] of quads 2 t and 2 t + 1."""
+        octets, size = self.plan.octets, len(query) // self.plan.octets
+        scores = []
+        for octet in range(octets):
+            parts = self._parts(query[octet * size :][:size], last=octet == octets - 1)
+            scores += self._hand_on(parts)
+        return scores
+
+    def _parts(self, query: list[Register], last: bool) -> list[list[list[Register]]]:
+        """Products [2 of classes][4 tokens of a quad]; the tile is emptied if this is the last octet."""
+        w, at = self.w, self.at
+        parts = [[[w.number(0)] * 4 for _ in range(4)] for _ in range(2)]
+        for step in range(self.plan.pairs // 8):
+            low, high = self.read_keys(step, (at.g + at.t * 2) & 7, clear=last)
+            words = query[2 * step : 2 * step + 2]
+            for two, of_tokens in enumerate(parts):
+                a = [w.select(at.t == 2 * two + i, x, w.integer(0)) for x in words for i in range(2)]
+                for token, columns in enumerate(zip(low, high, strict=True)):
+                    of_tokens[token] = w.multiply_add(a, columns, of_tokens[token])
+        return parts
+
+    def _hand_on(self, parts: list[list[list[Register]]]) -> list[Register]:
+        """The classes' parts added up, [2 quads][4 tokens]."""
+        w, at = self.w, self.at
+        before = (at.lane & 28) | ((at.t + 3) & 3)
+        whole = []
+        for quad in range(2):
+            for token in range(4):
+                of_classes = [parts[c // 2][token][2 * (c % 2) + quad] for c in range(4)]
+                total = of_classes[3]
+                for part in of_classes[2::-1]:
+                    total = w.shuffle(total, before) + part
+                whole.append(total)
+        return whole
+
+    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
+        """Weights [octets][2 quads][2], two tokens to a word."""
+        w, at, plan = self.w, self.at, self.plan
+        seen = seen_of(unit * TOKENS + at.lane)
+
+        def hide(scores: list[Register]) -> list[Register]:
+            tokens = [unit * TOKENS + (at.t << 3) + i for i in range(8)]
+            return [
+                w.select(seen_of(token), x, w.number(-math.inf))
+                for token, x in zip(tokens * plan.octets, scores, strict=True)
+            ]
+
+        scores = [x * plan.scale for x in scores]
+        scores = w.branch(w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), scores, hide)
+        of_octets = [scores[i : i + 8] for i in range(0, len(scores), 8)]
+        largest = [functools.reduce(w.maximum, x) for x in of_octets]
+        larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(largest, state.m, strict=True)])
+
+        def rescale(carry: list[Register]) -> list[Register]:
+            old = State.from_flat(carry, plan)
+            m = [w.maximum(a, self.over_lanes(s, (1, 2), w.maximum)) for a, s in zip(old.m, largest, strict=True)]
+            decay = [w.exp2(a - b) for a, b in zip(old.m, m, strict=True)]
+            # of the heads of a lane's two columns of a product with values, 2 t and 2 t + 1
+            columns = [[w.shuffle(x, (at.t << 3) + 4 * i) for i in range(2)] * 2 for x in decay]
+            return old.rescaled(m, decay, columns).flat()
+
+        new = State.from_flat(w.branch(w.any(larger), state.flat(), rescale), plan)
+        weights = [[w.exp2(s - m) for s in x] for x, m in zip(of_octets, new.m, strict=True)]
+        state.m, state.out = new.m, new.out
+        state.l = [functools.reduce(lambda a, b: a + b, x, total) for x, total in zip(weights, new.l, strict=True)]
+        return [w.pack_pair(x[i], x[i + 1]) for x in weights for i in range(0, 8, 2)]
+
+    def add_values(self, state: State, weights: list[Register]) -> None:
+        """A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads.
+
+        No column is left for parities, so lanes of odd g exchange their two quads first.
+        """
+        w, plan = self.w, self.plan
+        odd = (self.at.g & 1) > 0
+        for block in range(plan.pairs // 8):
+            quads = self.read_values(block)
+            swapped = [[w.select(odd, b, a) for a, b in zip(*pair, strict=True)] for pair in (quads, quads[::-1])]
+            for i, words in enumerate(swapped):
+                operand = self.channels(words)
+                for octet in range(plan.octets):
+                    of_quad = weights[4 * octet + 2 * i :][:2]
+                    state.out[block][octet] = w.multiply_add(operand, of_quad, state.out[block][octet])
+
+    def publish(self, state: State) -> None:
+        """Each lane has two heads of its channels."""
+        w, at, plan = self.w, self.at, self.plan
+        for octet in range(plan.octets):
+            for block in range(plan.pairs // 8):
+                part = state.out[block][octet]
+                for half in range(2):
+                    channel = at.g + (8 * block + half * plan.pairs)
+                    place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
+                    for i in range(2):
+                        w.store_shared(place, [part[2 * half + i]], i * plan.head_dim * 4)
+            total = self.over_lanes(state.l[octet], (1, 2), lambda a, b: a + b)
+            for i, x in enumerate((state.m[octet], total)):
+                w.store_shared(at.scores + (at.g << 2), [x], 4 * (16 * i + 8 * octet))
+
+
+def load_query_head(w: Warp, query: Any, head: Register, number: Register, at: Places, plan: Plan) -> list[Register]:
+    """Words (p, p + pairs) of query head `number`, zeros if there is none, at pairs 8 step + t and 8 step + 4 + t."""
+    row = w.row(query, head, plan.group * plan.head_dim * 2)
+    odd, there = (at.t & 1) > 0, number < plan.group
+    start = number * (plan.head_dim * 2) + ((at.t >> 1) << 2)
+    words = []
+    for pair in range(0, plan.pairs, 4):  # channels pair + t and pair + t + pairs, each with a neighbour
+        low, high = (w.load(row, start, 1, 2 * (pair + i * plan.pairs), where=there)[0] for i in range(2))
+        word = w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0))
+        words.append(w.select(there, word, w.integer(0)))
+    return words
+
+
+def merge_warps(w: Warp, shared: Register, out: Any, m: Any, l: Any, plan: Plan) -> None:  # noqa: E741
+    """Merge what the block's warps have published, and write it to global memory."""
+    block, threads, size = w.block(), plan.warps * LANES, plan.group * plan.head_dim
+    out, m, l = (w.row(x, block, 4 * n) for x, n in ((out, size), (m, plan.group), (l, plan.group)))  # noqa: E741
+    for start in range(0, size, threads):
+        element = w.warp() * LANES + w.lane() + start
+        there = element < size
+        element = w.select(there, element, w.integer(0))
+        head = element // plan.head_dim
+        sums, statistics = shared + (element << 2), shared + (head << 2)
+
+        def read(address: Register, constant: int, warp: int) -> Register:
+            return w.as_float(w.load_shared(address, 1, warp * plan.warp_bytes + constant)[0])
+
+        warps = range(plan.warps)
+        largest = [read(statistics, plan.tile_bytes, warp) for warp in warps]
+        top = functools.reduce(w.maximum, largest)
+        weights = [w.exp2(x - top) for x in largest]
+        total, part = w.number(0), w.number(0)
+        for warp, weight in enumerate(weights):
+            total = total + weight * read(statistics, plan.tile_bytes + 64, warp)
+            part = part + weight * read(sums, 0, warp)
+        natural = w.select(top > LOWEST, top * math.log(2), w.number(LOWEST))
+        w.store(out, element << 2, w.as_bits(part), where=there)
+        first = w.select(there, element % plan.head_dim, w.integer(1)) == 0
+        w.store(m, head << 2, w.as_bits(natural), where=first)
+        w.store(l, head << 2, w.as_bits(total), where=first)
