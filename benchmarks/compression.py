@@ -36,6 +36,9 @@ from mustafar_jax.rope import rotate
 SHAPES = {"A": A, "B": B, "tiny": Shape("tiny", 2, 2, 2, 192, 64)}
 SCOPES = ["append", "decode_attention"]
 
+Ranking = tuple[jax.Array | None, jax.Array | None]
+"""A mean key and weights [B, K, H], where the rule has them."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
@@ -78,25 +81,28 @@ class Prompt:
         size = (shape.batch, shape.tokens, shape.kv_heads, shape.head_dim)
         return [jax.random.normal(key, size, DTYPE) for key in jax.random.split(jax.random.key(0))]
 
-    def mean(self) -> jax.Array | None:
-        """The mean key [B, K, H] where keys are centred."""
+    def ranking(self) -> Ranking:
+        """The mean key [B, K, H] where keys are centred, and their weights [B, K, H] where they are weighed."""
         size = (self.shape.batch, self.shape.kv_heads, self.shape.head_dim)
-        return jax.random.normal(jax.random.key(1), size) if self.config.center_keys else None
+        mean = jax.random.normal(jax.random.key(1), size) if self.config.center_keys else None
+        weight = jax.random.uniform(jax.random.key(3), size, minval=0.1) if self.config.weigh_keys else None
+        return mean, weight
 
     def abstract(self) -> tuple[Any, Any, Any]:
-        """Targets, tokens and mean as shapes."""
-        return jax.eval_shape(lambda: (self.targets(), self.tokens(), self.mean()))
+        """Targets, tokens, and what keys are ranked with, as shapes."""
+        return jax.eval_shape(lambda: (self.targets(), self.tokens(), self.ranking()))
 
-    def pack(self, targets: list[Packed], tokens: list[jax.Array], mean: jax.Array | None) -> list[Packed]:
+    def pack(self, targets: list[Packed], tokens: list[jax.Array], ranking: Ranking) -> list[Packed]:
         """The targets with all tokens in them."""
-        zeros = jnp.zeros(self.shape.batch, jnp.int32)
+        (mean, weight), zeros = ranking, jnp.zeros(self.shape.batch, jnp.int32)
         taken_off = None if mean is None else Mean(mean, jnp.asarray(self.shape.inv_freq, jnp.float32), 0)
         rescale = self.config.rescale_values
-        prunes = [Prune(tokens[0], targets[0], taken_off), Prune(tokens[1], targets[1], rescale=rescale)]
+        keys = Prune(tokens[0], targets[0], taken_off, weight=weight)
+        prunes = [keys, Prune(tokens[1], targets[1], rescale=rescale)]
         rows = self.shape.tokens
         return prune_pack(prunes, zeros, zeros, zeros + rows, rows=rows, head_axis=2, interpret=self.interpret)
 
-    def error(self, packed: list[Packed], tokens: list[jax.Array], mean: jax.Array | None) -> jax.Array:
+    def error(self, packed: list[Packed], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
         """How wrong packed rows are, 0 if not at all: the worst of keys and values.
 
         The sum of two: ||packed - expected|| / ||expected||, where what is expected has the mask that was found; and by
@@ -106,11 +112,14 @@ class Prompt:
         inv_freq, rescale = jnp.asarray(self.shape.inv_freq, jnp.float32), self.config.rescale_values
 
         def one(arguments: Any) -> jax.Array:
-            packed, (key, value), mean = arguments
-            ranked = key
+            packed, (key, value), (mean, weight) = arguments
+            ranked = key.astype(jnp.float32)
             if mean is not None:
                 turned = rotate(mean[None], jnp.arange(key.shape[0]), inv_freq)
-                ranked = (key.astype(jnp.float32) - turned).astype(key.dtype)
+                ranked -= turned
+            if weight is not None:
+                ranked *= weight
+            ranked = ranked.astype(key.dtype)
             sums = []
             for rows, x, by, rescaled in zip(packed, (key, value), (ranked, value), (False, rescale), strict=True):
                 found = mj.BitmapArray(rows.bitmap, rows.values, jnp.zeros((), bool), x.shape[0])
@@ -122,7 +131,7 @@ class Prompt:
             return jnp.stack(sums)
 
         by_head = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:]), (packed, [x.swapaxes(1, 2) for x in tokens], mean)
+            lambda x: x.reshape(-1, *x.shape[2:]), (packed, [x.swapaxes(1, 2) for x in tokens], ranking)
         )
         sums = lax.map(one, by_head).sum(axis=0)
         return (jnp.sqrt(sums[:, 0] / sums[:, 1]) + jnp.abs(1 - sums[:, 2] / sums[:, 3])).max()
@@ -142,22 +151,22 @@ def measure_prompts(shape: Shape, options: argparse.Namespace, bandwidth: float)
 
 
 def _prompt_jobs(prompt: Prompt) -> dict[Any, jax.stages.Lowered | Exception]:
-    targets, tokens, mean = prompt.abstract()
+    targets, tokens, ranking = prompt.abstract()
     return {
-        ("pack", prompt): device_time.lowered(jax.jit(prompt.pack, donate_argnums=0), targets, tokens, mean),
-        ("error", prompt): device_time.lowered(jax.jit(prompt.error), targets, tokens, mean),
+        ("pack", prompt): device_time.lowered(jax.jit(prompt.pack, donate_argnums=0), targets, tokens, ranking),
+        ("error", prompt): device_time.lowered(jax.jit(prompt.error), targets, tokens, ranking),
     }
 
 
 def measure_prompt(prompt: Prompt, programs: dict[Any, Any]) -> Row:
     """Microseconds of a call, if it is right."""
-    pack, tokens, mean = programs["pack", prompt], prompt.tokens(), prompt.mean()
-    packed = device_time.run(pack, prompt.targets(), tokens, mean)
-    error = float(device_time.run(programs["error", prompt], packed, tokens, mean))
+    pack, tokens, ranking = programs["pack", prompt], prompt.tokens(), prompt.ranking()
+    packed = device_time.run(pack, prompt.targets(), tokens, ranking)
+    error = float(device_time.run(programs["error", prompt], packed, tokens, ranking))
     if not error < TOLERANCE:
         return {"us": None, "error": error, "reason": f"wrong: error ratio {error:.1e}"}
-    packed, clock = time_chain(pack, packed, tokens, mean)
-    seconds = device_time.profile(pack, packed, tokens, mean, scopes=())[1]["rest"]
+    packed, clock = time_chain(pack, packed, tokens, ranking)
+    seconds = device_time.profile(pack, packed, tokens, ranking, scopes=())[1]["rest"]
     return {
         "error": error,
         "us": seconds * 1e6 or clock,

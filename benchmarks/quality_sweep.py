@@ -100,6 +100,7 @@ def caches() -> list[Cache]:
         found += [
             Cache("magnitude", "K+V", Config(s, s)),
             Cache("recommended", "K+V", Config.recommended(s, s)),
+            Cache("recommended, unweighed", "K+V", Config.recommended(s, s, weigh_keys=False)),
             Cache("recommended, output-aware", "K+V", Config.recommended(s, s, k_method="output_aware")),
         ]
     for s in (0.5, 0.7):
@@ -110,6 +111,11 @@ def caches() -> list[Cache]:
     found += [
         Cache("magnitude, 19 of 64", "K+V", Counted(0.7, 0.7, count=19)),
         Cache("recommended, 13 of 64", "K+V", Counted.recommended(0.75, 0.75, count=13)),
+        Cache(
+            "recommended, unweighed, 13 of 64",
+            "K+V",
+            Counted.recommended(0.75, 0.75, weigh_keys=False, count=13),
+        ),
         Cache(
             "recommended, output-aware, 13 of 64",
             "K+V",

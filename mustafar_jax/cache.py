@@ -16,7 +16,7 @@ from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, kernels_or_xla
-from mustafar_jax.pruning import RECENT, Context, Method, rescale_to_norm
+from mustafar_jax.pruning import RECENT, Context, Method, query_weight, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
 
@@ -114,6 +114,7 @@ class LayerCache:
             values=_empty_store(config, config.v_sparsity, value_slots, capacity, leading, head_dim, dtype),
             queries=_empty_queries(config, batch, num_heads, num_kv_heads, head_dim, dtype),
             key_mean=None if frequencies is None else jnp.zeros((*leading, head_dim), jnp.float32),
+            key_weight=jnp.ones((*leading, head_dim), jnp.float32) if config.weigh_keys and config.k_sparsity else None,
             inv_freq=frequencies,
             **common,
         )
@@ -125,7 +126,7 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, all of them: packed and dense parts, bitmaps, means, lengths and flags."""
+        """Bytes held, all of them: packed and dense parts, bitmaps, means, weights, lengths, flags."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -165,8 +166,9 @@ def prefill(
         cache: the cache; what its sequences (those in `rows`) held is replaced.
         key, value: [B, S, K, H] in the cache's dtype, keys after RoPE at positions 0 .. S - 1; padded on the right.
         lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None.
-        query: [B, S, N, H] after RoPE, needed (and read) where a method scores with the most recent queries. Where it
-            scores with their attention, that is over all earlier tokens, whatever sliding window the model has.
+        query: [B, S, N, H] after RoPE, needed (and read) where keys are weighed, or a method scores with the most
+            recent queries. Where it scores with their attention, that is over all earlier tokens, whatever sliding
+            window the model has.
         rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None. The named
             sequences' part of the cache is copied once.
         implementation: who prunes and packs: "triton" (NVIDIA GPUs, bfloat16 and float16, by magnitude), "xla", a
@@ -183,6 +185,7 @@ def prefill(
     batch = cache.batch if rows is None else _check_rows(rows, cache.batch)
     check_kv(cache, key, value, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
     check_query(cache, query, key.shape[:2], "[B, S, N, H]")
+    _check_weighing_query(cache, query, key.shape[:2])
     if key.shape[1] > cache.capacity:
         raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
     lengths = check_lengths(lengths, batch, key.shape[1])
@@ -319,7 +322,9 @@ class _Leaving:
         return jnp.take_along_axis(x, row, axis=1).swapaxes(1, 2)
 
 
-@_register(data_fields=["keys", "values", "key_mean", "queries", *_COUNTS], meta_fields=["inv_freq", *_STATIC])
+@_register(
+    data_fields=["keys", "values", "key_mean", "key_weight", "queries", *_COUNTS], meta_fields=["inv_freq", *_STATIC]
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedCache(LayerCache):
     """A cache whose older tokens are pruned and packed. Head-major, so that no step transposes it.
@@ -336,6 +341,8 @@ class PackedCache(LayerCache):
         keys, values: what is held of each.
         key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
             centred. An entry that a packed key does not hold stands for this mean's, rotated to the key's position.
+        key_weight: float32 [B, K, H], by which entries of keys are weighed when they are ranked, fixed by `prefill`;
+            None unless keys are weighed.
         queries: [B, N, 32, H], the most recent queries, each in slot position % 32; None unless a method scores with
             them.
         inv_freq: the RoPE frequencies that rotate `key_mean`; static.
@@ -344,6 +351,7 @@ class PackedCache(LayerCache):
     keys: Store
     values: Store
     key_mean: jax.Array | None
+    key_weight: jax.Array | None
     queries: jax.Array | None
     inv_freq: tuple[float, ...] | None
 
@@ -408,6 +416,9 @@ class PackedCache(LayerCache):
         if cache.queries is not None:
             assert query is not None
             cache = dataclasses.replace(cache, queries=_recent_queries(cache, query))
+        if cache.key_weight is not None:
+            assert query is not None
+            cache = dataclasses.replace(cache, key_weight=_key_weight(cache, query))
         cache = dataclasses.replace(
             cache,
             keys=Store(cache._dense_part(key), _without_overflow(self.keys.packed)),
@@ -515,13 +526,10 @@ class PackedCache(LayerCache):
     def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, context: Context) -> tuple[Rows, Rows]:
         """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
         config = self.config
-        ranked = key
-        if self.key_mean is not None:
-            ranked = (key.astype(jnp.float32) - self.mean_key(positions)).astype(key.dtype)
         return (
             _prune(
                 key,
-                ranked,
+                self._ranked(key, positions),
                 context,
                 config.key_method,
                 config.k_sparsity,
@@ -538,6 +546,17 @@ class PackedCache(LayerCache):
                 rescale=config.rescale_values,
             ),
         )
+
+    def _ranked(self, key: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the entries of keys [B, K, n, H] at positions [B, n] are chosen by, in their dtype."""
+        if self.key_mean is None and self.key_weight is None:
+            return key
+        ranked = key.astype(jnp.float32)
+        if self.key_mean is not None:
+            ranked -= self.mean_key(positions)
+        if self.key_weight is not None:
+            ranked *= self.key_weight[:, :, None]
+        return ranked.astype(key.dtype)
 
     def _context(self, positions: jax.Array, valid: jax.Array, all_keys: Callable[[], jax.Array]) -> Context:
         """What rules see besides the entries at positions [B, n]; `all_keys` gives the keys [B, S, K, H]."""
@@ -613,14 +632,14 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
     if cache.key_mean is not None:
         mean = Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), config.sink_tokens)
     prunes = []
-    for packed, method, source, taken_off, rescale in (
-        (cache.keys.packed, config.k_method, leaving.key, mean, False),
-        (cache.values.packed, config.v_method, leaving.value, None, config.rescale_values),
+    for packed, method, source, taken_off, rescale, weight in (
+        (cache.keys.packed, config.k_method, leaving.key, mean, False, cache.key_weight),
+        (cache.values.packed, config.v_method, leaving.value, None, config.rescale_values, None),
     ):
         if isinstance(packed, BitmapArray):
             if method != "magnitude":
                 raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {method!r}")
-            prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale))
+            prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale, weight))
     if not prunes:
         raise NotImplementedError("the Triton kernel writes bitmap-packed rows; this cache has none")
     ranges = leaving.first, leaving.start, leaving.held
@@ -696,6 +715,18 @@ def check_query(cache: LayerCache, query: jax.Array | None, leading: tuple[int, 
         raise ValueError(f"query has shape {query.shape}; the cache wants {letters} = {list(wanted)}")
 
 
+def _check_weighing_query(cache: LayerCache, query: jax.Array | None, leading: tuple[int, ...]) -> None:
+    """Raise ValueError where keys are weighed and a prompt's queries are missing, or of a shape that cannot be."""
+    if not (isinstance(cache, PackedCache) and cache.key_weight is not None):
+        return
+    if query is None:
+        raise ValueError("query=None: weigh_keys=True weighs keys by the prompt's queries; wanted [B, S, N, H]")
+    fits = query.ndim == 4 and (*query.shape[:2], query.shape[3]) == (*leading, cache.head_dim)
+    if not fits or query.shape[2] == 0 or query.shape[2] % cache.num_kv_heads:
+        sizes = f"[{leading[0]}, {leading[1]}, a multiple of {cache.num_kv_heads}, {cache.head_dim}]"
+        raise ValueError(f"query has shape {query.shape}; the cache wants [B, S, N, H] = {sizes}")
+
+
 def _frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim: int) -> tuple[float, ...] | None:
     """The RoPE frequencies as a static tuple where keys are centred, else None."""
     if not (config.center_keys and config.k_sparsity):
@@ -726,6 +757,13 @@ def _mean_key(cache: PackedCache, key: jax.Array) -> jax.Array:
     before_rope = rotate(key, -position[:, None], jnp.asarray(cache.inv_freq))
     total = jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
     return total / jnp.maximum(counted.sum(axis=1), 1)[:, None, None]
+
+
+def _key_weight(cache: PackedCache, query: jax.Array) -> jax.Array:
+    """float32 [B, K, H]: `query_weight` of a prompt's queries [B, S, N, H]; 1 where the prompt is too short."""
+    is_long = cache.lengths > cache.config.sink_tokens + cache.config.residual_length
+    counted = (jnp.arange(query.shape[1]) < cache.lengths[:, None]) & is_long[:, None]
+    return query_weight(query, counted, cache.num_kv_heads)
 
 
 def _recent_queries(cache: PackedCache, query: jax.Array) -> jax.Array:

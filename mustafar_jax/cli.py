@@ -226,8 +226,9 @@ def _check_data(options: argparse.Namespace, task: "Task") -> None:
 def _folder_name(config: CompressionConfig) -> str:
     """Methods and sparsities, and what else differs from what is recommended."""
     sides = [(getattr(config, f"{letter}_method"), getattr(config, f"{letter}_sparsity")) for letter in "kv"]
-    usual = CompressionConfig.recommended(config.k_sparsity, config.v_sparsity, v_method=config.v_method)
-    others = ("sink_tokens", "center_keys", "rescale_values", "residual_length", "group", "v_slots")
+    methods = {"k_method": config.k_method, "v_method": config.v_method}
+    usual = CompressionConfig.recommended(config.k_sparsity, config.v_sparsity, **methods)
+    others = ("sink_tokens", "center_keys", "weigh_keys", "rescale_values", "residual_length", "group", "v_slots")
     changed = [f"{name}={getattr(config, name)}" for name in others if getattr(config, name) != getattr(usual, name)]
     name = "_".join([*(f"{method}-{sparsity:g}" for method, sparsity in sides), *changed])
     return re.sub(r"[^\w.=-]", "-", name)
@@ -355,18 +356,20 @@ def _add_compression(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--published-rule",
         action="store_true",
-        help="prune as the methods' papers do: without dense sink tokens, centred keys and rescaled values",
+        help="prune as the methods' papers do: without dense sink tokens, centred and weighed keys and rescaled values",
     )
     command.add_argument("--sink-tokens", type=int, help="first tokens kept dense; 4, or 0 with --published-rule")
     both = argparse.BooleanOptionalAction
     command.add_argument("--center-keys", action=both, help="prune keys by their distance from the mean key")
+    command.add_argument("--weigh-keys", action=both, help="prune keys by what the prompt's queries use as well")
     command.add_argument("--rescale-values", action=both, help="give what is kept of a value the value's norm")
     command.add_argument("--group", type=int, help="tokens pruned at once, a multiple of 32; 32 unless given")
 
 
 def _compression(options: argparse.Namespace) -> CompressionConfig:
     make = CompressionConfig if options.published_rule else CompressionConfig.recommended
-    given = {name: getattr(options, name) for name in ("sink_tokens", "center_keys", "rescale_values", "group")}
+    names = ("sink_tokens", "center_keys", "weigh_keys", "rescale_values", "group")
+    given = {name: getattr(options, name) for name in names}
     return make(
         options.k_sparsity,
         options.v_sparsity,

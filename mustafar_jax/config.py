@@ -27,6 +27,9 @@ class CompressionConfig:
             position, and let that mean stand for the others. Needs the model's RoPE frequencies, in Hugging Face's
             half-split convention. Without effect where keys are dense, and for a prompt of at most sink_tokens +
             residual_length tokens, which has no mean.
+        weigh_keys: multiply what ranks a key's entries by a weight per channel that `prefill` takes from the prompt's
+            queries, `pruning.query_weight`; entries are held as they are. Without effect where keys are dense, and for
+            a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm. Meant for rules that keep
             equally many entries of each vector.
         v_slots: entries that a packed value has room for, where `v_method` keeps unequal rows; head_dim if None, which
@@ -47,6 +50,7 @@ class CompressionConfig:
     center_keys: bool = False
     rescale_values: bool = False
     v_slots: int | None = None
+    weigh_keys: bool = False
 
     def __post_init__(self) -> None:
         for name in ("k_sparsity", "v_sparsity"):
@@ -55,6 +59,10 @@ class CompressionConfig:
             check_sparsity(name, getattr(self, name))
         self._check_method("k", KEY_METHODS)
         self._check_method("v", VALUE_METHODS)
+        if self.weigh_keys and self.key_method.needs_queries:
+            raise ValueError(
+                f"weigh_keys=True must be False for k_method={self.k_method!r}, which weighs by query itself"
+            )
         for name in ("residual_length", "group", "sink_tokens"):
             if not isinstance(getattr(self, name), int | np.integer):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be an integer")
@@ -78,15 +86,22 @@ class CompressionConfig:
 
     @classmethod
     def recommended(cls, k_sparsity: float = 0.7, v_sparsity: float = 0.7, **fields: Any) -> Self:
-        """The published rule plus dense sink tokens, centred keys and rescaled values; `fields` override.
+        """The published rule plus dense sink tokens, centred and weighed keys and rescaled values; `fields` override.
 
         Values are rescaled only where `v_method` keeps equally many entries of each: a value of which a rule per
         channel keeps a single small entry would have it scaled up many times, which is further from the value than
-        that entry alone (not measured on a model).
+        that entry alone (not measured on a model). Keys are weighed only where `k_method` does not score with queries
+        itself.
         """
-        method = VALUE_METHODS.get(fields.get("v_method", "magnitude"))
-        equal_rows = method is None or method.equal_rows  # a name that is unknown is named when the config is made
-        chosen = {"sink_tokens": 4, "center_keys": True, "rescale_values": equal_rows} | fields
+        # a name that is unknown is named when the config is made
+        key_method = KEY_METHODS.get(fields.get("k_method", "magnitude"))
+        value_method = VALUE_METHODS.get(fields.get("v_method", "magnitude"))
+        chosen = {
+            "sink_tokens": 4,
+            "center_keys": True,
+            "weigh_keys": key_method is None or not key_method.needs_queries,
+            "rescale_values": value_method is None or value_method.equal_rows,
+        } | fields
         return cls(k_sparsity=k_sparsity, v_sparsity=v_sparsity, **chosen)
 
     @property

@@ -161,6 +161,28 @@ VALUE_METHODS: dict[str, Method] = {
 """The rules for values by name, as `CompressionConfig.v_method` takes them."""
 
 
+def query_weight(query: jax.Array, counted: jax.Array, kv_heads: int) -> jax.Array:
+    """What the entries of keys are weighed by when they are ranked: sqrt(RMS of the prompt's queries), by channel.
+
+    An entry that is dropped changes a query's score by their product, so a channel that queries use much matters more.
+    The RMS itself would be that product's; its root was found to rank better (docs/quality.md).
+
+    Args:
+        query: [B, S, N, H] after RoPE.
+        counted: bool [B, S], which of them there are; the others may be anything.
+        kv_heads: K; each is weighed by its N // K query heads together.
+
+    Returns:
+        float32 [B, K, H], the largest of each head 1, so that weighing overflows no dtype; all 1 where the queries are
+        zero or none is counted.
+    """
+    group = query.shape[2] // kv_heads
+    heads = query.reshape(*query.shape[:2], kv_heads, group, query.shape[3]).astype(jnp.float32)
+    total = jnp.sum(jnp.where(counted[:, :, None, None, None], heads, 0) ** 2, axis=(1, 3))
+    most = jnp.max(total, axis=-1, keepdims=True)
+    return jnp.where(most > 0, (total / jnp.where(most > 0, most, 1)) ** 0.25, 1)
+
+
 def rescale_to_norm(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Scale the kept entries of each vector to the whole vector's L2 norm.
 

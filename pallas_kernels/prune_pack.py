@@ -38,12 +38,15 @@ class Prune(NamedTuple):
         mean: where keys are centred, what their entries are measured from; its `offset` is the position of the target's
             row 0.
         rescale: scale what is kept of a vector to the whole vector's L2 norm.
+        weight: float32 [B, K, H], what the entries, or their distances from the mean, are multiplied by in float32
+            before they are compared in the source's dtype.
     """
 
     source: jax.Array
     target: Packed
     mean: Mean | None = None
     rescale: bool = False
+    weight: jax.Array | None = None
 
 
 def prune_pack(
@@ -88,6 +91,7 @@ def prune_pack(
     aliases: dict[int, int] = {}
     for prune in prunes:
         operands += [_of_head(_bits(prune.source), head_axis), *_mean_operands(prune.mean)]
+        operands += [] if prune.weight is None else [_of_head(prune.weight)]
         for array in (prune.target.bitmap, _bits(prune.target.values)):
             aliases[len(operands)] = len(targets)
             targets.append(_of_head(array.reshape(batch, kv_heads, -1)))
@@ -126,7 +130,7 @@ def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
 
 
 def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
-    """What `_centre` reads: mean keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
+    """What `_ranked` reads of a mean: keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
 
     The last is [2, 8, threads, 4], so that threads side by side read what stands side by side. Of frequencies that are
     known it is a constant, which a decode step need not compute.
@@ -150,6 +154,7 @@ class _Plan:
         rows: of the target.
         offset: the position of the target's row 0, where keys are centred, else None.
         rescale: see `Prune`.
+        weighed: whether there is a weight.
         interpret: use the helpers' plain JAX twins.
     """
 
@@ -159,6 +164,7 @@ class _Plan:
     rows: int
     offset: int | None
     rescale: bool
+    weighed: bool
     interpret: bool
 
     @classmethod
@@ -172,6 +178,7 @@ class _Plan:
             rows=bitmap.shape[2],
             offset=None if prune.mean is None else prune.mean.offset,
             rescale=prune.rescale,
+            weighed=prune.weight is not None,
             interpret=interpret,
         )
 
@@ -205,18 +212,21 @@ def _kernel(
 ) -> None:
     """32 tokens of one head.
 
-    The other refs, for each plan: source [S, H]; with a mean what `_mean_operands` says; the target's bitmap and
-    values, which alias the outputs. Then the outputs, for each plan: bitmap [S * H / 32], values [S * slots].
+    The other refs, for each plan: source [S, H]; with a mean what `_mean_operands` says; with a weight that, [H]; the
+    target's bitmap and values, which alias the outputs. Then the outputs, for each plan: bitmap [S * H / 32], values
+    [S * slots].
     """
     offset = pl.program_id(1) * _BLOCK
     first, row, held = first_ref[0] + offset, start_ref[0] + offset, held_ref[0]
     inputs, outputs = iter(refs[: -2 * len(plans)]), iter(refs[-2 * len(plans) :])
     for side, plan in enumerate(plans):
-        source_ref, *mean_refs = (next(inputs) for _ in range(1 if plan.offset is None else 4))
+        source_ref = next(inputs)
+        mean_refs = tuple(next(inputs) for _ in range(0 if plan.offset is None else 3))
+        weight_ref = next(inputs) if plan.weighed else None
         _ = next(inputs), next(inputs)
         targets = next(outputs), next(outputs)
         is_meant = (pl.program_id(3) == side) & (row < plan.rows)
-        prune = functools.partial(_prune_block, source_ref, tuple(mean_refs), *targets, first, row, plan)
+        prune = functools.partial(_prune_block, source_ref, mean_refs, weight_ref, *targets, first, row, plan)
         pl.when(is_meant & (offset < held))(prune)
         pl.when(is_meant & (offset >= held))(functools.partial(_clear_block, *targets, row, plan))
 
@@ -224,6 +234,7 @@ def _kernel(
 def _prune_block(
     source_ref: triton.Ref,
     mean_refs: tuple[triton.Ref, ...],
+    weight_ref: triton.Ref | None,
     bitmap_ref: triton.Ref,
     values_ref: triton.Ref,
     first: jax.Array,
@@ -232,9 +243,8 @@ def _prune_block(
 ) -> None:
     words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
     memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
-    entries = ranked = _load(source_ref, first, plan)
-    if plan.offset is not None:
-        memory, ranked = _centre(memory, entries, mean_refs, row, plan)
+    entries = _load(source_ref, first, plan)
+    memory, ranked = _ranked(memory, entries, mean_refs, weight_ref, row, plan)
     mask = _largest(ranked, plan)
     _store_bitmap(bitmap_ref, mask, row, plan)
     memory = _append(memory, entries, mask, plan)
@@ -274,15 +284,46 @@ def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
     return words
 
 
-def _centre(
-    memory: triton.Memory, entries: list[jax.Array], refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan
+def _ranked(
+    memory: triton.Memory,
+    entries: list[jax.Array],
+    mean_refs: tuple[triton.Ref, ...],
+    weight_ref: triton.Ref | None,
+    row: jax.Array,
+    plan: _Plan,
 ) -> tuple[triton.Memory, list[jax.Array]]:
-    """The entries less the mean key, rotated to each token's position.
+    """What the entries are compared by: less the mean key, rotated to each token's position, and times the weight."""
+    if not (mean_refs or plan.weighed):
+        return memory, entries
+    read: list[jax.Array] = []
+    mean = weight = None
+    if mean_refs:
+        memory = _put_mean(memory, mean_refs, row, plan)
+        mean = _mean_pairs(memory, mean_refs[-1], read, plan)
+    if weight_ref is not None:
+        weight = _weight_pairs(weight_ref, plan)
+    ranked: tuple[list[jax.Array], ...] = ([], [])
+    for word in range(WORD // 2):
+        means, weights = ([next(pairs), next(pairs)] if pairs else None for pairs in (mean, weight))
+        for i, words in enumerate(ranked):
+            low, high = _float32(entries[i * WORD // 2 + word], plan)
+            if means:
+                low, high = low - means[0][i], high - means[1][i]
+            if weights:
+                low, high = low * weights[0][i], high * weights[1][i]
+            words.append(triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret))
+    if mean_refs:
+        memory = triton.synchronise(memory, read, interpret=plan.interpret)
+    return memory, ranked[0] + ranked[1]
+
+
+def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan) -> triton.Memory:
+    """Put the mean key, rotated to the position of the block's first token, into shared memory, by pair of channels.
 
     R_{s + j} m = R_j R_s m: a thread rotates one pair of channels to the position s of the block's first token, and
     hands it on through shared memory; a table holds the turn from there to token j.
     """
-    mean_ref, inv_freq_ref, turn_ref = refs
+    mean_ref, inv_freq_ref, _ = refs
     assert plan.offset is not None
     pair, half = _lane(plan), plan.head_dim // 2
     angle = (row + plan.offset).astype(jnp.float32) * inv_freq_ref[pair]
@@ -291,17 +332,7 @@ def _centre(
     for i, x in enumerate(start):
         bits = lax.bitcast_convert_type(x, jnp.int32)
         memory = triton.shared_store_word(memory, place, 4 * half * i, bits, interpret=plan.interpret)
-    memory = triton.synchronise(memory, interpret=plan.interpret)
-    read: list[jax.Array] = []
-    mean = _mean_pairs(memory, turn_ref, read, plan)
-    centred: tuple[list[jax.Array], ...] = ([], [])
-    for word in range(WORD // 2):
-        neighbours = [next(mean), next(mean)]
-        for i, words in enumerate(centred):
-            keys = _float32(entries[i * WORD // 2 + word], plan)
-            low, high = (x - m[i] for x, m in zip(keys, neighbours, strict=True))
-            words.append(triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret))
-    return triton.synchronise(memory, read, interpret=plan.interpret), centred[0] + centred[1]
+    return triton.synchronise(memory, interpret=plan.interpret)
 
 
 def _mean_pairs(
@@ -321,6 +352,15 @@ def _mean_pairs(
             read += both
             x, y = (lax.bitcast_convert_type(bits, jnp.float32) for bits in both)
             yield rotate_pair(x, y, cos, sin)
+
+
+def _weight_pairs(ref: triton.Ref, plan: _Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The weights [H] of a thread's channels, pair after pair, as `_mean_pairs` gives the mean key."""
+    channel = (_part(plan) * WORD)[:, None] + jnp.arange(4, dtype=jnp.int32)[None, :]
+    for quad in range(WORD // 4):
+        first = channel + 4 * quad
+        both = (triton.unstack(triton.load(ref.at[first + i * plan.head_dim // 2])) for i in range(2))
+        yield from zip(*both, strict=True)
 
 
 def _float32(word: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:

@@ -41,7 +41,7 @@ class Quantised:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "key_mean", "queries", "lengths", "overflow"],
+    data_fields=["keys", "values", "key_mean", "key_weight", "queries", "lengths", "overflow"],
     meta_fields=["inv_freq", "config", "capacity", "num_kv_heads", "head_dim", "dtype", "bits"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def test_rows_are_checked_and_kept(tmp_path, monkeypatch, capsys):
 def test_a_wrong_pack_shows_no_time():
     prompt = Prompt(SMALL, "published", 0.7)
     programs = {
-        ("pack", prompt): lambda targets, tokens, mean: targets,  # packs nothing
+        ("pack", prompt): lambda targets, tokens, ranking: targets,  # packs nothing
         ("error", prompt): jax.jit(prompt.error),
     }
     row = compression.measure_prompt(prompt, programs)
@@ -54,10 +54,10 @@ def test_wrong_entries_and_wrong_masks_are_both_seen_and_ties_are_not():
         return [Packed(rows.bitmap, rows.values) for rows in both]
 
     assert empty.bitmap.shape == packed(tokens[0], lambda x: x)[0].bitmap.shape
-    assert error(packed(tokens[0], lambda x: x), tokens, None) == 0
-    assert error(packed(1.02 * tokens[0], lambda x: x), tokens, None) > compression.TOLERANCE
-    assert error(packed(tokens[0], lambda x: x.at[:, :, 5].set(1)), tokens, None) > compression.TOLERANCE
-    assert error(packed(tokens[0], lambda x: x * 1.01), tokens, None) < compression.TOLERANCE
+    assert error(packed(tokens[0], lambda x: x), tokens, (None, None)) == 0
+    assert error(packed(1.02 * tokens[0], lambda x: x), tokens, (None, None)) > compression.TOLERANCE
+    assert error(packed(tokens[0], lambda x: x.at[:, :, 5].set(1)), tokens, (None, None)) > compression.TOLERANCE
+    assert error(packed(tokens[0], lambda x: x * 1.01), tokens, (None, None)) < compression.TOLERANCE
 
 
 def test_a_group_that_is_wrong_differs():

@@ -43,7 +43,8 @@ def filled(config, lengths, rng, dtype=jnp.float32, **sizes):
     shape = (cache.batch, PROMPT, cache.num_kv_heads, cache.head_dim)
     scales = np.exp(rng.standard_normal(cache.head_dim))
     key, value = (jnp.asarray(rng.standard_normal(shape) * scales + mean, dtype) for mean in (2.0, 0.0))
-    return prefill_jit(cache, key, value, jnp.asarray(lengths, jnp.int32))
+    query = normal(rng, cache.batch, PROMPT, 3 * cache.num_kv_heads, cache.head_dim, dtype=dtype)
+    return prefill_jit(cache, key, value, jnp.asarray(lengths, jnp.int32), query=query)
 
 
 @pytest.fixture

@@ -19,7 +19,17 @@ from tests.quick import AS_USERS
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 2, 2, 64, 256, 150
 INV_FREQ = rope_frequencies(HEAD_DIM)
-prefill_jit = jax.jit(prefill)
+HEADS = 2 * KV_HEADS
+QUERY = jnp.asarray(np.random.default_rng(10).standard_normal((BATCH, CAPACITY, HEADS, HEAD_DIM)), jnp.float32)
+QUERY *= jnp.exp(jnp.linspace(-2, 2, HEAD_DIM))  # of unequal channels
+
+
+@jax.jit
+def prefill_jit(cache, key, value, lengths=None):
+    """Prompts whose queries are QUERY."""
+    return prefill(cache, key, value, lengths, query=QUERY[:, : key.shape[1]])
+
+
 append_jit = jax.jit(append, donate_argnums=0)
 
 
@@ -33,7 +43,7 @@ def sequences(seed, dtype=jnp.float32, length=CAPACITY + 8):
     return tuple(jnp.asarray(rng.standard_normal((BATCH, length, KV_HEADS, HEAD_DIM)) + 1, dtype) for _ in range(2))
 
 
-def expected_tokens(config, key, value, prompt, length):
+def expected_tokens(config, query, key, value, prompt, length):
     """What a cache holds of one sequence's keys and values [S, K, H], by the rule; every token pruned, then chosen."""
     position = np.arange(key.shape[0])
     first, packed = config.sink_tokens, config.packed_tokens(length)
@@ -43,7 +53,8 @@ def expected_tokens(config, key, value, prompt, length):
         shift = jnp.zeros_like(key)
         if config.center_keys:
             shift = rotate(mean_before_rope(config, key, prompt), position[:, None], jnp.asarray(INV_FREQ))
-        keys = jnp.where(magnitude_mask(key - shift, config.k_sparsity), key, shift)
+        weight = weight_by_queries(config, query, prompt) if config.weigh_keys else 1
+        keys = jnp.where(magnitude_mask((key - shift) * weight, config.k_sparsity), key, shift)
     if config.v_sparsity:
         mask = magnitude_mask(value, config.v_sparsity)
         values = jnp.where(mask, rescale_to_norm(value, mask) if config.rescale_values else value, 0)
@@ -55,6 +66,15 @@ def mean_before_rope(config, key, prompt):
     positions = np.arange(config.sink_tokens, prompt - config.residual_length)
     before = np.asarray(rotate(key, -np.arange(key.shape[0])[:, None], jnp.asarray(INV_FREQ)))[positions]
     return before.sum(axis=0) / max(1, len(positions))
+
+
+def weight_by_queries(config, query, prompt):
+    """float32 [K, H]: the root of the RMS of a prompt's queries [S, N, H] by channel; of each KV head 1 at most."""
+    if prompt <= config.sink_tokens + config.residual_length:
+        return np.ones((KV_HEADS, HEAD_DIM), np.float32)
+    squares = np.asarray(query, np.float64)[:prompt].reshape(prompt, KV_HEADS, -1, HEAD_DIM) ** 2
+    weight = np.sqrt(np.sqrt(squares.mean(axis=(0, 2))))
+    return (weight / weight.max(axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -74,7 +94,7 @@ def test_holds_what_the_rule_says(name, seed, prompts, steps):
     keys, values, lengths = cache.to_dense()
     assert lengths.tolist() == [prompt + steps for prompt in prompts]
     for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
-        wanted = expected_tokens(config, key[row], value[row], prompt, length)
+        wanted = expected_tokens(config, QUERY[row], key[row], value[row], prompt, length)
         for held, expected in zip((keys[row], values[row]), wanted, strict=True):
             np.testing.assert_allclose(held[:length], expected, atol=2e-5)
             assert not held[length:].any()
@@ -112,7 +132,11 @@ def test_rows_are_filled_alone():
     config = CONFIGS["recommended"]
     both = prefill_jit(empty(config), key[:, :PROMPT], value[:, :PROMPT], jnp.array([150, 90]))
     other_key, other_value = sequences(3)
-    fill = jax.jit(lambda cache, key, value: prefill(cache, key, value, jnp.array([120]), rows=jnp.array([1])))
+
+    @jax.jit
+    def fill(cache, key, value):
+        return prefill(cache, key, value, jnp.array([120]), query=QUERY[:1, :PROMPT], rows=jnp.array([1]))
+
     mixed = fill(both, other_key[:1, :PROMPT], other_value[:1, :PROMPT])
     assert mixed.lengths.tolist() == [150, 120]
     alone = prefill_jit(empty(config), other_key[:, :PROMPT], other_value[:, :PROMPT], jnp.array([120, 1]))
@@ -148,13 +172,13 @@ def test_bytes(dtype):
 @pytest.mark.parametrize("capacity", [1, 3, 16, 40, 67, 68])
 def test_a_cache_too_short_to_pack_takes_no_more_than_a_dense_one(capacity):
     key, value = sequences(5, length=capacity + 1)
-    cache = prefill(
+    cache = prefill_jit(
         empty(CONFIGS["recommended"], capacity=capacity), key[:, : capacity // 2], value[:, : capacity // 2]
     )
     one_slot = 2 * BATCH * KV_HEADS * HEAD_DIM * 4  # the ring has at least one
-    mean_and_counts = BATCH * (KV_HEADS * HEAD_DIM * 4 + 5 + 2 * KV_HEADS)
+    mean_weight_and_counts = BATCH * (2 * KV_HEADS * HEAD_DIM * 4 + 5 + 2 * KV_HEADS)
     packed = CONFIGS["recommended"].packed_tokens(capacity) * 2 * BATCH * KV_HEADS * (20 * 4 + 8)
-    assert cache.nbytes <= cache.dense_nbytes + one_slot + mean_and_counts + packed
+    assert cache.nbytes <= cache.dense_nbytes + one_slot + mean_weight_and_counts + packed
     for position in range(capacity // 2, capacity + 1):
         cache = append_jit(cache, key[:, position], value[:, position])
     assert cache.overflow.all()
@@ -180,6 +204,7 @@ def test_kinds():
     assert isinstance(mixed, PackedCache)
     assert mixed.keys.packed.shape == mixed.values.packed.shape
     assert mixed.key_mean is None  # dense keys are not centred
+    assert mixed.key_weight is None
     assert (
         LayerCache.init(CONFIGS["dense"], batch=1, capacity=8, num_kv_heads=1, head_dim=20, dtype=jnp.float32).head_dim
         == 20
@@ -236,6 +261,7 @@ def test_config_sparsity(field, sparsity):
         ("v_slots=0 must be at least 1, for", {"v_slots": 0, "v_method": "channel_magnitude"}),
         ("v_slots=8.5 must be an integer or None", {"v_slots": 8.5, "v_method": "channel_magnitude"}),
         ("v_method='random' must be one of", {"v_method": "random"}),
+        ("weigh_keys=True must be False for k_method='think'", {"weigh_keys": True, "k_method": "think"}),
     ],
 )
 def test_config_fields(message, fields):
@@ -245,7 +271,8 @@ def test_config_fields(message, fields):
 
 def test_recommended():
     config = CompressionConfig.recommended(0.5, 0.6, residual_length=64, sink_tokens=2)
-    assert config == CompressionConfig(0.5, 0.6, "magnitude", "magnitude", 64, 32, 2, True, True)
+    assert config == CompressionConfig(0.5, 0.6, "magnitude", "magnitude", 64, 32, 2, True, True, weigh_keys=True)
+    assert not CompressionConfig.recommended(k_method="think").weigh_keys
     assert hash(config) == hash(dataclasses.replace(config))
     assert config.true_sparsity(128) == (0.5, 1 - 52 / 128)
 
@@ -279,7 +306,6 @@ METHODS = {
     "channel output-aware": CompressionConfig(0.5, 0.5, v_method="channel_output_aware", sink_tokens=1),
     "2:4": CompressionConfig(0.5, 0.5, k_method="2:4", v_method="2:4"),
 }
-HEADS = 2 * KV_HEADS
 
 
 def context_of(config, query, keys_seen, lengths, positions):
@@ -371,6 +397,55 @@ def test_methods_that_score_with_queries_ask_for_them():
         prefill(cache, key[:, :9], value[:, :9])
     with pytest.raises(ValueError, match=r"query has shape \(2, 2, 64\); the cache wants \[B, N, H\] = \[2, 4, 64\]"):
         append(cache, key[:, 0], value[:, 0], query=key[:, 0])
+
+
+@pytest.mark.parametrize("center_keys", [False, True])
+def test_queries_of_the_padding_have_no_effect(center_keys):
+    config = CompressionConfig(0.7, 0, weigh_keys=True, center_keys=center_keys)
+    key, value = (x[:, :PROMPT] for x in sequences(12))
+    lengths = jnp.array([PROMPT - 20, 0])
+    outside = (jnp.arange(PROMPT) >= lengths[:, None])[..., None, None]
+    query = QUERY[:, :PROMPT]
+    plain, poisoned = (
+        jax.jit(prefill)(empty(config), key, value, lengths, query=q)
+        for q in (query, jnp.where(outside, jnp.nan, query))
+    )
+    for one, other in zip(*map(jax.tree.leaves, (plain, poisoned)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    wanted = [weight_by_queries(config, QUERY[row], int(length)) for row, length in enumerate(lengths)]
+    np.testing.assert_allclose(plain.key_weight, np.stack(wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_weights_do_not_depend_on_the_queries_scale(size):
+    """Ranks are cast to the cache's dtype, whose range is not the queries'."""
+    config = CompressionConfig(0.7, 0.7, weigh_keys=True)
+    key, value = (x[:, :PROMPT] for x in sequences(13, jnp.float16))
+    query = QUERY[:, :PROMPT]
+    usual, scaled = (jax.jit(prefill)(empty(config, jnp.float16), key, value, query=q) for q in (query, query * size))
+    np.testing.assert_allclose(scaled.key_weight, usual.key_weight, rtol=1e-5)
+    assert float(usual.key_weight.max()) == 1
+    assert np.isfinite(usual.to_dense()[0]).all()
+
+
+def test_queries_that_are_zero_weigh_all_channels_alike():
+    key, value = (x[:, :PROMPT] for x in sequences(14))
+    weighed, plain = (
+        jax.jit(prefill)(empty(CompressionConfig(0.7, 0.7, weigh_keys=weigh)), key, value, query=0 * QUERY[:, :PROMPT])
+        for weigh in (True, False)
+    )
+    np.testing.assert_array_equal(weighed.to_dense()[0], plain.to_dense()[0])
+
+
+def test_weighed_keys_ask_for_the_prompts_queries_alone():
+    key, value = sequences(0)
+    cache = empty(CompressionConfig(weigh_keys=True))
+    with pytest.raises(ValueError, match="query=None: weigh_keys=True weighs keys by the prompt's queries"):
+        prefill(cache, key[:, :9], value[:, :9])
+    for query in (QUERY[:, :9, :3], QUERY[:, :8], QUERY[:, 0], QUERY[:, :9, :0], QUERY[:, :9, :, :32]):
+        with pytest.raises(ValueError, match=r"the cache wants \[B, S, N, H\] = \[2, 9, a multiple of 2, 64\]"):
+            prefill(cache, key[:, :9], value[:, :9], query=query)
+    assert append(cache, key[:, 0], value[:, 0]).lengths.tolist() == [1, 1]
 
 
 KEY = jnp.ones((BATCH, 40, KV_HEADS, HEAD_DIM))

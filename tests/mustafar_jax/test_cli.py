@@ -333,11 +333,11 @@ def test_info_shows_the_shape_and_the_costs(run, tmp_path, monkeypatch):
         "sliding_window": "None",
     }
     # Of 4096 tokens 4 are sinks and 4032 packed, each at 16 bytes of bitmap and 40 entries of two bytes for the key and
-    # again for the value; 68 slots are dense; a mean key has 128 float32. Of 1024, 960 are packed. All that in 32 * 32
-    # heads, with two flags for each, and a length and a flag for each layer.
+    # again for the value; 68 slots are dense; a mean key and weights have 128 float32 each. Of 1024, 960 are packed.
+    # All that in 32 * 32 heads, with two flags for each, and a length and a flag for each layer.
     dense = {length: 32 * 32 * length * 128 * 2 * 2 for length in (1024, 4096)}
     held = {
-        length: 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 128 * 4 + 2) + 32 * 5
+        length: 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 2 * 128 * 4 + 2) + 32 * 5
         for length, packed in ((1024, 960), (4096, 4032))
     }
     assert "bfloat16; true sparsity 0.6875 (keys), 0.6875 (values)" in " ".join(out.split())
@@ -378,7 +378,7 @@ def test_info_says_how_many_sequences_fit(run, tmp_path):
     room = 0.95 * 80e9 - 2 * 6_738_415_616
     assert [row[0] for row in cells(out)[-2:]] == ["1,024", "4,096"]
     for packed, (_, dense, compressed, ratio, working) in zip((960, 4032), cells(out)[-2:], strict=True):
-        sequence = 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 128 * 4 + 2) + 32 * 5
+        sequence = 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 2 * 128 * 4 + 2) + 32 * 5
         assert abs(int(compressed) - (room - float(working.removesuffix(" GB")) * 1e9) / sequence) < 1.5
         assert float(ratio) == pytest.approx(int(compressed) / int(dense), abs=0.006)
         assert 2.2 < float(ratio) < 2.7
@@ -459,7 +459,7 @@ def test_load_config_names_what_is_missing(tmp_path):
 
 
 def test_bench_compares_caches(run):
-    options = ["--model", "tiny", "--context", "100", "--new-tokens", "3", "--batches", "2"]
+    options = ["--model", "tiny", "--context", "160", "--new-tokens", "3", "--batches", "2"]
     status, out, err = run("bench", *options, "--k-sparsity", "0.5", "--v-sparsity", "0.5")
     assert (status, err) == (0, "")
     dense, compressed = (row for row in cells(out) if row[1] in ("dense", "compressed"))
@@ -551,7 +551,9 @@ def test_folders_are_named_after_what_they_hold():
         "magnitude-0.7_magnitude-0.7": CompressionConfig.recommended(),
         "magnitude-0.7_channel_magnitude-0.7": CompressionConfig.recommended(v_method="channel_magnitude"),
         "2-4-0.5_magnitude-0": CompressionConfig.recommended(0.5, 0, k_method="2:4"),
-        "magnitude-0.7_magnitude-0.7_sink_tokens=0_center_keys=False_rescale_values=False": CompressionConfig(),
+        "magnitude-0.7_magnitude-0.7_sink_tokens=0_center_keys=False_weigh_keys=False_rescale_values=False": (
+            CompressionConfig()
+        ),
         "magnitude-0.7_magnitude-0.7_residual_length=8_group=64": CompressionConfig.recommended(
             residual_length=8, group=64
         ),
@@ -559,7 +561,7 @@ def test_folders_are_named_after_what_they_hold():
     assert {cli._folder_name(config): config for config in names.values()} == names
 
 
-IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, rescale_values=True)
+IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, weigh_keys=True, rescale_values=True)
 
 
 @pytest.mark.parametrize(
@@ -569,6 +571,7 @@ IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, rescale_values=Tru
         ("--published-rule", CompressionConfig(), {}),
         ("--sink-tokens 2 --group 64", IMPROVED, {"sink_tokens": 2, "group": 64}),
         ("--no-center-keys", IMPROVED, {"center_keys": False}),
+        ("--no-weigh-keys", IMPROVED, {"weigh_keys": False}),
         ("--no-rescale-values", IMPROVED, {"rescale_values": False}),
         (
             "--published-rule --center-keys --sink-tokens 1",
@@ -576,6 +579,7 @@ IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, rescale_values=Tru
             {"center_keys": True, "sink_tokens": 1},
         ),
         ("--v-method think", IMPROVED, {"v_method": "think"}),
+        ("--k-method think", IMPROVED, {"k_method": "think", "weigh_keys": False}),
         # what a rule of unequal rows leaves of a value may be next to nothing, and is left as it is
         ("--v-method channel_magnitude", IMPROVED, {"v_method": "channel_magnitude", "rescale_values": False}),
         ("--v-method channel_magnitude --rescale-values", IMPROVED, {"v_method": "channel_magnitude"}),

@@ -189,6 +189,7 @@ def filled_cache(name):
     config, capacity, lengths, window = CACHES[name]
     rng = np.random.default_rng(4)
     key, value = (jnp.asarray(rng.standard_normal((2, capacity, 1, 64)) + 1, F16) for _ in range(2))
+    asked = jnp.asarray(rng.standard_normal((2, capacity, 3, 64)), F16)  # by the prompt
     query = jnp.asarray(rng.standard_normal((2, 3, 64)), F16)
     frequencies = rope_frequencies(64)
 
@@ -196,7 +197,7 @@ def filled_cache(name):
         cache = mj.LayerCache.init(
             config, batch=2, capacity=capacity, num_kv_heads=1, head_dim=64, dtype=F16, inv_freq=frequencies
         )
-        cache = mj.prefill(cache, key, value, lengths, implementation="xla")
+        cache = mj.prefill(cache, key, value, lengths, query=asked, implementation="xla")
         return cache, mj.decode_attention(query, cache, sliding_window=window, implementation="xla")
 
     cache, expected = jit(fill, interpret=True)(key, value, jnp.array(lengths), query)

@@ -105,22 +105,49 @@ HALF_INTERPRETED = [
 FIRST, START, HELD = np.array([4, 8]), np.array([0, 32]), np.array([64, 64])
 
 
+def weights(rng, *shape):
+    """Some of them so small that what is ranked is subnormal in float16; some zero."""
+    return jnp.asarray(np.exp(3 * rng.standard_normal(shape) - 8) * (rng.random(shape) > 0.1), jnp.float32)
+
+
 @pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
-def test_centred_keys_are_ranked_to_the_last_bit(head_dim, dtype, interpret):
+def test_weighed_keys_are_bit_equal_to_xla(head_dim, dtype, interpret):
+    rng = np.random.default_rng(10)
+    x, weight = data(rng, (2, 2, 72, head_dim), dtype), weights(rng, 2, 2, head_dim)
+    target = poisoned(rng, 2, 2, 96, head_dim, head_dim // 4, dtype)
+
+    @functools.partial(jit, interpret=interpret)
+    def run(x, target):
+        prune = Prune(x, target, weight=weight)
+        return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
+
+    [actual] = run(x, target)
+    ranked = (x.astype(jnp.float32) * weight[:, :, None]).astype(dtype)
+    wanted = written(target, x, mj.magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
+    np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
+    np.testing.assert_array_equal(bits(actual.values), wanted.values)
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
+def test_centred_keys_are_ranked_to_the_last_bit(head_dim, dtype, weighed, interpret):
     """Masks differ only where what is left of two keys after the mean is taken off differs in the last bit."""
     rng = np.random.default_rng(7)
     x = jnp.asarray(rng.standard_normal((2, 1, 72, head_dim)) + 1, dtype)
     key = jnp.asarray(rng.standard_normal((2, 1, head_dim)), jnp.float32)
     mean = Mean(key, jnp.asarray(rope_frequencies(head_dim)), 4)
+    weight = jnp.asarray(rng.uniform(0.1, 1, (2, 1, head_dim)), jnp.float32) if weighed else None
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
     @functools.partial(jit, interpret=interpret)
     def run(x, target):
-        return prune_pack([Prune(x, target, mean)], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
+        prune = Prune(x, target, mean, weight=weight)
+        return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
 
     [actual] = run(x, target)
     position = jnp.arange(72) + (START - FIRST + 4)[:, None]
-    centred = (x.astype(jnp.float32) - rotate(mean.key[:, :, None], position[:, None], mean.inv_freq)).astype(dtype)
+    centred = x.astype(jnp.float32) - rotate(mean.key[:, :, None], position[:, None], mean.inv_freq)
+    centred = (centred if weight is None else centred * weight[:, :, None]).astype(dtype)
     entries, kept = unpacked(actual)
     expected, wanted = unpacked(written(target, x, mj.magnitude_mask(centred, 0.75), FIRST, START, HELD, 64))
     np.testing.assert_array_equal(np.where(kept & wanted, entries, 0), np.where(kept & wanted, expected, 0))
@@ -154,27 +181,28 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
 
 
 @pytest.mark.parametrize(
-    ("sparsities", "interpret"),
+    ("sparsities", "weigh", "interpret"),
     [
-        pytest.param((0.5, 0), True, id="interpret"),
-        pytest.param((0.5, 0), False, marks=pytest.mark.gpu, id="device-keys"),
-        pytest.param((0.7, 0.5), False, marks=pytest.mark.gpu, id="device-both"),
+        pytest.param((0.5, 0), True, True, id="interpret"),
+        pytest.param((0.5, 0), False, False, marks=pytest.mark.gpu, id="device-keys"),
+        pytest.param((0.7, 0.5), True, False, marks=pytest.mark.gpu, id="device-both"),
     ],
 )
-def test_fills_a_cache_as_xla_does(sparsities, interpret, monkeypatch):
+def test_fills_a_cache_as_xla_does(sparsities, weigh, interpret, monkeypatch):
     """Bit for bit, in prefill and while tokens are appended; sequences fill their groups at different steps."""
     monkeypatch.setitem(cache._PACK, "triton", functools.partial(cache._pack_triton, interpret=interpret))
     # it is jitted by itself, where both values of `interpret` could share one trace
     monkeypatch.setattr(cache, "_pack_leaving", cache._pack_leaving.__wrapped__)
     rng = np.random.default_rng(9)
-    config = mj.CompressionConfig(*sparsities, sink_tokens=2, group=64 if interpret else 128)
+    config = mj.CompressionConfig(*sparsities, sink_tokens=2, group=64 if interpret else 128, weigh_keys=weigh)
     key, value = (data(rng, (3, 260, 1, 64), F16) for _ in range(2))
+    query = jnp.asarray(rng.standard_normal((3, 200, 2, 64)) * np.exp(rng.standard_normal(64)), F16)
     lengths, caches = jnp.array([1, 63, 200]), []
     for name in ("triton", "xla"):
         fill = jit(functools.partial(mj.prefill, implementation=name), interpret=interpret)
         append = jit(functools.partial(mj.append, implementation=name), interpret=interpret, donate_argnums=0)
         held = mj.LayerCache.init(config, batch=3, capacity=300, num_kv_heads=1, head_dim=64, dtype=F16)
-        held = fill(held, key[:, :200], value[:, :200], lengths)
+        held = fill(held, key[:, :200], value[:, :200], lengths, query=query)
         for step in range(200, 260):
             held = append(held, key[:, step], value[:, step])
         caches.append(held)
@@ -227,6 +255,7 @@ AXES = {
     "dtype": [BF16, F16],
     "head_axis": [1, 2],
     "centred": [False, True],
+    "weighed": [False, True],
     "rescale": [False, True],
 }
 KEPT = {"one slot chunk": lambda _: 4, "in eights": lambda h: h // 4 + 8, "in fours": lambda h: h // 4 + 4, "all": int}
@@ -241,7 +270,8 @@ def test_lowers_for_cuda(case):
     ranges = [jax.ShapeDtypeStruct((2,), jnp.int32)] * 3
 
     def call(source, target, mean, ranges):
-        keys = Prune(source, target, Mean(*mean, 4) if case["centred"] else None)
+        taken_off, weight = Mean(*mean, 4) if case["centred"] else None, mean[0] if case["weighed"] else None
+        keys = Prune(source, target, taken_off, weight=weight)
         values = Prune(source, target, rescale=case["rescale"])
         chosen = {"keys": [keys], "values": [values], "both": [keys, values]}[case["sides"]]
         return prune_pack(chosen, *ranges, rows=64, head_axis=case["head_axis"])
