@@ -16,7 +16,7 @@ from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, kernels_or_xla
-from mustafar_jax.pruning import RECENT, Context, Method, query_weight, rescale_to_norm
+from mustafar_jax.pruning import RECENT, WEIGHING, Context, Method, query_weight, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
 
@@ -760,10 +760,12 @@ def _mean_key(cache: PackedCache, key: jax.Array) -> jax.Array:
 
 
 def _key_weight(cache: PackedCache, query: jax.Array) -> jax.Array:
-    """float32 [B, K, H]: `query_weight` of a prompt's queries [B, S, N, H]; 1 where the prompt is too short."""
+    """float32 [B, K, H]: `query_weight` of a prompt's last queries of [B, S, N, H]; 1 where the prompt is too short."""
+    recent = min(WEIGHING, query.shape[1])
+    position = cache.lengths[:, None] - recent + jnp.arange(recent)
     is_long = cache.lengths > cache.config.sink_tokens + cache.config.residual_length
-    counted = (jnp.arange(query.shape[1]) < cache.lengths[:, None]) & is_long[:, None]
-    return query_weight(query, counted, cache.num_kv_heads)
+    last = jnp.take_along_axis(query, position[:, :, None, None], axis=1, mode="clip")
+    return query_weight(last, (position >= 0) & is_long[:, None], cache.num_kv_heads)
 
 
 def _recent_queries(cache: PackedCache, query: jax.Array) -> jax.Array:

@@ -13,6 +13,9 @@ from jax import lax
 RECENT = 32
 """The most recent queries that rules score with, and tokens of a group along which a channel's entries compete."""
 
+WEIGHING = 512
+"""The most recent queries of a prompt that entries of keys are weighed by."""
+
 _BITS_OF = {jnp.dtype(jnp.bfloat16): jnp.uint16, jnp.dtype(jnp.float16): jnp.uint16, jnp.dtype(jnp.float32): jnp.uint32}
 
 
@@ -162,7 +165,7 @@ VALUE_METHODS: dict[str, Method] = {
 
 
 def query_weight(query: jax.Array, counted: jax.Array, kv_heads: int) -> jax.Array:
-    """What the entries of keys are weighed by when they are ranked: sqrt(RMS of the prompt's queries), by channel.
+    """What the entries of keys are weighed by when they are ranked: sqrt(RMS of queries), by channel.
 
     An entry that is dropped changes a query's score by their product, so a channel that queries use much matters more.
     The RMS itself would be that product's; its root was found to rank better (docs/quality.md).

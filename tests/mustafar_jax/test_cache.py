@@ -416,6 +416,17 @@ def test_queries_of_the_padding_have_no_effect(center_keys):
     np.testing.assert_allclose(plain.key_weight, np.stack(wanted), rtol=1e-5)
 
 
+def test_keys_are_weighed_by_the_last_512_queries():
+    config, length = CompressionConfig(0.7, 0.7, weigh_keys=True), 600
+    cache = empty(config, batch=1, capacity=640)
+    key = jnp.ones((1, length, *cache.keys.dense.shape[1::2]))
+    query = jnp.asarray(np.random.default_rng(14).standard_normal((1, length, HEADS, cache.head_dim)), jnp.float32)
+    early, late = (query.at[:, where].multiply(10) for where in (slice(0, length - 512), length - 512))
+    weights = [prefill(cache, key, key, query=q).key_weight for q in (query, early, late)]
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert (weights[0] != weights[2]).any()
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_weights_do_not_depend_on_the_queries_scale(size):
     """Ranks are cast to the cache's dtype, whose range is not the queries'."""
