@@ -510,8 +510,7 @@ def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
             if stars:
                 axes.plot(*zip(*stars, strict=True), "*", markersize=14, color=drawn.get_color())
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set(xlabel="batch", ylabel="tokens/s")
+        axes.set(xlabel="batch", ylabel="tokens/s", ylim=(0, None))
 
     _panels(rows, ("shape", "context"), draw, path)
 
