@@ -91,14 +91,22 @@ def products(head_dim: int, dtype: Any, slots: int, group: int) -> None:
     spmv.value_spmv(_normal(rng, (2, 2, group, 224), dtype), rows, params=DecodeParams(2))
 
 
-def prunes(head_dim: int, dtype: Any, slots: Sequence[int], head_axis: int, *, centred: bool) -> None:
+def prunes(
+    head_dim: int, dtype: Any, slots: Sequence[int], head_axis: int, *, centred: bool, weighed: bool = False
+) -> None:
     """Keys, and values where there are slots for them; rows to the end of source and target, and one sequence none."""
     rng = np.random.default_rng(4)
     shape = (3, 2, 133, head_dim) if head_axis == 1 else (3, 133, 2, head_dim)
     targets = [_rows(rng, (3, 2, 160, head_dim), dtype, count) for count in slots]
     mean = _mean(rng, 3, 2, head_dim)
     found = [
-        Prune(_normal(rng, shape, dtype), target, mean if centred and i == 0 else None, rescale=centred and i == 1)
+        Prune(
+            _normal(rng, shape, dtype),
+            target,
+            mean if centred and i == 0 else None,
+            rescale=centred and i == 1,
+            weight=jnp.abs(_normal(rng, (3, 2, head_dim), jnp.float32)) if weighed and i == 0 else None,
+        )
         for i, target in enumerate(targets)
         if isinstance(target, Packed)
     ]
@@ -114,12 +122,14 @@ CASES: dict[str, Callable[[], None]] = {
     "prune, plain": functools.partial(prunes, 64, BF16, (20, 32), 2, centred=False),
     "prune, keys alone": functools.partial(prunes, 128, F16, (36,), 1, centred=False),
     "prune, centred, rescaled": functools.partial(prunes, 128, BF16, (64, 40), 1, centred=True),
+    "prune, weighed": functools.partial(prunes, 64, BF16, (20, 32), 2, centred=False, weighed=True),
+    "prune, centred, weighed, rescaled": functools.partial(prunes, 128, BF16, (40, 40), 2, centred=True, weighed=True),
     "prune, centred, rescaled, 64": functools.partial(prunes, 64, F16, (64, 20), 2, centred=True),
 }
 
 
 def prepare(folder: pathlib.Path, only: str) -> int:
-    """Run all cases and write their launches, each as NUMBER-NAME.json and .npz; 1 if one could not be recorded."""
+    """Run all cases and write their launches, each as NAME.json and .npz; 1 if one could not be recorded."""
     folder.mkdir(parents=True, exist_ok=True)
     print(f"jax {jax.__version__} on {jax.devices('cuda')[0].device_kind}")
     recorder = cupti.Recorder()

@@ -63,7 +63,8 @@ def decode_attention(
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
         implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
             on to the next), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn"
-            for dense caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), elsewhere "triton".
+            for dense caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper) and up to 8 query heads
+            per KV head, else "triton".
 
     Returns:
         [B, N, H] in the query's dtype.
@@ -77,7 +78,7 @@ def decode_attention(
     batch, num_heads, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
-    names = check_implementation(implementation) or _present()
+    names = check_implementation(implementation) or _present(num_heads // cache.num_kv_heads)
     with jax.named_scope("decode_attention"):  # a profile shows it by this name
         out = _decode(names, grouped, cache, scale, sliding_window)
     return out.reshape(query.shape).astype(query.dtype)
@@ -195,9 +196,13 @@ def _decode(names: Names, query: jax.Array, cache: LayerCache, scale: float, win
     return first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
 
 
-def _present() -> tuple[str, ...]:
-    """What None tries on the default backend, best first."""
-    return ("cudnn", "mosaic_gpu", "triton", "xla") if on_cuda() else ("xla",)
+def _present(queries_per_head: int = 1) -> tuple[str, ...]:
+    """What None tries on the default backend, best first, for so many query heads per KV head."""
+    if not on_cuda():
+        return ("xla",)
+    # beyond 8 the Mosaic GPU kernel keeps some of its registers in memory, and is slower than dense attention
+    kernels = ("mosaic_gpu", "triton") if queries_per_head <= 8 else ("triton", "mosaic_gpu")
+    return ("cudnn", *kernels, "xla")
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
@@ -279,7 +284,10 @@ def _attend_packed_kernels(
     # Imported here: Pallas takes a while to import, and most who import this package attend through XLA.
     from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
 
-    kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
+    try:
+        kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
+    except (ImportError, AttributeError) as error:  # Pallas's backends are experimental: a version of jax may lack one
+        raise NotImplementedError(f"the kernels of {module} cannot be imported: {error}") from error
 
     def kernel_rows(packed: Rows) -> Any:
         return Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed

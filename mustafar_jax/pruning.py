@@ -172,7 +172,8 @@ def query_weight(query: jax.Array, counted: jax.Array, kv_heads: int) -> jax.Arr
 
     Args:
         query: [B, S, N, H] after RoPE.
-        counted: bool [B, S], which of them there are; the others may be anything.
+        counted: bool [B, S], which of them there are; the others may be anything. Entries that are not finite are not
+            counted either.
         kv_heads: K; each is weighed by its N // K query heads together.
 
     Returns:
@@ -181,7 +182,10 @@ def query_weight(query: jax.Array, counted: jax.Array, kv_heads: int) -> jax.Arr
     """
     group = query.shape[2] // kv_heads
     heads = query.reshape(*query.shape[:2], kv_heads, group, query.shape[3]).astype(jnp.float32)
-    total = jnp.sum(jnp.where(counted[:, :, None, None, None], heads, 0) ** 2, axis=(1, 3))
+    heads = jnp.where(counted[:, :, None, None, None] & jnp.isfinite(heads), heads, 0)
+    # relative to the largest, so that squares neither over- nor underflow
+    largest = jnp.max(jnp.abs(heads), axis=(1, 3, 4), keepdims=True)
+    total = jnp.sum((heads / jnp.where(largest > 0, largest, 1)) ** 2, axis=(1, 3))
     most = jnp.max(total, axis=-1, keepdims=True)
     return jnp.where(most > 0, (total / jnp.where(most > 0, most, 1)) ** 0.25, 1)
 

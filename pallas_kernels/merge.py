@@ -123,9 +123,10 @@ def _kernel(
 def _over_all(sources: list[tuple[Callable[[Any, int, int], Callable[[], _Parts]], range]], state: _State) -> _State:
     """The state and what all sources load: of each one tile, all on their way before the first is used; then the rest.
 
-    Mostly there is no rest.
+    There is no rest up to 64 recent tokens, sinks or splits each, which is what configurations and launches come to.
     """
-    sizes = [min(_TILE, max(16, 1 << (len(what) - 1).bit_length())) for _, what in sources]  # powers of two
+    # Triton's sizes are powers of two
+    sizes = [min(_TILE, max(16, 1 << (len(what) - 1).bit_length())) for _, what in sources]
     begun = [load(what.start, size, what.stop) for (load, what), size in zip(sources, sizes, strict=True)]
     for parts in begun:
         state = _add(state, *parts())

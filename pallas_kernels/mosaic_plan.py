@@ -92,12 +92,12 @@ class Plan:
 
     @property
     def warp_bytes(self) -> int:
-        """A warp's share of memory: its tile, parts of scores, weights [heads, TOKENS] of 16 bits, steps of means."""
+        """A warp's share of memory: its tile, parts of scores, weights [4, TOKENS] of 16 bits, steps of means."""
         return self.tile_bytes + self.scores_bytes + self.weights_bytes + self.centred * self.pairs * 32
 
     @property
     def weights_bytes(self) -> int:
-        """Of the weights [heads, TOKENS], 16 bits each, where they go through memory."""
+        """Of the weights [4, TOKENS], 16 bits each, where they go through memory; products read rows of all 4 heads."""
         return 0 if self.many_heads else 4 * TOKENS * 2
 
 

@@ -44,12 +44,12 @@ class Products(Protocol):
 
 
 def products(w: Warp, at: Places, plan: Plan) -> Products:
-    """Those that a plan wants."""
+    """For a plan's number of query heads."""
     return (ManyHeads if plan.many_heads else FewHeads)(w, at, plan)
 
 
 class _Common:
-    """What both have."""
+    """How the tile is read, which both share."""
 
     def __init__(self, w: Warp, at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
@@ -99,14 +99,14 @@ class FewHeads(_Common):
     def load_query(self, query: Any, head: Register) -> list[Register]:
         """Of each 8 pairs two words.
 
-        Lane (g, t) holds head g % 2 of heads 2 n, 2 n + 1 with n = (t - g / 2) % 4, at pairs 8 step + t and 8 step + 4
-        + t.
+        Lane (g, t) holds head g % 2 of heads 2 n and 2 n + 1, n = (t - g / 2) % 4, of 8 pairs numbers t and 4 + t: in
+        the product for heads 2 n, column g is of class j = g / 2, which the lanes of t = (j + n) % 4 hold.
         """
         number = self._pair_of_heads() * 2 + (self.at.g & 1)
         return load_query_head(self.w, query, head, number, self.at, self.plan)
 
     def _pair_of_heads(self) -> Register:
-        """N where this lane holds queries of heads 2 n and 2 n + 1."""
+        """The n for which this lane holds queries of heads 2 n and 2 n + 1."""
         return (self.at.t + 4 - (self.at.g >> 1)) & 3
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
@@ -132,13 +132,14 @@ class FewHeads(_Common):
         return []
 
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
-        """A token per lane; leaves the weights in shared memory."""
+        """A token per lane, whose parts of scores are in shared memory; leaves the weights there."""
         w, at, plan = self.w, self.at, self.plan
         seen, column = seen_of(unit * TOKENS + at.lane), at.scores + (at.lane << 2)
+        scores = []
         for head in range(plan.group):
             parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * ROW)[0]) for j in range(4)]
             score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * plan.scale
-            scores = [*scores, w.select(seen, score, w.number(-math.inf))]
+            scores.append(w.select(seen, score, w.number(-math.inf)))
         larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(scores, state.m, strict=True)])
 
         def rescale(carry: list[Register]) -> list[Register]:

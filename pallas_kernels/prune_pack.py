@@ -78,11 +78,17 @@ def prune_pack(
 
     Raises:
         NotImplementedError: see `triton.check_supported`.
+        ValueError: a weight that is not float32 [B, K, H].
     """
     source = prunes[0].source
     batch, head_dim = source.shape[0], source.shape[3]
     kv_heads = source.shape[head_axis]
     triton.check_supported(dtype=source.dtype, head_dim=head_dim)
+    for weight in (prune.weight for prune in prunes if prune.weight is not None):
+        if weight.shape != (batch, kv_heads, head_dim) or weight.dtype != jnp.float32:
+            raise ValueError(
+                f"weight is {weight.dtype}{list(weight.shape)}; wanted float32 {[batch, kv_heads, head_dim]}"
+            )
     plans = tuple(_Plan.of(prune, interpret) for prune in prunes)
     # not stacked: that would be a kernel of its own in every decode step
     of_sequence = pl.BlockSpec((None, 1), lambda head, block, sequence, side: (sequence, 0))

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mustafar_jax import CompressionConfig, LayerCache, append, attention, decode_attention, prefill, prefill_attention
+from mustafar_jax import (
+    CompressionConfig,
+    LayerCache,
+    append,
+    attention,
+    decode_attention,
+    implementations,
+    prefill,
+    prefill_attention,
+)
 from mustafar_jax.cache import PackedCache, Store
 from mustafar_jax.implementations import IMPLEMENTATIONS
 from tests.helpers import CONFIGS, DTYPES, attention_on_dense, rms_error_ratio, rope_frequencies
@@ -242,3 +251,27 @@ def test_bad_arguments(name, message, options):
 def test_every_named_implementation_is_known():
     named = set(attention._PACKED) | set(attention._DENSE) | set(attention._PREFILL)
     assert named <= set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize(("group", "tried"), [(8, ["mosaic_gpu", "triton"]), (9, ["triton", "mosaic_gpu"])])
+def test_none_tries_the_fastest_kernel_first(group, tried, monkeypatch):
+    """On a GPU; each kernel here says that it cannot run."""
+    seen = []
+
+    def refuse(name, *_):
+        seen.append(name)
+        raise NotImplementedError(name)
+
+    for name in ("mosaic_gpu", "triton"):
+        monkeypatch.setitem(attention._PACKED, name, functools.partial(refuse, name))
+    for module in (attention, implementations):
+        monkeypatch.setattr(module, "on_cuda", lambda: True)
+    cache = empty(CompressionConfig(), batch=1, num_kv_heads=1)
+    jax.eval_shape(decode_attention, jnp.zeros((1, group, HEAD_DIM)), cache)
+    assert seen == tried
+
+
+def test_a_kernel_that_cannot_be_imported_is_one_that_cannot_run():
+    cache = empty(CompressionConfig(), batch=1)
+    with pytest.raises(NotImplementedError, match="missing cannot be imported"):
+        attention._attend_packed_kernels(jnp.zeros((1, KV_HEADS, 1, HEAD_DIM)), cache, 1.0, None, module="missing")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention, keep_count, magnitude_mask, prefill
 from mustafar_jax.cache import DenseCache, PackedCache
-from mustafar_jax.pruning import Context, rescale_to_norm
+from mustafar_jax.pruning import Context, query_weight, rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import CONFIGS, DTYPES, rope_frequencies
 from tests.quick import AS_USERS
@@ -427,7 +427,15 @@ def test_keys_are_weighed_by_the_last_512_queries():
     assert (weights[0] != weights[2]).any()
 
 
-@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_queries_that_are_not_finite_are_not_counted():
+    query = jnp.asarray(np.random.default_rng(15).standard_normal((1, 40, 2, 32)), jnp.float32)
+    broken = query.at[0, 3, 0, 5].set(jnp.inf).at[0, 4, 1, 5].set(jnp.nan)
+    without = query.at[0, jnp.array([3, 4]), jnp.array([0, 1]), 5].set(0)
+    weights, wanted = (query_weight(q, jnp.ones((1, 40), bool), 1) for q in (broken, without))
+    np.testing.assert_allclose(weights, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_weights_do_not_depend_on_the_queries_scale(size):
     """Ranks are cast to the cache's dtype, whose range is not the queries'."""
     config = CompressionConfig(0.7, 0.7, weigh_keys=True)

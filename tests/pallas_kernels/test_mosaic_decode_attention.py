@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mustafar_jax as mj
 from mustafar_jax.pallas_kernels import mosaic_decode_attention as kernels
 from mustafar_jax.pallas_kernels.launch import MosaicParams
+from mustafar_jax.pallas_kernels.rows import Mean
 from mustafar_jax.pallas_kernels.scatter import Guess
-from tests.pallas_kernels.data import WHERE, attend, merge_splits, pack_rows, specs
+from mustafar_jax.rope import rotate
+from tests.helpers import rope_frequencies
+from tests.pallas_kernels.data import WHERE, attend, masks, merge_splits, pack_rows, specs
 from tests.pallas_kernels.test_decode_attention import check
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -46,6 +50,33 @@ def test_masks_on_the_edge_of_the_usual(slots, words, interpret):
     (key, dense_key), (value, dense_value) = (pack_rows(x, masks) for x in (key, value))
     first, last = jnp.zeros(1, jnp.int32), jnp.full(1, shape[2], jnp.int32)
     options = {"scale": shape[3] ** -0.5, "params": MosaicParams(splits=2, warps=4), "interpret": interpret}
+    call = jax.jit(functools.partial(kernels.attend_rows, **options))
+    actual = [x.reshape(1, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
+    check(actual, attend(query, dense_key, dense_value, first, last, options["scale"]), F16)
+
+
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("group", "head_dim"), [(4, 128), (6, 64), (16, 128)])
+def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, interpret):
+    """A warp takes several units, each of which has scores far above all those before."""
+    rng = np.random.default_rng(group)
+    shape = (1, 1, 288, head_dim)
+    growth = np.exp(np.linspace(0, 3.2, shape[2]))[:, None]
+    key, value = rng.standard_normal(shape) * growth, rng.standard_normal(shape)
+    query = jnp.asarray(rng.standard_normal((1, 1, group, head_dim)), F16)
+    first, last = jnp.zeros(1, jnp.int32), jnp.full(1, shape[2], jnp.int32)
+    (key, dense_key), (value, dense_value) = (
+        pack_rows(jnp.asarray(x, F16), masks(rng, jnp.asarray(x, F16), 20, ["magnitude"])) for x in (key, value)
+    )
+    mean = None
+    if centred:
+        inv_freq = jnp.asarray(rope_frequencies(head_dim))
+        mean = Mean(jnp.asarray(rng.standard_normal((1, 1, head_dim)), jnp.float32), inv_freq, 4)
+        rotated = rotate(mean.key[:, :, None], mean.offset + jnp.arange(shape[2]), inv_freq).astype(F16)
+        held = mj.bitmap.held(mj.BitmapArray(*key, jnp.zeros((1, 1), bool), shape[2]))
+        dense_key = jnp.where(held, dense_key, rotated)
+    options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(splits=1), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
     actual = [x.reshape(1, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
     check(actual, attend(query, dense_key, dense_value, first, last, options["scale"]), F16)
