@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print_row(table.rows)
     finally:
         plot(table.rows, folder / "attention.png")
+        plot_ratios(table.rows, folder / "attention_ratio.png")
 
 
 def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
@@ -314,6 +315,35 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
         _draw_lines(axis, panel, x)
         axis.set_xlabel(title)
         axis.legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_ratios(rows: list[Row], path: pathlib.Path) -> None:
+    """Time relative to dense attention through cuDNN at 0.7, of each shape's fastest kernel by rule."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    timed = [row for row in rows if row["us"] and row["mask"] == "random"]
+    dense = {row["shape"]: row["us"] for row in timed if row["name"] == "dense, cuDNN"}
+    ratios: dict[str, dict[str, float]] = {rule: {} for rule in RULES}
+    for row in timed:
+        if row["sparsity"] == 0.7 and row["shape"] in dense:
+            of_rule, ratio = ratios[row["rule"]], row["us"] / dense[row["shape"]]
+            of_rule[row["shape"]] = min(ratio, of_rule.get(row["shape"], ratio))
+    shapes = [name for name in dense if name in ratios["published"]]
+    if not shapes:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    for i, (rule, of_rule) in enumerate(ratios.items()):
+        places = [place + 0.4 * i - 0.2 for place in range(len(shapes))]
+        axes.bar(places, [of_rule.get(shape, 0) for shape in shapes], 0.38, label=f"{rule} rule, 0.7")
+    axes.axhline(1, color="black", linewidth=1, linestyle="--", label="dense, cuDNN")
+    axes.set_xticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes], fontsize="small")
+    axes.set(ylabel="time of attention, relative to dense", xlabel="batch x tokens; A, B: docs/kernels.md")
+    axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -361,7 +361,7 @@ def _add_compression(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sink-tokens", type=int, help="first tokens kept dense; 4, or 0 with --published-rule")
     both = argparse.BooleanOptionalAction
     command.add_argument("--center-keys", action=both, help="prune keys by their distance from the mean key")
-    command.add_argument("--weigh-keys", action=both, help="prune keys by what the prompt's queries use as well")
+    command.add_argument("--weigh-keys", action=both, help="prune keys by what the prompt's last queries use as well")
     command.add_argument("--rescale-values", action=both, help="give what is kept of a value the value's norm")
     command.add_argument("--group", type=int, help="tokens pruned at once, a multiple of 32; 32 unless given")
 

@@ -28,8 +28,8 @@ class CompressionConfig:
             half-split convention. Without effect where keys are dense, and for a prompt of at most sink_tokens +
             residual_length tokens, which has no mean.
         weigh_keys: multiply what ranks a key's entries by a weight per channel that `prefill` takes from the prompt's
-            queries, `pruning.query_weight`; entries are held as they are. Without effect where keys are dense, and for
-            a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
+            last 512 queries, `pruning.query_weight`; entries are held as they are. Without effect where keys are dense,
+            and for a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm. Meant for rules that keep
             equally many entries of each vector.
         v_slots: entries that a packed value has room for, where `v_method` keeps unequal rows; head_dim if None, which
