@@ -184,7 +184,7 @@ def query_weight(query: jax.Array, counted: jax.Array, kv_heads: int) -> jax.Arr
     heads = query.reshape(*query.shape[:2], kv_heads, group, query.shape[3]).astype(jnp.float32)
     heads = jnp.where(counted[:, :, None, None, None] & jnp.isfinite(heads), heads, 0)
     # relative to the largest, so that squares neither over- nor underflow
-    largest = jnp.max(jnp.abs(heads), axis=(1, 3, 4), keepdims=True)
+    largest = jnp.max(jnp.abs(heads), axis=(1, 3, 4), keepdims=True, initial=0)
     total = jnp.sum((heads / jnp.where(largest > 0, largest, 1)) ** 2, axis=(1, 3))
     most = jnp.max(total, axis=-1, keepdims=True)
     return jnp.where(most > 0, (total / jnp.where(most > 0, most, 1)) ** 0.25, 1)
