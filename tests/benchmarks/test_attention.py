@@ -41,8 +41,9 @@ def test_random_caches_hold_what_pruned_ones_do(cache, mask):
 def test_rows_are_measured_checked_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "COPY_BYTES", 2**16)
     monkeypatch.setattr(attention, "SWEEP_BYTES", 2**10)
-    earlier = {"shape": "other", "name": "x", **HERE}
-    (tmp_path / "attention.json").write_text(json.dumps({"rows": [earlier, {"shape": "tiny", "name": "old"}]}))
+    earlier = {"shape": "other", "name": "x", "us": None, **HERE}
+    old = {"shape": "tiny", "name": "old", "us": None}
+    (tmp_path / "attention.json").write_text(json.dumps({"rows": [earlier, old]}))
     sizes = ["--shapes", "tiny", "--sparsities", "0.7", "--rules", "published", "--masks", "random", "words"]
     arguments = [*sizes, "--implementations", "xla", "triton", "--no-torch", "--output", str(tmp_path)]
     attention.main([*arguments, "--dense-implementation", "xla"])
