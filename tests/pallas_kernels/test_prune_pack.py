@@ -105,6 +105,18 @@ HALF_INTERPRETED = [
 FIRST, START, HELD = np.array([4, 8]), np.array([0, 32]), np.array([64, 64])
 
 
+def pruned(x, target, *, interpret, **fields):
+    """The target with rows of x in it, three quarters of their entries removed; `fields` of `Prune`."""
+
+    @functools.partial(jit, interpret=interpret)
+    def run(x, target):
+        prune = Prune(x, target, **fields)
+        return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
+
+    [actual] = run(x, target)
+    return actual
+
+
 def weights(rng, *shape):
     """Some of them so small that what is ranked is subnormal in float16; some zero."""
     return jnp.asarray(np.exp(3 * rng.standard_normal(shape) - 8) * (rng.random(shape) > 0.1), jnp.float32)
@@ -116,16 +128,19 @@ def test_weighed_keys_are_bit_equal_to_xla(head_dim, dtype, interpret):
     x, weight = data(rng, (2, 2, 72, head_dim), dtype), weights(rng, 2, 2, head_dim)
     target = poisoned(rng, 2, 2, 96, head_dim, head_dim // 4, dtype)
 
-    @functools.partial(jit, interpret=interpret)
-    def run(x, target):
-        prune = Prune(x, target, weight=weight)
-        return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
-
-    [actual] = run(x, target)
+    actual = pruned(x, target, weight=weight, interpret=interpret)
     ranked = (x.astype(jnp.float32) * weight[:, :, None]).astype(dtype)
     wanted = written(target, x, mj.magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
     np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
     np.testing.assert_array_equal(bits(actual.values), wanted.values)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 64), jnp.float32), ((2, 2, 64), jnp.float16)])
+def test_weights_of_another_form_are_refused(shape, dtype):
+    rng = np.random.default_rng(11)
+    x, target = data(rng, (2, 2, 72, 64), F16), poisoned(rng, 2, 2, 96, 64, 16, F16)
+    with pytest.raises(ValueError, match=r"weight is float.*; wanted float32 \[2, 2, 64\]"):
+        pruned(x, target, weight=jnp.ones(shape, dtype), interpret=True)
 
 
 @pytest.mark.parametrize("weighed", [False, True])
@@ -139,12 +154,7 @@ def test_centred_keys_are_ranked_to_the_last_bit(head_dim, dtype, weighed, inter
     weight = jnp.asarray(rng.uniform(0.1, 1, (2, 1, head_dim)), jnp.float32) if weighed else None
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
-    @functools.partial(jit, interpret=interpret)
-    def run(x, target):
-        prune = Prune(x, target, mean, weight=weight)
-        return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
-
-    [actual] = run(x, target)
+    actual = pruned(x, target, mean=mean, weight=weight, interpret=interpret)
     position = jnp.arange(72) + (START - FIRST + 4)[:, None]
     centred = x.astype(jnp.float32) - rotate(mean.key[:, :, None], position[:, None], mean.inv_freq)
     centred = (centred if weight is None else centred * weight[:, :, None]).astype(dtype)
@@ -168,12 +178,7 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
     x = x.at[0, 0, 5].set(0).at[0, 0, 6, 3].set(jnp.inf).at[0, 0, 7, 3].set(jnp.nan).at[0, 0, 8].multiply(2e4)
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
-    @functools.partial(jit, interpret=interpret)
-    def run(x, target):
-        prune = Prune(x, target, rescale=True)
-        return prune_pack([prune], FIRST, START, HELD, rows=64, head_axis=1, interpret=interpret)
-
-    [actual] = run(x, target)
+    actual = pruned(x, target, rescale=True, interpret=interpret)
     mask = mj.magnitude_mask(x, 0.75)
     wanted = written(target, rescale_to_norm(x, mask), mask, FIRST, START, HELD, 64)
     np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
