@@ -54,9 +54,10 @@ class _Common:
     def __init__(self, w: Warp, at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
 
-    def read_keys(self, step: int, quad: Register, clear: bool) -> list[list[Register]]:
-        """Of 8 pairs, a quad of tokens of pairs t and 4 + t, a word each; emptied if `clear`."""
+    def read_keys(self, step: int, clear: bool) -> list[list[Register]]:
+        """Of 8 pairs, quad (g + 2 t) % 8 of pairs t and 4 + t, a word each token; emptied if `clear`."""
         w, at = self.w, self.at
+        quad = (at.g + at.t * 2) & 7
         read = at.tile + at.t * ROW + (quad << 4)
         starts = [8 * step * ROW, (8 * step + 4) * ROW]
         words = [w.load_shared(read, 4, start) for start in starts]
@@ -114,13 +115,14 @@ class FewHeads(_Common):
         w, at, plan = self.w, self.at, self.plan
         heads = range(0, plan.group, 2)
         even, odd = ([[w.number(0)] * 4 for _ in heads] for _ in range(2))  # tokens 0 and 1 of a quad; 2 and 3
+        pair_of_heads = self._pair_of_heads()
         for step in range(plan.pairs // 8):
-            low, high = self.read_keys(step, (at.g + at.t * 2) & 7, clear=True)
+            low, high = self.read_keys(step, clear=True)
             operand = query[2 * step : 2 * step + 2]
             for n in range(len(heads)):
                 columns = operand
                 if len(heads) > 1:
-                    columns = [w.select(self._pair_of_heads() == n, x, w.integer(0)) for x in operand]
+                    columns = [w.select(pair_of_heads == n, x, w.integer(0)) for x in operand]
                 even[n] = w.multiply_add([low[0], low[1], high[0], high[1]], columns, even[n])
                 odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
         for n, head in enumerate(heads):
@@ -229,7 +231,7 @@ class ManyHeads(_Common):
         w, at = self.w, self.at
         parts = [[[w.number(0)] * 4 for _ in range(4)] for _ in range(2)]
         for step in range(self.plan.pairs // 8):
-            low, high = self.read_keys(step, (at.g + at.t * 2) & 7, clear=last)
+            low, high = self.read_keys(step, clear=last)
             words = query[2 * step : 2 * step + 2]
             for two, of_tokens in enumerate(parts):
                 a = [w.select(at.t == 2 * two + i, x, w.integer(0)) for x in words for i in range(2)]
