@@ -28,7 +28,7 @@ class Packed(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """What stands for the entries that packed keys do not hold: a mean key, rotated to each token's position.
+    """The mean key whose distance from keys packed rows hold: a key is that and the mean, rotated to its position.
 
     Attributes:
         key: float32 [B, K, H], before rotation.

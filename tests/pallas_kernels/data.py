@@ -7,6 +7,7 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.pallas_kernels.rows import Packed
+from mustafar_jax.rope import rotate
 from tests.quick import QUICK
 
 TOLERANCE = {jnp.dtype(jnp.bfloat16): 5e-3, jnp.dtype(jnp.float16): 1e-3}
@@ -53,6 +54,13 @@ def pack_rows(x, mask):
     packed = mj.pack(x, mask)
     padding = packed.bitmap.shape[2] - x.shape[2]
     return Packed(packed.bitmap, packed.values), jnp.pad(mj.unpack(packed), [(0, 0), (0, 0), (0, padding), (0, 0)])
+
+
+def with_mean(dense, mean):
+    """Keys [B, K, S, H] as attention sees them, float32, of what packed ones hold and a `Mean`."""
+    return dense.astype(jnp.float32) + rotate(
+        mean.key[:, :, None], mean.offset + jnp.arange(dense.shape[2]), mean.inv_freq
+    )
 
 
 def poison(rows, outside):

@@ -14,9 +14,8 @@ from mustafar_jax import attention
 from mustafar_jax.pallas_kernels import decode_attention, mosaic_decode_attention
 from mustafar_jax.pallas_kernels.launch import DecodeParams, MosaicParams
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
-from mustafar_jax.rope import rotate
 from tests.helpers import bits, rms_error_ratio, rope_frequencies
-from tests.pallas_kernels.data import TOLERANCE, attend, jit, merge_splits, poison, rows_of, specs
+from tests.pallas_kernels.data import TOLERANCE, attend, jit, merge_splits, poison, rows_of, specs, with_mean
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -100,10 +99,7 @@ def data(name):
     if case.centred:
         mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], case.head_dim)), jnp.float32), None, 4)
         mean = mean._replace(inv_freq=jnp.asarray(rope_frequencies(case.head_dim)))
-        rows = dense_key.shape[2]
-        rotated = rotate(mean.key[:, :, None], mean.offset + jnp.arange(rows), mean.inv_freq)
-        held = mj.bitmap.held(mj.BitmapArray(*key, jnp.zeros(shape[:2], bool), rows))
-        dense_key = jnp.where(held, dense_key, rotated.astype(case.dtype))  # as a tile holds it
+        dense_key = with_mean(dense_key, mean)
     expected = attend(query, dense_key, dense_value, first, last, case.head_dim**-0.5)
     key, value = (poison(x, outside(x, first, last)) for x in (key, value))
     return Data((query, key, value, first, last), mean, expected)

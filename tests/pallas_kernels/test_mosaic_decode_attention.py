@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import mustafar_jax as mj
 from mustafar_jax.pallas_kernels import mosaic_decode_attention as kernels
 from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.rows import Mean
 from mustafar_jax.pallas_kernels.scatter import Guess
-from mustafar_jax.rope import rotate
 from tests.helpers import rope_frequencies
-from tests.pallas_kernels.data import WHERE, attend, masks, merge_splits, pack_rows, specs
+from tests.pallas_kernels.data import WHERE, attend, masks, merge_splits, pack_rows, specs, with_mean
 from tests.pallas_kernels.test_decode_attention import check
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -73,9 +71,7 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, in
     if centred:
         inv_freq = jnp.asarray(rope_frequencies(head_dim))
         mean = Mean(jnp.asarray(rng.standard_normal((1, 1, head_dim)), jnp.float32), inv_freq, 4)
-        rotated = rotate(mean.key[:, :, None], mean.offset + jnp.arange(shape[2]), inv_freq).astype(F16)
-        held = mj.bitmap.held(mj.BitmapArray(*key, jnp.zeros((1, 1), bool), shape[2]))
-        dense_key = jnp.where(held, dense_key, rotated)
+        dense_key = with_mean(dense_key, mean)
     options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(splits=1), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
     actual = [x.reshape(1, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
