@@ -113,15 +113,13 @@ class Prompt:
 
         def one(arguments: Any) -> jax.Array:
             packed, (key, value), (mean, weight) = arguments
-            ranked = key.astype(jnp.float32)
+            held = key.astype(jnp.float32)
             if mean is not None:
-                turned = rotate(mean[None], jnp.arange(key.shape[0]), inv_freq)
-                ranked -= turned
-            if weight is not None:
-                ranked *= weight
-            ranked = ranked.astype(key.dtype)
+                held -= rotate(mean[None], jnp.arange(key.shape[0]), inv_freq)
+            ranked = (held if weight is None else held * weight).astype(key.dtype)
+            held = held.astype(key.dtype)
             sums = []
-            for rows, x, by, rescaled in zip(packed, (key, value), (ranked, value), (False, rescale), strict=True):
+            for rows, x, by, rescaled in zip(packed, (held, value), (ranked, value), (False, rescale), strict=True):
                 found = mj.BitmapArray(rows.bitmap, rows.values, jnp.zeros((), bool), x.shape[0])
                 mask, magnitudes = bitmap.held(found), jnp.abs(by.astype(jnp.float32))
                 wanted = jnp.where(mask, rescale_to_norm(x, mask) if rescaled else x, 0).astype(jnp.float32)

@@ -137,7 +137,7 @@ class LayerCache:
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The keys and values that attention sees, [B, capacity, K, H], zero from each length on; and the lengths.
 
-        Pruned entries are zero, a key mean is added back, rescaled values are as stored.
+        Pruned entries are zero, a key mean is added back (keys are then float32), rescaled values are as stored.
         """
         raise NotImplementedError
 
@@ -340,7 +340,8 @@ class PackedCache(LayerCache):
     Attributes:
         keys, values: what is held of each.
         key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
-            centred. An entry that a packed key does not hold stands for this mean's, rotated to the key's position.
+            centred. Packed keys are then distances from it: a key is what is held plus the mean, rotated to its
+            position.
         key_weight: float32 [B, K, H], by which entries of keys are weighed when they are ranked, fixed by `prefill`;
             None unless keys are weighed.
         queries: [B, N, 32, H], the most recent queries, each in slot position % 32; None unless a method scores with
@@ -378,7 +379,7 @@ class PackedCache(LayerCache):
         """Packed keys [B, K, n, H] at positions [B or 1, n] as attention sees them; float32 where they are centred."""
         if self.key_mean is None or not isinstance(packed, BitmapArray):
             return to_array(packed)
-        return jnp.where(bitmap.held(packed), bitmap.unpack(packed), self.mean_key(positions))
+        return bitmap.unpack(packed).astype(jnp.float32) + self.mean_key(positions)
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
@@ -398,9 +399,9 @@ class PackedCache(LayerCache):
             return jnp.where(held, tokens, 0)
 
         positions = sinks + jnp.arange(self.keys.packed.shape[2])[None]
-        packed_keys = self.unpack_keys(self.keys.packed, positions).astype(self.dtype)
-        values = gather(self.values.dense, to_array(self.values.packed))
-        return gather(self.keys.dense, packed_keys), values
+        packed_keys = self.unpack_keys(self.keys.packed, positions)
+        keys = gather(self.keys.dense.astype(packed_keys.dtype), packed_keys)
+        return keys, gather(self.values.dense, to_array(self.values.packed))
 
     def _slot(self, position: jax.Array) -> jax.Array:
         """The dense slot that a token at this position has, or had."""
@@ -525,38 +526,23 @@ class PackedCache(LayerCache):
 
     def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, context: Context) -> tuple[Rows, Rows]:
         """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
-        config = self.config
+        config, slots = self.config, self.config.slots(self.head_dim)
+        by_key, by_value = config.key_method, config.value_method
+        key, ranked = self._centred(key, positions)
         return (
-            _prune(
-                key,
-                self._ranked(key, positions),
-                context,
-                config.key_method,
-                config.k_sparsity,
-                config.slots(self.head_dim)[0],
-                rescale=False,
-            ),
-            _prune(
-                value,
-                value,
-                context,
-                config.value_method,
-                config.v_sparsity,
-                config.slots(self.head_dim)[1],
-                rescale=config.rescale_values,
-            ),
+            _prune(key, ranked, context, by_key, config.k_sparsity, slots[0], rescale=False),
+            _prune(value, value, context, by_value, config.v_sparsity, slots[1], rescale=config.rescale_values),
         )
 
-    def _ranked(self, key: jax.Array, positions: jax.Array) -> jax.Array:
-        """What the entries of keys [B, K, n, H] at positions [B, n] are chosen by, in their dtype."""
+    def _centred(self, key: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, K, n, H] at positions [B, n] less the mean; and what their entries are chosen by. Of their dtype."""
         if self.key_mean is None and self.key_weight is None:
-            return key
-        ranked = key.astype(jnp.float32)
+            return key, key
+        held = key.astype(jnp.float32)
         if self.key_mean is not None:
-            ranked -= self.mean_key(positions)
-        if self.key_weight is not None:
-            ranked *= self.key_weight[:, :, None]
-        return ranked.astype(key.dtype)
+            held -= self.mean_key(positions)
+        ranked = held if self.key_weight is None else held * self.key_weight[:, :, None]
+        return held.astype(key.dtype), ranked.astype(key.dtype)
 
     def _context(self, positions: jax.Array, valid: jax.Array, all_keys: Callable[[], jax.Array]) -> Context:
         """What rules see besides the entries at positions [B, n]; `all_keys` gives the keys [B, S, K, H]."""

@@ -35,11 +35,11 @@ class Prune(NamedTuple):
     Attributes:
         source: [B, S, K, H], or [B, K, S, H] as `prune_pack` is told.
         target: the packed rows that are overwritten; each keeps as many entries as it has slots.
-        mean: where keys are centred, what their entries are measured from; its `offset` is the position of the target's
-            row 0.
+        mean: where keys are centred, what is taken off them before they are pruned; its `offset` is the position of the
+            target's row 0.
         rescale: scale what is kept of a vector to the whole vector's L2 norm.
-        weight: float32 [B, K, H], what the entries, or their distances from the mean, are multiplied by in float32
-            before they are compared in the source's dtype.
+        weight: float32 [B, K, H], what the entries, or what the mean leaves of them, are multiplied by in float32
+            before they are compared in the source's dtype; they are held without it.
     """
 
     source: jax.Array
@@ -250,7 +250,7 @@ def _prune_block(
     words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
     memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
     entries = _load(source_ref, first, plan)
-    memory, ranked = _ranked(memory, entries, mean_refs, weight_ref, row, plan)
+    memory, entries, ranked = _ranked(memory, entries, mean_refs, weight_ref, row, plan)
     mask = _largest(ranked, plan)
     _store_bitmap(bitmap_ref, mask, row, plan)
     memory = _append(memory, entries, mask, plan)
@@ -297,10 +297,10 @@ def _ranked(
     weight_ref: triton.Ref | None,
     row: jax.Array,
     plan: _Plan,
-) -> tuple[triton.Memory, list[jax.Array]]:
-    """What the entries are compared by: less the mean key, rotated to each token's position, and times the weight."""
+) -> tuple[triton.Memory, list[jax.Array], list[jax.Array]]:
+    """The entries to hold, less the mean key rotated to each token's position; and what they are compared by."""
     if not (mean_refs or plan.weighed):
-        return memory, entries
+        return memory, entries, entries
     read: list[jax.Array] = []
     mean = weight = None
     if mean_refs:
@@ -308,19 +308,23 @@ def _ranked(
         mean = _mean_pairs(memory, mean_refs[-1], read, plan)
     if weight_ref is not None:
         weight = _weight_pairs(weight_ref, plan)
-    ranked: tuple[list[jax.Array], ...] = ([], [])
+    halves: tuple[list[tuple[jax.Array, jax.Array]], ...] = ([], [])  # of a thread's channels
     for word in range(WORD // 2):
         means, weights = ([next(pairs), next(pairs)] if pairs else None for pairs in (mean, weight))
-        for i, words in enumerate(ranked):
-            low, high = _float32(entries[i * WORD // 2 + word], plan)
+        for i, words in enumerate(halves):
+            held = ranked = entries[i * WORD // 2 + word]
+            low, high = _float32(held, plan)
             if means:
                 low, high = low - means[0][i], high - means[1][i]
+                held = ranked = triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret)
             if weights:
                 low, high = low * weights[0][i], high * weights[1][i]
-            words.append(triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret))
+                ranked = triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret)
+            words.append((held, ranked))
     if mean_refs:
         memory = triton.synchronise(memory, read, interpret=plan.interpret)
-    return memory, ranked[0] + ranked[1]
+    both = halves[0] + halves[1]
+    return memory, [held for held, _ in both], [ranked for _, ranked in both]
 
 
 def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan) -> triton.Memory:
