@@ -97,27 +97,8 @@ class LayerCache:
             raise TypeError(f"dtype={dtype} must be bfloat16, float16 or float32")
         if head_dim % bitmap.WORD and not config.is_dense:
             raise ValueError(f"{head_dim=} must be a multiple of {bitmap.WORD} where keys or values are pruned")
-        common: dict[str, Any] = {
-            "lengths": jnp.zeros(batch, jnp.int32),
-            "overflow": jnp.zeros(batch, bool),
-            "config": config,
-            "dtype": dtype,
-            **{name: size for name, size in sizes.items() if name != "batch"},
-        }
-        if config.is_dense:
-            key, value = (jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype) for _ in range(2))
-            return DenseCache(key=key, value=value, **common)
-        frequencies = _frequencies(config, inv_freq, head_dim)
-        leading, (key_slots, value_slots) = (batch, num_kv_heads), config.slots(head_dim)
-        return PackedCache(
-            keys=_empty_store(config, config.k_sparsity, key_slots, capacity, leading, head_dim, dtype),
-            values=_empty_store(config, config.v_sparsity, value_slots, capacity, leading, head_dim, dtype),
-            queries=_empty_queries(config, batch, num_heads, num_kv_heads, head_dim, dtype),
-            key_mean=None if frequencies is None else jnp.zeros((*leading, head_dim), jnp.float32),
-            key_weight=jnp.ones((*leading, head_dim), jnp.float32) if config.weigh_keys and config.k_sparsity else None,
-            inv_freq=frequencies,
-            **common,
-        )
+        frequencies = None if config.is_dense else _frequencies(config, inv_freq, head_dim)
+        return _empty_cache(config, **sizes, dtype=dtype, inv_freq=frequencies, num_heads=num_heads)
 
     @property
     def batch(self) -> int:
@@ -722,6 +703,48 @@ def _frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim
     if np.shape(inv_freq) != (head_dim // 2,):
         raise ValueError(f"inv_freq has shape {np.shape(inv_freq)}; wanted [{head_dim // 2}]")
     return tuple(np.asarray(inv_freq, np.float32).tolist())
+
+
+# Compiled as one call: a model has hundreds of these arrays, and calls one by one delay its first token.
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=["batch", "capacity", "num_kv_heads", "head_dim", "dtype", "inv_freq", "num_heads"],
+)
+def _empty_cache(
+    config: CompressionConfig,
+    *,
+    batch: int,
+    capacity: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: np.dtype[Any],
+    inv_freq: tuple[float, ...] | None,
+    num_heads: int | None,
+) -> LayerCache:
+    """An empty cache; see `LayerCache.init`, which checks the arguments."""
+    common: dict[str, Any] = {
+        "lengths": jnp.zeros(batch, jnp.int32),
+        "overflow": jnp.zeros(batch, bool),
+        "config": config,
+        "capacity": capacity,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+    }
+    if config.is_dense:
+        key, value = (jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype) for _ in range(2))
+        return DenseCache(key=key, value=value, **common)
+    leading, (key_slots, value_slots) = (batch, num_kv_heads), config.slots(head_dim)
+    return PackedCache(
+        keys=_empty_store(config, config.k_sparsity, key_slots, capacity, leading, head_dim, dtype),
+        values=_empty_store(config, config.v_sparsity, value_slots, capacity, leading, head_dim, dtype),
+        queries=_empty_queries(config, batch, num_heads, num_kv_heads, head_dim, dtype),
+        key_mean=None if inv_freq is None else jnp.zeros((*leading, head_dim), jnp.float32),
+        key_weight=jnp.ones((*leading, head_dim), jnp.float32) if config.weigh_keys and config.k_sparsity else None,
+        inv_freq=inv_freq,
+        **common,
+    )
 
 
 def _dense_slots(config: CompressionConfig, capacity: int) -> tuple[int, int]:
