@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mustafar_jax.pallas_kernels import launch, mosaic_gpu
 from mustafar_jax.pallas_kernels.merge import merge
-from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Places, Plan, State, layout
+from mustafar_jax.pallas_kernels.mosaic_mean import MeanKey, turns
+from mustafar_jax.pallas_kernels.mosaic_plan import TOKENS, Places, Plan, State, layout
 from mustafar_jax.pallas_kernels.mosaic_products import LOWEST, merge_warps, products
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
 from mustafar_jax.pallas_kernels.sources import smaller, source
@@ -115,7 +115,7 @@ def attend_rows(
     arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *jax.tree.leaves((key, value))]
     if plan.centred:
         assert mean is not None
-        arrays += [mean.key.astype(jnp.float32), _turns(mean, plan)]
+        arrays += [mean.key.astype(jnp.float32), turns(mean, plan)]
     shapes = [(head_dim,), (), ()]
     return mosaic_gpu.kernel_call(
         functools.partial(attend_split, plan=plan),
@@ -123,28 +123,17 @@ def attend_rows(
         out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
         blocks=heads * params.splits,
         warps=params.warps,
-        shared_bytes=params.warps * plan.warp_bytes,
+        shared_bytes=plan.shared_bytes,
         dtype=query.dtype,
         interpret=interpret,
     )
-
-
-def _turns(mean: Mean, plan: Plan) -> jax.Array:
-    """Cosines and sines of turns [units + 11, pairs, 2]: to each unit's first token; to a unit's 8 quads; 3 steps.
-
-    They are the same for every layer of a model, whose compiler keeps one.
-    """
-    starts = mean.offset + np.arange(plan.units) * TOKENS
-    steps = [4 * quad for quad in range(8)] + [1, 16, plan.warps * TOKENS]
-    angle = jnp.asarray(np.concatenate([starts, steps]), jnp.float32)[:, None] * mean.inv_freq
-    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """One split of one KV head: a block, whose warps take every `warps`-th unit.
 
     refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values, or either's dense rows;
-    where keys are centred mean [B, K, H] and turns (`_turns`); out [heads, splits, G, H], m and l [heads, splits, G].
+    where keys are centred mean [B, K, H] and its turns; out [heads, splits, G, H], m and l [heads, splits, G].
     """
     firsts, lasts, query, *inputs, out, m, l = refs  # noqa: E741
     block = w.block()
@@ -160,25 +149,23 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
     multiply = products(w, at, plan)
     fragments = multiply.load_query(query, head)
-    mean: list[Register] = []
-    if plan.centred:
-        mean_key, turns = inputs
-        mean = begin_mean(w, mean_key, turns, head, begin, begin < end, at, plan)
-    else:
-        clear_tile(w, at, plan)
+    mean = MeanKey(w, inputs[0], inputs[1], at, plan) if plan.centred else None
+    if mean:
+        mean.share(head, fragments, multiply.heads())
+    clear_tile(w, at, plan)
     state = State.empty(w, LOWEST, plan)
 
     def seen_of(token: Register) -> Register:
         return w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
 
     def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
-        state = State.from_flat(carry[key.registers + value.registers + len(mean) :], plan)
-        next_mean = carry[key.registers + value.registers :][: len(mean)]
-        if plan.centred:
-            next_mean = fill_tile(w, next_mean, at, plan)
+        state = State.from_flat(carry[key.registers + value.registers :], plan)
+        turn = mean.load_turn(unit) if mean else []
         seen, ahead = seen_of(unit * TOKENS + at.lane), unit + plan.warps
         key.unpack(w, carry, unit, seen, at, plan)
         next_key = key.load(w, ahead, at, ahead < end)
+        if mean:
+            mean.turn_queries(turn)
         w.sync_warp()
         scores = multiply.multiply_keys(fragments)
         w.sync_warp()
@@ -188,10 +175,10 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
         w.sync_warp()
         multiply.add_values(state, weights)
         w.sync_warp()
-        return [*next_key, *next_value, *next_mean, *state.flat()]
+        return [*next_key, *next_value, *state.flat()]
 
-    carry = w.loop(begin, end, plan.warps, [*loaded, *mean, *state.flat()], attend_unit)
-    state = State.from_flat(carry[len(loaded) + len(mean) :], plan)
+    carry = w.loop(begin, end, plan.warps, [*loaded, *state.flat()], attend_unit)
+    state = State.from_flat(carry[len(loaded) :], plan)
     multiply.publish(state)
     w.sync_block()
     merge_warps(w, shared, out, m, l, plan)
@@ -207,69 +194,3 @@ def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
     for start in range(0, plan.tile_bytes, 16 * LANES):
         w.store_shared(at.tile + (at.lane << 4), zeros, start)
     w.sync_warp()
-
-
-def rotate(pair: list[Register], turn: list[Register]) -> list[Register]:
-    """Channels (p, p + pairs) turned by an angle, given as cosine and sine."""
-    (x, y), (cos, sin) = pair, turn
-    return [x * cos - y * sin, y * cos + x * sin]
-
-
-def begin_mean(
-    w: Warp, mean: Any, turns: Any, head: Register, unit: Register, where: Register, at: Places, plan: Plan
-) -> list[Register]:
-    """What `fill_tile` wants for the first unit; leaves the steps [pairs, 8] in shared memory.
-
-    A pair's steps are the turns by 1 token, 16 tokens and to the warp's next unit. A lane fills quads t and t + 4 of
-    pairs 8 i + g, t + 4 first where g is odd, so that the 8 lanes of a phase meet all banks.
-    """
-
-    def turn(row: Register, pair: Register) -> list[Register]:
-        return [w.as_float(x) for x in w.load(turns, (row * plan.pairs + pair) << 3, 2, where=where)]
-
-    for start in range(0, plan.pairs, LANES):
-        pair = at.lane + start
-        for i in range(3):
-            w.store_shared(at.steps + (pair << 5), turn(w.integer(plan.units + 8 + i), pair), 8 * i)
-    w.sync_warp()
-    row = w.row(mean, head, plan.head_dim * 4)
-    registers = []
-    for block in range(plan.pairs // 8):
-        pair = at.g + 8 * block
-        channels = [w.as_float(w.load(row, (pair + i * plan.pairs) << 2, 1, where=where)[0]) for i in range(2)]
-        channels = rotate(channels, turn(unit, pair))
-        registers += rotate(channels, turn(at.first_quad + plan.units, pair))
-    return registers
-
-
-def fill_tile(w: Warp, mean: list[Register], at: Places, plan: Plan) -> list[Register]:
-    """Fill the tile with the mean key, rotated to each token's position.
-
-    By the angle addition theorems x(s + 1) = 2 cos(w) x(s) - x(s - 1): one multiply-add per channel and token.
-
-    Args:
-        w: the warp.
-        mean: float32 [pairs / 8][2], the mean's channels (p, p + pairs), at the first token that this lane fills.
-        at: its places.
-        plan: the plan.
-
-    Returns:
-        The same for the warp's next unit.
-    """
-    backwards = (at.g & 1) > 0
-    ahead = []
-    for block in range(plan.pairs // 8):
-        steps = at.steps + (at.g << 5)
-        words = w.load_shared(steps, 4, 256 * block) + w.load_shared(steps, 2, 256 * block + 16)
-        one, sixteen, unit = ([w.as_float(x) for x in words[i : i + 2]] for i in (0, 2, 4))
-        sixteen[1] = w.select(backwards, w.number(0) - sixteen[1], sixteen[1])
-        first = mean[2 * block : 2 * block + 2]
-        for quad, start in ((at.first_quad, first), (at.first_quad ^ 4, rotate(first, sixteen))):
-            tokens = [start, rotate(start, one)]
-            for _ in range(2):
-                tokens.append([one[0] * 2.0 * b - a for a, b in zip(*tokens[-2:], strict=True)])
-            place = at.tile + at.g * ROW + (quad << 4)
-            w.store_shared(place, [w.pack_pair(*pair) for pair in tokens], 8 * block * ROW)
-        ahead += rotate(first, unit)
-    w.sync_warp()
-    return ahead

@@ -92,13 +92,49 @@ class Plan:
 
     @property
     def warp_bytes(self) -> int:
-        """A warp's share of memory: its tile, parts of scores, weights [4, TOKENS] of 16 bits, steps of means."""
-        return self.tile_bytes + self.scores_bytes + self.weights_bytes + self.centred * self.pairs * 32
+        """A warp's share of memory: its tile, parts of scores, weights [4, TOKENS] of 16 bits, turned queries."""
+        return self.tile_bytes + self.scores_bytes + self.weights_bytes + self.turned_bytes
 
     @property
     def weights_bytes(self) -> int:
         """Of the weights [4, TOKENS], 16 bits each, where they go through memory; products read rows of all 4 heads."""
         return 0 if self.many_heads else 4 * TOKENS * 2
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of a head's channels, of 4 pairs each: see `mosaic_mean`."""
+        return self.pairs // 4
+
+    @property
+    def turned_heads(self) -> int:
+        """Query heads that a warp turns where keys are centred: what products read, a piece per lane at a time."""
+        heads, at_once = 8 * self.octets if self.many_heads else self.group, LANES // self.pieces
+        return -(-heads // at_once) * at_once
+
+    @property
+    def turned_stride(self) -> int:
+        """Bytes from one turned query to the next: half of the banks more, so that neighbours meet in none."""
+        return self.pairs * 4 + 64
+
+    @property
+    def turned_bytes(self) -> int:
+        """Of a warp's turned queries."""
+        return self.centred * self.turned_heads * self.turned_stride
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the mean key, rotated to each token of a unit, which a block's warps share."""
+        return self.centred * self.pairs * ROW
+
+    @property
+    def queries_bytes(self) -> int:
+        """Of the queries in float32, which a block's warps share: all low channels of pairs, then all high ones."""
+        return self.centred * 8 * self.octets * self.head_dim * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block: its warps' shares, then what they share."""
+        return self.warps * self.warp_bytes + self.table_bytes + self.queries_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +142,20 @@ class Places:
     """Addresses that a warp uses throughout.
 
     Attributes:
-        tile, scores, weights, steps: where its parts of shared memory begin: see `Plan.warp_bytes`.
+        tile, scores, weights, turned: where its parts of shared memory begin: see `Plan.warp_bytes`.
+        table, queries: where what the block's warps share begins: see `Plan.shared_bytes`.
         lane, g, t: numbers of this lane.
     """
 
     tile: Register
     scores: Register
     weights: Register
-    steps: Register
+    turned: Register
+    table: Register
+    queries: Register
     lane: Register
     g: Register
     t: Register
-
-    @property
-    def first_quad(self) -> Register:
-        """The first of the two quads of tokens that this lane fills with a mean: see `begin_mean`."""
-        return self.t + ((self.g & 1) << 2)
 
     @staticmethod
     def of(w: Warp, shared: Register, plan: Plan) -> "Places":
@@ -130,7 +164,9 @@ class Places:
         tile = shared + w.warp() * plan.warp_bytes
         scores = tile + plan.tile_bytes
         weights = scores + plan.scores_bytes
-        return Places(tile, scores, weights, weights + plan.weights_bytes, lane, lane >> 2, lane & 3)
+        turned = weights + plan.weights_bytes
+        table = shared + plan.warps * plan.warp_bytes
+        return Places(tile, scores, weights, turned, table, table + plan.table_bytes, lane, lane >> 2, lane & 3)
 
 
 @dataclasses.dataclass

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mustafar_jax.pallas_kernels.mosaic_mean import read_table, read_turned
 from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Places, Plan, State
 from mustafar_jax.pallas_kernels.warp import LANES, Register, Warp
 
@@ -27,17 +28,23 @@ SeenOf = Callable[[Register], Register]
 class Products(Protocol):
     """Of one warp. Between two of the steps, other lanes' shared memory is to be waited for (`Warp.sync_warp`)."""
 
+    def heads(self) -> list[Register]:
+        """The query heads of which this lane holds words, one of each octet; lanes of one t have 8 different ones."""
+
     def load_query(self, query: Any, head: Register) -> list[Register]:
-        """The queries of a KV head, as `multiply_keys` wants them."""
+        """The queries of a KV head, as `multiply_keys` wants them: of each of `heads`, of each 8 pairs two words."""
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
-        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants, not scaled yet."""
+        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants, not scaled yet.
+
+        Where keys are centred, the mean's part of the scores, of the turned queries, is where the sums begin.
+        """
 
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
         """Turn a unit's scores into weights, and update the statistics; what `add_values` wants."""
 
     def add_values(self, state: State, weights: list[Register]) -> None:
-        """Add weights times the tile of values to the sums, and empty the tile, unless it is then filled."""
+        """Add weights times the tile of values to the sums, and empty the tile."""
 
     def publish(self, state: State) -> None:
         """Leave the result in shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
@@ -48,11 +55,16 @@ def products(w: Warp, at: Places, plan: Plan) -> Products:
     return (ManyHeads if plan.many_heads else FewHeads)(w, at, plan)
 
 
-class _Common:
-    """How the tile is read, which both share."""
+class _Common(Products):
+    """How queries, the tile and the mean are read, which both share."""
 
     def __init__(self, w: Warp, at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
+
+    def load_query(self, query: Any, head: Register) -> list[Register]:
+        """Lane (g, t) has numbers t and 4 + t of each 8 pairs."""
+        of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in self.heads()]
+        return [x for words in of_heads for x in words]
 
     def read_keys(self, step: int, clear: bool) -> list[list[Register]]:
         """Of 8 pairs, quad (g + 2 t) % 8 of pairs t and 4 + t, a word each token; emptied if `clear`."""
@@ -71,9 +83,8 @@ class _Common:
         quad = (at.t << 1) | (at.g & 1)
         reads = [at.tile + at.g * ROW + ((quad ^ i) << 4) for i in range(2)]
         quads = [w.load_shared(read, 4, 8 * block * ROW) for read in reads]
-        if not self.plan.centred:
-            for read in reads:
-                w.store_shared(read, [w.integer(0)] * 4, 8 * block * ROW)
+        for read in reads:
+            w.store_shared(read, [w.integer(0)] * 4, 8 * block * ROW)
         return quads
 
     def channels(self, words: list[Register]) -> list[Register]:
@@ -97,14 +108,12 @@ class FewHeads(_Common):
     classes of pairs; the queries are zero but for one class in each column, which keeps them apart.
     """
 
-    def load_query(self, query: Any, head: Register) -> list[Register]:
-        """Of each 8 pairs two words.
+    def heads(self) -> list[Register]:
+        """Head g % 2 of heads 2 n and 2 n + 1, n = (t - g / 2) % 4.
 
-        Lane (g, t) holds head g % 2 of heads 2 n and 2 n + 1, n = (t - g / 2) % 4, of 8 pairs numbers t and 4 + t: in
-        the product for heads 2 n, column g is of class j = g / 2, which the lanes of t = (j + n) % 4 hold.
+        In the product for heads 2 n, column g is of class j = g / 2, which the lanes of t = (j + n) % 4 hold.
         """
-        number = self._pair_of_heads() * 2 + (self.at.g & 1)
-        return load_query_head(self.w, query, head, number, self.at, self.plan)
+        return [self._pair_of_heads() * 2 + (self.at.g & 1)]
 
     def _pair_of_heads(self) -> Register:
         """The n for which this lane holds queries of heads 2 n and 2 n + 1."""
@@ -114,24 +123,47 @@ class FewHeads(_Common):
         """Leaves parts of scores in shared memory: of (head, class t) for quad n in word 4 n of scores[head][t]."""
         w, at, plan = self.w, self.at, self.plan
         heads = range(0, plan.group, 2)
-        even, odd = ([[w.number(0)] * 4 for _ in heads] for _ in range(2))  # tokens 0 and 1 of a quad; 2 and 3
+        sums = self._mean_scores() if plan.centred else [[[w.number(0)] * 4] * 2 for _ in heads]
         pair_of_heads = self._pair_of_heads()
         for step in range(plan.pairs // 8):
-            low, high = self.read_keys(step, clear=True)
-            operand = query[2 * step : 2 * step + 2]
+            words, operand = self.read_keys(step, clear=True), query[2 * step : 2 * step + 2]
             for n in range(len(heads)):
                 columns = operand
                 if len(heads) > 1:
                     columns = [w.select(pair_of_heads == n, x, w.integer(0)) for x in operand]
-                even[n] = w.multiply_add([low[0], low[1], high[0], high[1]], columns, even[n])
-                odd[n] = w.multiply_add([low[2], low[3], high[2], high[3]], columns, odd[n])
+                sums[n] = self._multiply(words, columns, sums[n])
         for n, head in enumerate(heads):
             quad = (at.g + ((at.t + n) & 3) * 2) & 7
             place = at.scores + at.t * ROW + (quad << 4)
             for i in range(min(2, plan.group - head)):
-                part = [even[n][i], even[n][i + 2], odd[n][i], odd[n][i + 2]]
+                part = [x[i + token] for x in sums[n] for token in (0, 2)]
                 w.store_shared(place, part, (head + i) * 4 * ROW)
         return []
+
+    def _multiply(
+        self, words: list[list[Register]], columns: list[Register], sums: list[list[Register]]
+    ) -> list[list[Register]]:
+        """Add 8 pairs' part of scores to the sums of tokens 0 and 1 of each quad, and to those of tokens 2 and 3."""
+        low, high = words
+        rows = [[low[i], low[i + 1], high[i], high[i + 1]] for i in (0, 2)]
+        return [self.w.multiply_add(a, columns, c) for a, c in zip(rows, sums, strict=True)]
+
+    def _mean_scores(self) -> list[list[list[Register]]]:
+        """The mean's part of scores [pairs of heads][2][4], that of class -n for heads 2 n and 2 n + 1.
+
+        This class has quad g in row g, as the table has. Its columns are 0 and 1, and for heads 2 and 3 columns 6 and
+        7: column g is of head g % 4, and what the other ones give is left out.
+        """
+        w, at, plan = self.w, self.at, self.plan
+        number = at.g & (min(4, plan.turned_heads) - 1)
+        sums = [[w.number(0)] * 4] * 2
+        for k in range(plan.pieces // 4):
+            query = read_turned(w, number, k, at, plan)
+            for half in range(2):
+                rows, columns = read_table(w, 2 * k + half, at), query[2 * half : 2 * half + 2]
+                sums = [w.multiply_add(a, columns, c) for a, c in zip(rows, sums, strict=True)]
+        classes = [-n % 4 for n in range(len(range(0, plan.group, 2)))]
+        return [[[w.select(at.t == j, x, w.number(0)) for x in part] for part in sums] for j in classes]
 
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
         """A token per lane, whose parts of scores are in shared memory; leaves the weights there."""
@@ -209,27 +241,40 @@ class ManyHeads(_Common):
     then has their 8 tokens for head g, in the order in which the product with values takes them.
     """
 
-    def load_query(self, query: Any, head: Register) -> list[Register]:
-        """Of each octet and each 8 pairs two words: head g at pairs 8 step + t and 8 step + 4 + t."""
-        octets = (
-            load_query_head(self.w, query, head, self.at.g + 8 * octet, self.at, self.plan)
-            for octet in range(self.plan.octets)
-        )
-        return [x for words in octets for x in words]
+    def heads(self) -> list[Register]:
+        """Head g of each octet."""
+        return [self.at.g + 8 * octet for octet in range(self.plan.octets)]
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
         """Scores [octets][2][4] of quads 2 t and 2 t + 1."""
         octets, size = self.plan.octets, len(query) // self.plan.octets
         scores = []
         for octet in range(octets):
-            parts = self._parts(query[octet * size :][:size], last=octet == octets - 1)
+            parts = [[[self.w.number(0)] * 4] * 4 for _ in range(2)]
+            if self.plan.centred:
+                parts[0] = self._mean_scores(octet)
+            self._add_keys(parts, query[octet * size :][:size], last=octet == octets - 1)
             scores += self._hand_on(parts)
         return scores
 
-    def _parts(self, query: list[Register], last: bool) -> list[list[list[Register]]]:
-        """Products [2 of classes][4 tokens of a quad]; the tile is emptied if this is the last octet."""
+    def _mean_scores(self, octet: int) -> list[list[Register]]:
+        """The mean's part of scores [4 tokens of a quad][4], class 0's, which has quad g in column g, as the table.
+
+        Rows g have a query's pairs of one step, rows g + 8 those of the next: no word is moved to make a row of zeros.
+        """
+        w, at, plan = self.w, self.at, self.plan
+        sums = [[[w.number(0)] * 4] * 4 for _ in range(2)]
+        for k in range(plan.pieces // 4):
+            rows = read_turned(w, at.g + 8 * octet, k, at, plan)
+            for half in range(2):
+                tokens = [words[i : i + 2] for words in read_table(w, 2 * k + half, at) for i in (0, 2)]
+                sums[half] = [w.multiply_add(rows, b, c) for b, c in zip(tokens, sums[half], strict=True)]
+        none = w.number(0)
+        return [[x[0] + y[2], x[1] + y[3], none, none] for x, y in zip(*sums, strict=True)]
+
+    def _add_keys(self, parts: list[list[list[Register]]], query: list[Register], last: bool) -> None:
+        """Add products [2 of classes][4 tokens of a quad] to parts; the tile is emptied if this is the last octet."""
         w, at = self.w, self.at
-        parts = [[[w.number(0)] * 4 for _ in range(4)] for _ in range(2)]
         for step in range(self.plan.pairs // 8):
             low, high = self.read_keys(step, clear=last)
             words = query[2 * step : 2 * step + 2]
@@ -237,7 +282,6 @@ class ManyHeads(_Common):
                 a = [w.select(at.t == 2 * two + i, x, w.integer(0)) for x in words for i in range(2)]
                 for token, columns in enumerate(zip(low, high, strict=True)):
                     of_tokens[token] = w.multiply_add(a, columns, of_tokens[token])
-        return parts
 
     def _hand_on(self, parts: list[list[list[Register]]]) -> list[Register]:
         """The classes' parts added up, [2 quads][4 tokens]."""

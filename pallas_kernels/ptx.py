@@ -136,6 +136,11 @@ class Warp:
     def pack_pair(self, low: Register, high: Register) -> Register:
         return self._pure(f"cvt.rn.{self.dtype}x2.f32 $0, $1, $2;", [high, low])
 
+    def unpack_pair(self, x: Register) -> list[Register]:
+        converted = " ".join(f"cvt.f32.{self.dtype} ${i}, {half};" for i, half in enumerate("lh"))
+        code = f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $2; {converted} }}"
+        return self._asm(code, ["f", "f"], None, [x], effects=False)
+
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         return self._pure(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", [a, b])
 

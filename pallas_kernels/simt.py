@@ -150,6 +150,9 @@ class Warp:
             halves = [x.astype(self.dtype).view(np.uint16).astype(np.uint32) for x in (low, high)]
         return halves[0] | halves[1] << 16
 
+    def unpack_pair(self, x: Register) -> list[Register]:
+        return [half.astype(np.float32) for half in self._halves(x)]
+
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         low, high = (x >> (16 * half) & 0xFFFF for x in (a, b))
         return low | high << 16

@@ -57,6 +57,9 @@ class Warp(Protocol):
     def pack_pair(self, low: Register, high: Register) -> Register:
         """Two float32, rounded to the dtype, in the halves of a word."""
 
+    def unpack_pair(self, x: Register) -> list[Register]:
+        """The inverse of `pack_pair`: two float32."""
+
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         """Half `half` (0 low, 1 high) of a in the low half, the same half of b in the high one."""
 

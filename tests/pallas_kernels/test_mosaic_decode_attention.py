@@ -12,7 +12,7 @@ from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.rows import Mean
 from mustafar_jax.pallas_kernels.scatter import Guess
 from tests.helpers import rope_frequencies
-from tests.pallas_kernels.data import WHERE, attend, masks, merge_splits, pack_rows, specs, with_mean
+from tests.pallas_kernels.data import WHERE, attend, masks, merge_splits, pack_rows, rows_of, specs, with_mean
 from tests.pallas_kernels.test_decode_attention import check
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -76,6 +76,24 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, in
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
     actual = [x.reshape(1, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
     check(actual, attend(query, dense_key, dense_value, first, last, options["scale"]), F16)
+
+
+@pytest.mark.parametrize("interpret", WHERE)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 8, 16])
+def test_centred_keys_far_into_a_sequence(group, head_dim, interpret):
+    """Four warps share 9 units of one sequence, and 3 of another, so that one has none."""
+    rng = np.random.default_rng(group)
+    shape = (2, 1, 320, head_dim)
+    query = jnp.asarray(rng.standard_normal((*shape[:2], group, head_dim)), F16)
+    first, last = jnp.array([37, 70], jnp.int32), jnp.array([300, 130], jnp.int32)
+    (key, dense_key), (value, dense_value) = (rows_of(rng, shape, F16, 0.7) for _ in range(2))
+    inv_freq = jnp.asarray(rope_frequencies(head_dim))
+    mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], head_dim)), jnp.float32), inv_freq, 3000)
+    options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(splits=1), "interpret": interpret}
+    call = jax.jit(functools.partial(kernels.attend_rows, **options))
+    actual = [x.reshape(2, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
+    check(actual, attend(query, with_mean(dense_key, mean), dense_value, first, last, options["scale"]), F16)
 
 
 def test_wants_one_side_packed():

@@ -68,6 +68,7 @@ INSTRUCTIONS = {
     "as_float": lambda w, s, a, b, c: [w.as_bits(f(w, a) * f(w, b) - f(w, c))],
     "as_bits": lambda w, s, a, b, c: [w.as_bits(f(w, a) + 1.0)],
     "pack_pair": lambda w, s, a, b, c: [w.pack_pair(f(w, a), f(w, b))],
+    "unpack_pair": lambda w, s, a, b, c: [w.as_bits(x) for x in w.unpack_pair(w.pack_pair(f(w, a), f(w, b)))],
     "pick_halves": lambda w, s, a, b, c: [w.pick_halves(a, b, 0), w.pick_halves(a, b, 1)],
     "count_bits": lambda w, s, a, b, c: [w.count_bits(a & b)],
     "reverse_bits": lambda w, s, a, b, c: [w.reverse_bits(a)],
