@@ -66,17 +66,6 @@ class _Common(Products):
         of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in self.heads()]
         return [x for words in of_heads for x in words]
 
-    def read_keys(self, step: int, clear: bool) -> list[list[Register]]:
-        """Of 8 pairs, quad (g + 2 t) % 8 of pairs t and 4 + t, a word each token; emptied if `clear`."""
-        w, at = self.w, self.at
-        quad = (at.g + at.t * 2) & 7
-        read = at.tile + at.t * ROW + (quad << 4)
-        starts = [8 * step * ROW, (8 * step + 4) * ROW]
-        words = [w.load_shared(read, 4, start) for start in starts]
-        for start in starts if clear else []:
-            w.store_shared(read, [w.integer(0)] * 4, start)
-        return words
-
     def read_values(self, block: int) -> list[list[Register]]:
         """Quads 2 t and 2 t + 1 of pair g, the odd one first where g is odd, so that a phase meets all banks."""
         w, at = self.w, self.at
@@ -126,27 +115,34 @@ class FewHeads(_Common):
         sums = self._mean_scores() if plan.centred else [[[w.number(0)] * 4] * 2 for _ in heads]
         pair_of_heads = self._pair_of_heads()
         for step in range(plan.pairs // 8):
-            words, operand = self.read_keys(step, clear=True), query[2 * step : 2 * step + 2]
+            rows, operand = self._read_rows(step), query[2 * step : 2 * step + 2]
             for n in range(len(heads)):
                 columns = operand
                 if len(heads) > 1:
                     columns = [w.select(pair_of_heads == n, x, w.integer(0)) for x in operand]
-                sums[n] = self._multiply(words, columns, sums[n])
+                sums[n] = [w.multiply_add(a, columns, c) for a, c in zip(rows, sums[n], strict=True)]
         for n, head in enumerate(heads):
             quad = (at.g + ((at.t + n) & 3) * 2) & 7
-            place = at.scores + at.t * ROW + (quad << 4)
-            for i in range(min(2, plan.group - head)):
-                part = [x[i + token] for x in sums[n] for token in (0, 2)]
-                w.store_shared(place, part, (head + i) * 4 * ROW)
+            place = at.scores + at.t * ROW + (quad << 4) + (((at.t + n) & 1) << 3)
+            for half, x in enumerate(sums[n]):
+                for i in range(min(2, plan.group - head)):
+                    w.store_shared(place ^ (8 * half), [x[i], x[i + 2]], (head + i) * 4 * ROW)
         return []
 
-    def _multiply(
-        self, words: list[list[Register]], columns: list[Register], sums: list[list[Register]]
-    ) -> list[list[Register]]:
-        """Add 8 pairs' part of scores to the sums of tokens 0 and 1 of each quad, and to those of tokens 2 and 3."""
-        low, high = words
-        rows = [[low[i], low[i + 1], high[i], high[i + 1]] for i in (0, 2)]
-        return [self.w.multiply_add(a, columns, c) for a, c in zip(rows, sums, strict=True)]
+    def _read_rows(self, step: int) -> list[list[Register]]:
+        """Two tokens of quad (g + 2 t) % 8 of pairs t and 4 + t of 8, then the other two, as rows; they are emptied.
+
+        Tokens 0 and 1 come first where t is even, 2 and 3 where it is odd, so that half a warp meets all banks. Read 8
+        bytes at a time, words stand in the order of a product's operand and need not be moved.
+        """
+        w, at = self.w, self.at
+        quad = at.tile + at.t * ROW + (((at.g + at.t * 2) & 7) << 4)
+        first = quad + ((at.t & 1) << 3)
+        starts = [8 * step * ROW, (8 * step + 4) * ROW]
+        rows = [[x for start in starts for x in w.load_shared(read, 2, start)] for read in (first, first ^ 8)]
+        for start in starts:
+            w.store_shared(quad, [w.integer(0)] * 4, start)
+        return rows
 
     def _mean_scores(self) -> list[list[list[Register]]]:
         """The mean's part of scores [pairs of heads][2][4], that of class -n for heads 2 n and 2 n + 1.
@@ -276,12 +272,23 @@ class ManyHeads(_Common):
         """Add products [2 of classes][4 tokens of a quad] to parts; the tile is emptied if this is the last octet."""
         w, at = self.w, self.at
         for step in range(self.plan.pairs // 8):
-            low, high = self.read_keys(step, clear=last)
+            low, high = self._read_keys(step, clear=last)
             words = query[2 * step : 2 * step + 2]
             for two, of_tokens in enumerate(parts):
                 a = [w.select(at.t == 2 * two + i, x, w.integer(0)) for x in words for i in range(2)]
                 for token, columns in enumerate(zip(low, high, strict=True)):
                     of_tokens[token] = w.multiply_add(a, columns, of_tokens[token])
+
+    def _read_keys(self, step: int, clear: bool) -> list[list[Register]]:
+        """Of 8 pairs, quad (g + 2 t) % 8 of pairs t and 4 + t, a word each token; emptied if `clear`."""
+        w, at = self.w, self.at
+        quad = (at.g + at.t * 2) & 7
+        read = at.tile + at.t * ROW + (quad << 4)
+        starts = [8 * step * ROW, (8 * step + 4) * ROW]
+        words = [w.load_shared(read, 4, start) for start in starts]
+        for start in starts if clear else []:
+            w.store_shared(read, [w.integer(0)] * 4, start)
+        return words
 
     def _hand_on(self, parts: list[list[list[Register]]]) -> list[Register]:
         """The classes' parts added up, [2 quads][4 tokens]."""
