@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from mustafar_jax.pallas_kernels import launch, tile, triton
 from mustafar_jax.pallas_kernels.merge import merge
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, flat, load_tile, per_head, row_count
-from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, Series, TileReader
+from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader, rotate_pair
 
 _QUERY_ROWS = 16
 """Rows of the smallest matrix product; query heads are padded to them."""
@@ -49,7 +49,7 @@ def decode_attention(
         packed_lengths: int32 [B], how many of them are rows of `key` and `value`.
         scale: factor on the scores.
         window: positions of at least length - window are visible; all if None.
-        mean: where keys are centred, what stands for the entries that they do not hold.
+        mean: where keys are centred, what they are distances from.
         params: launch parameters; tuned ones for this device, or a heuristic, if None.
         interpret: run as plain JAX, anywhere.
 
@@ -116,9 +116,9 @@ def attend_rows(
             specs.append(per_head(array))
     if plan.centred:
         assert mean is not None
-        turns, steps = _mean_tables(mean, rows)
-        operands += [mean.key.reshape(heads, head_dim), turns, steps]
-        specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in (turns, steps))]
+        tables = _mean_tables(mean, plan, params.splits)
+        operands += [mean.key.reshape(heads, head_dim), *tables]
+        specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
     shapes = [(head_dim,), (), ()]
     return triton.pallas_call(
         functools.partial(_kernel, plan=plan, packed=(isinstance(key, Packed), isinstance(value, Packed))),
@@ -158,18 +158,19 @@ def _kernel(
     """One split of one KV head.
 
     The other refs: for keys and for values bitmap [S * H / 32] and values [S * slots / 2], or dense rows [S * H]; where
-    keys are centred mean [H], turns [tiles * H] and steps [5 * H]; outputs out [G, H], m [G], l [G].
+    keys are centred mean [H] and `_mean_tables`; outputs out [G, H], m [G], l [G].
     """
     reader = plan.reader
     inputs, (out_ref, m_ref, l_ref) = iter(refs[:-3]), refs[-3:]
     key_refs, value_refs = (list(itertools.islice(inputs, 1 + is_packed)) for is_packed in packed)
     mean_refs = list(inputs)
     first, last = first_ref[0], last_ref[0]
-    begin = jnp.maximum(pl.program_id(0) * plan.tiles_per_split, first // TOKENS)
-    end = jnp.minimum((pl.program_id(0) + 1) * plan.tiles_per_split, -(-last // TOKENS))
+    start = pl.program_id(0) * plan.tiles_per_split
+    begin = jnp.maximum(start, first // TOKENS)
+    end = jnp.minimum(start + plan.tiles_per_split, -(-last // TOKENS))
     to_log2 = plan.scale * math.log2(math.e)
     query = _load_query(q_ref, plan, paired=packed[0])
-    series = _mean_series(mean_refs, reader) if plan.centred else []
+    mean_query = _mean_query(q_ref, mean_refs, plan) if plan.centred else []
 
     ones = jnp.ones((TOKENS, COLUMNS), reader.dtype)
 
@@ -182,12 +183,11 @@ def _kernel(
         load = functools.partial(load_tile, tokens=tokens, seen=seen, head_dim=reader.head_dim, rows=plan.rows)
         if packed[0]:
             keys = load(*key_refs)
-            if plan.centred:
-                memory = reader.fill(memory, series, _mean_turns(mean_refs[1], i, reader))
+            of_mean = reader.times_table(mean_query, mean_refs[2], i - start) if plan.centred else reader.no_scores()
             memory = reader.scatter(memory, keys)
         values = load(*value_refs) if packed[1] else None  # in flight during the product with the keys
         if packed[0]:
-            memory, scores = reader.times_keys(memory, query)
+            memory, scores = reader.times_keys(memory, query, of_mean)
         else:
             scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
         scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
@@ -198,8 +198,7 @@ def _kernel(
         total = total * decay + triton.dot(weights, ones)
         if values:
             memory = reader.scatter(memory, values)
-            # a tile of centred keys is filled anew, whatever it holds
-            memory, out = reader.times_values(memory, weights, out, order="columns", clear=not plan.centred)
+            memory, out = reader.times_values(memory, weights, out, order="columns")
         else:
             parts = _dense_values(value_refs[0], columns, seen_columns, plan)
             out = [o + triton.dot(weights, v) for o, v in zip(out, parts, strict=True)]
@@ -208,8 +207,8 @@ def _kernel(
     lowest = float(np.finfo(np.float32).min)
     zeros = [jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
     total = jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32)
-    start = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), total, zeros, reader.zeros())
-    m, total, out, _ = lax.fori_loop(begin, end, attend, start)
+    carry = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), total, zeros, reader.zeros())
+    m, total, out, _ = lax.fori_loop(begin, end, attend, carry)
     head = jnp.arange(_QUERY_ROWS)
     for group, part in enumerate(out):
         channel = group * COLUMNS + jnp.arange(COLUMNS)
@@ -241,38 +240,45 @@ def _dense_values(ref: triton.Ref, tokens: jax.Array, seen: jax.Array, plan: _Pl
     return [triton.load(ref.at[place + group * COLUMNS], mask=mask, other=0) for group in groups]
 
 
-def _mean_tables(mean: Mean, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [n * H], n times H / 2 of each: turns to each tile's start; steps by 0 .. 4 tokens.
+_MEAN_UNIT = 64
+"""What an entry of `_mean_query` counts in: float16 ends at 65504, products of queries and means may not."""
+
+
+def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.Array]:
+    """Turns to each split's first token, and from there to each of its tokens.
 
     They are the same for every layer of a model, whose compiler keeps one.
+
+    Returns:
+        Float32 cosines and sines [splits * H], H / 2 of each for a split; words for `TileReader.times_table`, of
+        _MEAN_UNIT times H / 2 rows of cosines and as many of sines.
     """
-    starts = mean.offset + jnp.arange(_tiles(rows)) * TOKENS
-
-    def table(tokens: jax.Array) -> jax.Array:
-        angle = tokens[:, None].astype(jnp.float32) * mean.inv_freq
-        return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1).reshape(-1)
-
-    return table(starts), table(jnp.arange(5))
-
-
-def _cos_sin(ref: triton.Ref, row: jax.Array | int, pair: jax.Array, pairs: int) -> tuple[jax.Array, jax.Array]:
-    place = row * (2 * pairs) + pair
-    return triton.load(ref.at[place]), triton.load(ref.at[place + pairs])
+    starts = mean.offset + jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS)
+    angle = starts.astype(jnp.float32) * mean.inv_freq
+    of_split = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
+    row, token = plan.reader.table_order()
+    tokens = jnp.arange(plan.tiles_per_split)[:, None] * TOKENS + token
+    angle = tokens.astype(jnp.float32) * mean.inv_freq[row % plan.reader.pairs]
+    of_token = _MEAN_UNIT * jnp.where(row < plan.reader.pairs, jnp.cos(angle), jnp.sin(angle))
+    words = lax.bitcast_convert_type(of_token.astype(plan.reader.dtype).reshape(-1, 2), jnp.int32)
+    return of_split.reshape(-1), words
 
 
-def _mean_series(refs: list[triton.Ref], reader: TileReader) -> list[Series]:
-    """What `TileReader.fill` continues, for each pair of channels that a thread fills."""
-    mean_ref, _, steps_ref = refs
-    series = []
-    for pair in reader.filled_pairs():
-        x, y = triton.load(mean_ref.at[pair]), triton.load(mean_ref.at[pair + reader.pairs])
-        x, y = tile.rotate_pair(x, y, *_cos_sin(steps_ref, tile.filled_token(), pair, reader.pairs))
-        series.append(Series(x, y, *_cos_sin(steps_ref, 4, pair, reader.pairs)))
-    return series
+def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> list[jax.Array]:
+    """What the split's cosines and what its sines are multiplied with for the mean's scores, [16, H / 2] each.
 
-
-def _mean_turns(ref: triton.Ref, i: jax.Array, reader: TileReader) -> list[tuple[jax.Array, jax.Array]]:
-    return [_cos_sin(ref, i, pair, reader.pairs) for pair in reader.filled_pairs()]
+    With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to the split's first token
+    and then by t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w.
+    """
+    mean_ref, turns_ref, _ = mean_refs
+    pairs = plan.reader.pairs
+    head, pair = jnp.arange(_QUERY_ROWS)[:, None], jnp.arange(pairs)[None, :]
+    mask = jnp.broadcast_to(head < plan.group, (_QUERY_ROWS, pairs))
+    x, y = (triton.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
+    mean = (triton.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
+    turn = (triton.load(turns_ref.at[pl.program_id(0) * (2 * pairs) + pair + half]) for half in (0, pairs))
+    real, imaginary = rotate_pair(*rotate_pair(*mean, *turn), x, -y)
+    return [real.astype(plan.reader.dtype), (-imaginary).astype(plan.reader.dtype)]
 
 
 def _tiles(rows: int) -> int:

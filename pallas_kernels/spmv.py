@@ -71,7 +71,7 @@ def _key_kernel(
     entries = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
     channel = tile.channel_of_row(jnp.arange(reader.head_dim), reader.head_dim)
     query = triton.load(q_ref.at[jnp.arange(_HEADS)[:, None], channel[None, :]])
-    _, scores = reader.times_keys(reader.scatter(reader.zeros(), entries), query)
+    _, scores = reader.times_keys(reader.scatter(reader.zeros(), entries), query, reader.no_scores())
     head = pl.program_id(2) * _HEADS + jnp.arange(_HEADS)[:, None]
     column = tile.token_of_column(tokens)
     triton.store(out_ref.at[head, column[None, :]], scores, mask=(head < group) & (column < rows)[None, :])

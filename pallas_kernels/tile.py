@@ -9,7 +9,7 @@ words hold a pair's tokens:
 
 The stride of 132 = 4 mod 32 banks makes both readings free of bank conflicts: for keys the tokens 0 .. 3 and 16 .. 19
 of 4 neighbouring pairs, for values 4 neighbouring tokens of 8 neighbouring pairs. Stores meet in a bank about three at
-a time. A tile starts from zeros, or (`fill`) from a mean vector, rotated to each token's position.
+a time.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ COLUMNS = 32
 """Columns of an operand of 16 rows of which each thread holds 4 entries."""
 _STRIDE = 132 * 4
 """Bytes from one pair of channels to the next."""
-_SERIES = 4
-"""Tokens from one that a thread fills to the next that it fills."""
+_PRODUCTS = (0, 4, HALF, HALF + 4)
+"""First tokens of the products that a tile of keys takes, by a column's parity (`token_of_column`) in either half."""
 
 
 Order = Literal["tokens", "columns"]
@@ -53,20 +53,6 @@ class Entries(NamedTuple):
     ahead: list[jax.Array]
     load: Callable[[Any], jax.Array]
     chunks: int
-
-
-class Series(NamedTuple):
-    """A mean's pairs of channels as `TileReader.fill` continues them: float32 [TOKENS] each, one element per thread.
-
-    Attributes:
-        x, y: channel c and c + H / 2 of the mean, rotated by the thread's first token of a tile.
-        cos, sin: of the angle from one of the thread's tokens to the next.
-    """
-
-    x: jax.Array
-    y: jax.Array
-    cos: jax.Array
-    sin: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,46 +78,6 @@ class TileReader:
         """An empty tile."""
         return triton.shared_zeros(self.pairs * _STRIDE // 4, _lane(), interpret=self.interpret)
 
-    def filled_pairs(self) -> list[jax.Array]:
-        """The pairs of channels that each thread fills, int32 [TOKENS] each; neighbouring ones in 8 threads."""
-        count = self.pairs // 32
-        return [((_lane() >> 5) * count + s) * 8 + (_lane() & 7) for s in range(count)]
-
-    def fill(
-        self, memory: triton.Memory, series: list[Series], turns: list[tuple[jax.Array, jax.Array]]
-    ) -> triton.Memory:
-        """Overwrite a tile with a rotated mean vector.
-
-        A thread fills every fourth token of its pairs. By the angle addition theorems x(t + 4) = 2 cos(4 w) x(t) -
-        x(t - 4), one multiply-add per channel and token.
-
-        Args:
-            memory: the tile.
-            series: for each of `filled_pairs`.
-            turns: cos and sin of the angles of the tile's first position, for each of them.
-        """
-        start = triton.shared_offset(memory, 4 * filled_token(), interpret=self.interpret)
-        places = [start + pair * np.int32(_STRIDE) for pair in self.filled_pairs()]
-        states = []
-        for (x, y, cos, sin), turn in zip(series, turns, strict=True):
-            x, y = rotate_pair(x, y, *turn)
-            states.append((x, y, *rotate_pair(x, y, cos, -sin)))
-        steps = 8
-
-        def several(_: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
-            memory, places, states = carry
-            for step in range(steps):
-                for i, (x, y, x_before, y_before) in enumerate(states):
-                    word = triton.pack_pair(x, y, self.dtype, interpret=self.interpret)
-                    offset = 4 * _SERIES * step
-                    memory = triton.shared_store_word(memory, places[i], offset, word, interpret=self.interpret)
-                    twice = 2 * series[i].cos
-                    states[i] = (twice * x - x_before, twice * y - y_before, x, y)
-            return memory, [place + np.int32(4 * _SERIES * steps) for place in places], states
-
-        memory, _, _ = lax.fori_loop(0, TOKENS // (_SERIES * steps), several, (memory, places, states))
-        return triton.synchronise(memory, interpret=self.interpret)
-
     def scatter(self, memory: triton.Memory, entries: Entries) -> triton.Memory:
         """Store a tile's entries over what it holds."""
         start = triton.shared_offset(memory, 4 * _lane(), interpret=self.interpret)
@@ -153,12 +99,15 @@ class TileReader:
         memory, *_ = lax.fori_loop(0, entries.chunks, walk, (memory, words, places, entries.ahead))
         return triton.synchronise(memory, interpret=self.interpret)
 
-    def times_keys(self, memory: triton.Memory, query: jax.Array) -> tuple[triton.Memory, jax.Array]:
-        """Multiply queries with a tile of keys, and empty it.
+    def times_keys(
+        self, memory: triton.Memory, query: jax.Array, scores: list[jax.Array]
+    ) -> tuple[triton.Memory, jax.Array]:
+        """Add the product of queries with a tile of keys to `scores`, and empty the tile.
 
         Args:
             memory: the tile.
             query: [16, H], its columns in the order of `channel_of_row`.
+            scores: float32 [16, COLUMNS] for each of the products, as `times_table` returns them.
 
         Returns:
             The empty tile, and float32 scores [16, TOKENS], column c for the token `token_of_column(c)`.
@@ -166,21 +115,56 @@ class TileReader:
         column, lane = _lane() >> 2, _lane() & 3
         place = lane * np.int32(_STRIDE) + 4 * token_of_column(2 * column)
         start = triton.shared_offset(memory, place, interpret=self.interpret)
-        halves, read = [], []
-        for half in range(2):
-            scores = []
-            for parity in range(2):  # of the column; token_of_column(1) = 4
-                steps = []
-                for step in range(self.head_dim // 16):
-                    offsets = [(8 * step + 4 * i) * _STRIDE + 4 * (HALF * half + 4 * parity) for i in range(2)]
-                    steps.append([triton.shared_load(memory, start, o, interpret=self.interpret) for o in offsets])
-                read += [word for words in steps for word in words]
-                scores.append(triton.dot(query, _operand(steps, self.dtype, "tokens")))
-            halves.append(jnp.stack(scores, axis=-1).reshape(query.shape[0], HALF))
+        sums, read = [], []
+        for first, score in zip(_PRODUCTS, scores, strict=True):
+            offsets = [4 * i * _STRIDE + 4 * first for i in range(self.pairs // 4)]
+            words = [triton.shared_load(memory, start, offset, interpret=self.interpret) for offset in offsets]
+            sums.append(score + triton.dot(query, self._keys(words)))
+            read += words
+        halves = [jnp.stack(sums[i : i + 2], axis=-1).reshape(query.shape[0], HALF) for i in (0, 2)]
         return triton.synchronise(memory, read, interpret=self.interpret), join_halves(*halves)
 
+    def no_scores(self) -> list[jax.Array]:
+        """Zeros for `times_keys` to add to."""
+        return [jnp.zeros((16, COLUMNS), jnp.float32) for _ in _PRODUCTS]
+
+    def times_table(self, halves: list[jax.Array], ref: triton.Ref, index: jax.Array) -> list[jax.Array]:
+        """Multiply with a tile of a table in global memory, which is dense and the same for all heads.
+
+        Args:
+            halves: what multiplies the first half of the table's rows, [16, H / 2] of the tile's dtype, and the other.
+            ref: the table's words, int32 [tiles * H / 2 * TOKENS], each tile in the order of `table_order`.
+            index: which tile.
+
+        Returns:
+            Scores as `times_keys` adds to them.
+        """
+        chunks = self.pairs // 32
+        start = 4 * (index * (2 * len(_PRODUCTS) * chunks * TOKENS) + _lane())[:, None]
+        place = start + jnp.arange(4, dtype=jnp.int32)[None, :]
+        scores = self.no_scores()
+        for product, half in itertools.product(range(len(_PRODUCTS)), range(2)):
+            first = (2 * product + half) * chunks
+            loads = [triton.load(ref.at[place + 4 * TOKENS * chunk]) for chunk in range(first, first + chunks)]
+            scores[product] += triton.dot(halves[half], self._keys([word for x in loads for word in triton.unstack(x)]))
+        return scores
+
+    def table_order(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row, below H, and token of each entry of a table's tile, int32 [H * TOKENS] each.
+
+        A thread reads eight entries at once, all that it holds of 32 rows of a product, and a warp a run of them.
+        """
+        shape = (len(_PRODUCTS), self.head_dim // 32, TOKENS, 2, 2, 2)
+        product, chunk, thread, step, i, h = np.indices(shape, np.int32).reshape(len(shape), -1)
+        row = 32 * chunk + 16 * step + 8 * i + 2 * (thread & 3) + h
+        return row, np.array(_PRODUCTS, np.int32)[product] + token_of_column(2 * (thread >> 2))
+
+    def _keys(self, words: list[jax.Array]) -> jax.Array:
+        """The operand of a product of keys, [8 * len(words), COLUMNS]."""
+        return _operand([words[i : i + 2] for i in range(0, len(words), 2)], self.dtype, "tokens")
+
     def times_values(
-        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order, clear: bool = True
+        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order
     ) -> tuple[triton.Memory, list[jax.Array]]:
         """Add the product of weights [16, TOKENS] with a tile of values to `out`.
 
@@ -190,7 +174,6 @@ class TileReader:
             out: float32 [16, COLUMNS] for each COLUMNS channels.
             order: how the compiler lays out the operand that multiplies the weights: "columns" where they come out of
                 another product, else "tokens".
-            clear: empty the tile.
         """
         column, lane = _lane() >> 2, _lane() & 3
         start = triton.shared_offset(memory, column * np.int32(_STRIDE) + lane * 4, interpret=self.interpret)
@@ -203,7 +186,7 @@ class TileReader:
                 for i, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
                     token = 32 * (step // 2) + 16 * i + 8 * (step % 2) + 4 * h
                     offset = _STRIDE * COLUMNS * group + 4 * token
-                    words.append(triton.shared_load(memory, start, offset, clear=clear, interpret=self.interpret))
+                    words.append(triton.shared_load(memory, start, offset, interpret=self.interpret))
                 read += words
                 for half in range(2):
                     pairs = ((words[0], words[1]), (words[2], words[3]))
@@ -219,11 +202,6 @@ def rotate_pair(x: jax.Array, y: jax.Array, cos: jax.Array, sin: jax.Array) -> t
     return x * cos - y * sin, y * cos + x * sin
 
 
-def filled_token() -> jax.Array:
-    """The first token of a tile that each thread fills, 0 .. 3; with 8 neighbouring pairs, another bank for each."""
-    return _lane() >> 3 & 3
-
-
 def join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
     """[16, HALF] and [16, HALF] -> [16, TOKENS]."""
     return jnp.stack([first, second], axis=-1).transpose(0, 2, 1).reshape(first.shape[0], TOKENS)
@@ -234,7 +212,7 @@ def channel_of_row(row: jax.Array, head_dim: int) -> jax.Array:
     return (row >> 1) + (row & 1) * (head_dim // 2)
 
 
-def token_of_column(column: jax.Array, order: Order = "columns") -> jax.Array:
+def token_of_column(column: Any, order: Order = "columns") -> Any:
     """The token of a tile that a column of the scores, or of the weights, stands for.
 
     Within 32, of a column's bits h i j j k, lowest first (order "tokens": h j j i k), the token has j j h k i: what a
