@@ -148,16 +148,18 @@ class FewHeads(_Common):
         """The mean's part of scores [pairs of heads][2][4], that of class -n for heads 2 n and 2 n + 1.
 
         This class has quad g in row g, as the table has. Its columns are 0 and 1, and for heads 2 and 3 columns 6 and
-        7: column g is of head g % 4, and what the other ones give is left out.
+        7: column g is of head g % 4, and what the other ones give is left out. Sums are of two halves, so that a
+        product waits for every other one only.
         """
         w, at, plan = self.w, self.at, self.plan
         number = at.g & (min(4, plan.turned_heads) - 1)
-        sums = [[w.number(0)] * 4] * 2
+        chains = [[[w.number(0)] * 4] * 2] * 2
         for k in range(plan.pieces // 4):
             query = read_turned(w, number, k, at, plan)
             for half in range(2):
                 rows, columns = read_table(w, 2 * k + half, at), query[2 * half : 2 * half + 2]
-                sums = [w.multiply_add(a, columns, c) for a, c in zip(rows, sums, strict=True)]
+                chains[half] = [w.multiply_add(a, columns, c) for a, c in zip(rows, chains[half], strict=True)]
+        sums = [[x + y for x, y in zip(*parts, strict=True)] for parts in zip(*chains, strict=True)]
         classes = [-n % 4 for n in range(len(range(0, plan.group, 2)))]
         return [[[w.select(at.t == j, x, w.number(0)) for x in part] for part in sums] for j in classes]
 
