@@ -101,18 +101,30 @@ class MosaicParams:
 
 _MOSAIC_START = 3
 """What starting and ending such a block costs, in tiles; a guess."""
+_WIDE = 12
+"""Warps of a block that has a multiprocessor to itself, for one query head: 168 registers are enough for that."""
 
 
-def mosaic_params(*, heads: int, rows: int) -> MosaicParams:
+def mosaic_params(*, heads: int, rows: int, group: int) -> MosaicParams:
     """Launch parameters from static facts alone: tuned.json's, as in `decode_params`, else computed.
 
     Args:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
+        group: query heads per KV head.
     """
-    return MosaicParams(_splits("mosaic_gpu", heads, rows, _mosaic_cost))
+    if group > 1:
+        return MosaicParams(_splits("mosaic_gpu", heads, rows, _mosaic_cost))
+    tiles = max(1, -(-rows // TILE))
+    return MosaicParams(min(range(1, tiles + 1), key=functools.partial(_wide_cost, heads, tiles)), _WIDE)
 
 
 def _mosaic_cost(heads: int, tiles: int, splits: int) -> float:
     """Tiles that a block of 4 warps takes one after the other, in whole waves of blocks."""
     return -(-heads * splits // wave("mosaic_gpu")) * (-(-tiles // splits) + _MOSAIC_START)
+
+
+def _wide_cost(heads: int, tiles: int, splits: int) -> float:
+    """The same of blocks of 12 warps, which take 3 tiles at once."""
+    rounds = -(-tiles // splits) * 4 / _WIDE
+    return -(-heads * splits // (cuda.core_count() or _CORES)) * (math.ceil(rounds) + _MOSAIC_START)

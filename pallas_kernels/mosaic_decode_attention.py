@@ -99,7 +99,7 @@ def attend_rows(
     heads, rows = batch * kv_heads, row_count(key)
     if rows == 0:
         return []
-    params = params or launch.mosaic_params(heads=heads, rows=rows)
+    params = params or launch.mosaic_params(heads=heads, rows=rows, group=group)
     plan = Plan(
         head_dim=head_dim,
         group=group,
