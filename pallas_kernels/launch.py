@@ -102,21 +102,30 @@ class MosaicParams:
 _MOSAIC_START = 3
 """What starting and ending such a block costs, in tiles; a guess."""
 _WIDE = 12
-"""Warps of a block that has a multiprocessor to itself, for one query head: 168 registers are enough for that."""
+"""Warps of a block that has a multiprocessor to itself. They have 168 registers a thread, too few for most."""
 
 
-def mosaic_params(*, heads: int, rows: int, group: int) -> MosaicParams:
+def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicParams:
     """Launch parameters from static facts alone: tuned.json's, as in `decode_params`, else computed.
 
     Args:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
         group: query heads per KV head.
+        slots: of a row of keys and one of values together.
     """
-    if group > 1:
-        return MosaicParams(_splits("mosaic_gpu", heads, rows, _mosaic_cost))
     tiles = max(1, -(-rows // TILE))
-    return MosaicParams(min(range(1, tiles + 1), key=functools.partial(_wide_cost, heads, tiles)), _WIDE)
+    if _is_wide(heads, tiles, group, slots):
+        return MosaicParams(min(range(1, tiles + 1), key=functools.partial(_wide_cost, heads, tiles)), _WIDE)
+    return MosaicParams(_splits("mosaic_gpu", heads, rows, _mosaic_cost))
+
+
+def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
+    """Whether wide blocks are faster: where registers suffice, and each warp has 10 units of 32 tokens or more.
+
+    As measured on an H100 (docs/kernels.md).
+    """
+    return group <= 2 and slots <= 96 and heads * tiles * 4 >= 10 * _WIDE * (cuda.core_count() or _CORES)
 
 
 def _mosaic_cost(heads: int, tiles: int, splits: int) -> float:

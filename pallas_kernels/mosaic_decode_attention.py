@@ -99,14 +99,16 @@ def attend_rows(
     heads, rows = batch * kv_heads, row_count(key)
     if rows == 0:
         return []
-    params = params or launch.mosaic_params(heads=heads, rows=rows, group=group)
+    of_key, of_value = layout(key), layout(value)
+    slots = of_key.slots + of_value.slots
+    params = params or launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
     plan = Plan(
         head_dim=head_dim,
         group=group,
         kv_heads=kv_heads,
         rows=rows,
-        key=layout(key),
-        value=layout(value),
+        key=of_key,
+        value=of_value,
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
