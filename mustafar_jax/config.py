@@ -23,10 +23,10 @@ class CompressionConfig:
         residual_length: the most recent tokens that are always dense.
         group: tokens that are pruned and packed at once, a multiple of 32.
         sink_tokens: the first tokens of a sequence that stay dense.
-        center_keys: keep the entries of a key that differ most from its sequence's mean key, rotated to the token's
-            position, and let that mean stand for the others. Needs the model's RoPE frequencies, in Hugging Face's
-            half-split convention. Without effect where keys are dense, and for a prompt of at most sink_tokens +
-            residual_length tokens, which has no mean.
+        center_keys: prune the distance of each key from its sequence's mean key, rotated to the token's position;
+            attention adds the mean again. Needs the model's RoPE frequencies, in Hugging Face's half-split convention.
+            Without effect where keys are dense, and for a prompt of at most sink_tokens + residual_length tokens, which
+            has no mean.
         weigh_keys: multiply what ranks a key's entries by a weight per channel that `prefill` takes from the prompt's
             last 512 queries, `pruning.query_weight`; entries are held as they are. Without effect where keys are dense,
             and for a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.

@@ -46,7 +46,7 @@ def decode_attention(
         query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
         key, value: rows [B, K, S, H] of the query's dtype, at least one of them packed; what is not visible may hold
             anything.
-        mean: where keys are centred, what stands for the entries that they do not hold.
+        mean: where keys are centred, what they are distances from.
         params: launch parameters; a heuristic if None.
         interpret: run as numpy and plain JAX, anywhere.
 

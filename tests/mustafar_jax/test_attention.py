@@ -151,7 +151,7 @@ def test_scale():
 
 
 def test_centred_keys_lose_nothing_where_every_entry_is_kept():
-    """No entry is left for the mean to stand for: with all of them kept, the dense cache's result."""
+    """The mean is taken off and added again: with all entries kept, the dense cache's result."""
     rng = np.random.default_rng(6)
     query, lengths = normal(rng, BATCH, 6, HEAD_DIM), [300, 150, 70]
     kept = CompressionConfig(0.001, 0.001, center_keys=True)
