@@ -305,7 +305,7 @@ class ManyHeads(_Common):
         return whole
 
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
-        """Weights [octets][2 quads][2], two tokens to a word."""
+        """Weights [octets][4], a word for each token of a quad: of quad 2 t, then of 2 t + 1."""
         w, at, plan = self.w, self.at, self.plan
         seen = seen_of(unit * TOKENS + at.lane)
 
@@ -334,23 +334,25 @@ class ManyHeads(_Common):
         weights = [[w.exp2(s - m) for s in x] for x, m in zip(of_octets, new.m, strict=True)]
         state.m, state.out = new.m, new.out
         state.l = [functools.reduce(lambda a, b: a + b, x, total) for x, total in zip(weights, new.l, strict=True)]
-        return [w.pack_pair(x[i], x[i + 1]) for x in weights for i in range(0, 8, 2)]
+        return [w.pack_pair(x[i], x[i + 4]) for x in weights for i in range(4)]
 
     def add_values(self, state: State, weights: list[Register]) -> None:
         """A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads.
 
-        No column is left for parities, so lanes of odd g exchange their two quads first.
+        Neighbours along the inner axis are a token of quad 2 t and the same one of 2 t + 1: words are picked from a
+        read of either, in one order or the other, so lanes of odd g need not exchange their quads first.
         """
         w, plan = self.w, self.plan
         odd = (self.at.g & 1) > 0
+        orders = [w.select(odd, w.integer(a), w.integer(b)) for a, b in ((0x1054, 0x5410), (0x3276, 0x7632))]
         for block in range(plan.pairs // 8):
-            quads = self.read_values(block)
-            swapped = [[w.select(odd, b, a) for a, b in zip(*pair, strict=True)] for pair in (quads, quads[::-1])]
-            for i, words in enumerate(swapped):
-                operand = self.channels(words)
+            of_tokens = zip(*self.read_values(block), strict=True)
+            words = [w.pick_bytes(*both, order) for both in of_tokens for order in orders]
+            for i in range(2):
+                operand = words[4 * i :][:4]
                 for octet in range(plan.octets):
-                    of_quad = weights[4 * octet + 2 * i :][:2]
-                    state.out[block][octet] = w.multiply_add(operand, of_quad, state.out[block][octet])
+                    columns = weights[4 * octet + 2 * i :][:2]
+                    state.out[block][octet] = w.multiply_add(operand, columns, state.out[block][octet])
 
     def publish(self, state: State) -> None:
         """Each lane has two heads of its channels."""

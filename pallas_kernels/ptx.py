@@ -144,6 +144,9 @@ class Warp:
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         return self._pure(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", [a, b])
 
+    def pick_bytes(self, a: Register, b: Register, order: Register) -> Register:
+        return self._pure("prmt.b32 $0, $1, $2, $3;", [a, b, order])
+
     # Bits
 
     def count_bits(self, x: Register) -> Register:

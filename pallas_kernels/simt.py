@@ -157,6 +157,11 @@ class Warp:
         low, high = (x >> (16 * half) & 0xFFFF for x in (a, b))
         return low | high << 16
 
+    def pick_bytes(self, a: Register, b: Register, order: Register) -> Register:
+        source = np.stack([a, b], axis=1).view(np.uint8)
+        chosen = order[:, None] >> (4 * np.arange(4, dtype=np.uint32)) & 7
+        return np.ascontiguousarray(np.take_along_axis(source, chosen.astype(np.int64), axis=1)).view(np.uint32)[:, 0]
+
     def count_bits(self, x: Register) -> Register:
         return np.bitwise_count(x).astype(np.uint32)
 

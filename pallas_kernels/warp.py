@@ -63,6 +63,9 @@ class Warp(Protocol):
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         """Half `half` (0 low, 1 high) of a in the low half, the same half of b in the high one."""
 
+    def pick_bytes(self, a: Register, b: Register, order: Register) -> Register:
+        """Four bytes of a (0 to 3) and b (4 to 7), the lowest first, as the lowest four nibbles of `order` say."""
+
     # Bits
 
     def count_bits(self, x: Register) -> Register:

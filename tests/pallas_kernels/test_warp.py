@@ -70,6 +70,7 @@ INSTRUCTIONS = {
     "pack_pair": lambda w, s, a, b, c: [w.pack_pair(f(w, a), f(w, b))],
     "unpack_pair": lambda w, s, a, b, c: [w.as_bits(x) for x in w.unpack_pair(w.pack_pair(f(w, a), f(w, b)))],
     "pick_halves": lambda w, s, a, b, c: [w.pick_halves(a, b, 0), w.pick_halves(a, b, 1)],
+    "pick_bytes": lambda w, s, a, b, c: [w.pick_bytes(a, b, c & 0x7777)],
     "count_bits": lambda w, s, a, b, c: [w.count_bits(a & b)],
     "reverse_bits": lambda w, s, a, b, c: [w.reverse_bits(a)],
     "highest_bit": lambda w, s, a, b, c: [w.highest_bit(a >> (b & 31)), w.highest_bit(w.integer(0))],
