@@ -76,8 +76,7 @@ class MeanKey:
         for block in range(4):
             pair, token = block // 2 * 2, block % 2 * 2
             a, b = (of_pair[token : token + 2] for of_pair in words[pair : pair + 2])
-            operands = [a[0], b[0], a[1], b[1]] if plan.many_heads else [*a, *b]
-            w.store_shared(place, operands, block * _BLOCK)
+            w.store_shared(place, [*a, *b], block * _BLOCK)
         return []
 
     def _store_queries(self, words: list[Register], numbers: list[Register]) -> list[Register]:
@@ -107,8 +106,6 @@ class MeanKey:
             starts = [first * plan.pieces * 16 + half * plan.queries_bytes // 2 for half in range(2)]
             query = [[w.as_float(x) for x in w.load_shared(at.queries + piece, 4, start)] for start in starts]
             words = [w.pack_pair(*pair) for pair in zip(*rotate(query, turn), strict=True)]
-            if plan.many_heads:  # words 0 and 2 are then of one step, 1 and 3 of the next
-                words = [words[i] for i in (0, 2, 1, 3)]
             place = at.turned + piece + at.lane // plan.pieces * (plan.turned_stride - plan.pairs * 4)
             w.store_shared(place, words, first * plan.turned_stride)
 
@@ -120,10 +117,10 @@ def rotate(channels: Piece, turn: Piece) -> Piece:
 
 
 def read_turned(w: Warp, number: Register, k: int, at: Places, plan: Plan) -> list[Register]:
-    """Piece 4 k + t of a turned query: columns of two products, or for many heads the rows of both."""
+    """Piece 4 k + t of a turned query: columns of two products."""
     return w.load_shared(at.turned + number * plan.turned_stride + (at.t << 4), 4, 64 * k)
 
 
 def read_table(w: Warp, step: int, at: Places) -> list[list[Register]]:
-    """Pairs t and 4 + t of 8 for quad g: its tokens 0 and 1, then 2 and 3, as two rows of a product or two columns."""
+    """Pairs t and 4 + t of 8 for quad g: its tokens 0 and 1, then 2 and 3, as rows of a product."""
     return [w.load_shared(at.table + (at.lane << 4), 4, (2 * step + half) * _BLOCK) for half in range(2)]

@@ -188,6 +188,9 @@ class Warp:
         kind = "f" if x.value.type == ir.F32Type.get() else "r"
         return self._effect("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", [x, source], [kind])[0]
 
+    def transpose(self, x: Register) -> Register:
+        return self._effect("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [x], ["r"])[0]
+
     def any(self, where: Register) -> Register:
         code = "{ .reg .pred p; vote.sync.any.pred p, $1, 0xffffffff; selp.u32 $0, 1, 0, p; }"
         return self._effect(code, [where], ["r"])[0] > 0

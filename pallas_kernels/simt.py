@@ -182,6 +182,9 @@ class Warp:
     def shuffle(self, x: Register, source: Register) -> Register:
         return x[source & 31]
 
+    def transpose(self, x: Register) -> Register:
+        return np.ascontiguousarray(x.view(np.uint16).reshape(8, 8).T).view(np.uint32).reshape(LANES)
+
     def any(self, where: Register) -> Register:
         return np.full(LANES, where.any())
 

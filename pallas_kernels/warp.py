@@ -91,6 +91,9 @@ class Warp(Protocol):
     def shuffle(self, x: Register, source: Register) -> Register:
         """X (uint32 or float32) of lane `source`."""
 
+    def transpose(self, x: Register) -> Register:
+        """Of 8 x 8 halves, of which lane 4 g + t has columns 2 t and 2 t + 1 of row g: movmatrix.m8n8.trans."""
+
     def any(self, where: Register) -> Register:
         """Whether a predicate holds in any lane: the same answer in all."""
 

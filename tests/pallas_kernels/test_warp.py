@@ -79,6 +79,7 @@ INSTRUCTIONS = {
         x for queue in w.shift_if_empty([[w.select(a < b, w.integer(0), a), b, b, c], [c, a, a]]) for x in queue
     ],
     "shuffle": lambda w, s, a, b, c: [w.shuffle(a, b & 31), w.as_bits(w.shuffle(f(w, a), c & 31))],
+    "transpose": lambda w, s, a, b, c: [w.transpose(a)],
     "any": lambda w, s, a, b, c: [w.select(w.any((w.lane() == 7) & (a > b)), b, c)],
     "sync_block": lambda w, s, a, b, c: everywhere(w, s, a),
     "load_shared": lambda w, s, a, b, c: exchange(
