@@ -179,6 +179,10 @@ class Warp:
         empty = queues[0][0] == 0
         return [[*(np.where(empty, b, a) for a, b in itertools.pairwise(q)), q[-1]] for q in queues]
 
+    def use_bit(self, queues: Sequence[Sequence[Register]], position: Register) -> list[list[Register]]:
+        [first, *rest], *others = queues
+        return self.shift_if_empty([[self.clear_bit(first, position), *rest], *others])
+
     def shuffle(self, x: Register, source: Register) -> Register:
         return x[source & 31]
 

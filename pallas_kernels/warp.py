@@ -86,6 +86,9 @@ class Warp(Protocol):
         The last register of a queue stays in its place as well.
         """
 
+    def use_bit(self, queues: Sequence[Sequence[Register]], position: Register) -> list[list[Register]]:
+        """Clear a bit of the first register of the first queue: `clear_bit`, then `shift_if_empty`, in fewer steps."""
+
     # The other lanes, and the other warps
 
     def shuffle(self, x: Register, source: Register) -> Register:

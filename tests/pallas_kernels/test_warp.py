@@ -78,6 +78,9 @@ INSTRUCTIONS = {
     "shift_if_empty": lambda w, s, a, b, c: [
         x for queue in w.shift_if_empty([[w.select(a < b, w.integer(0), a), b, b, c], [c, a, a]]) for x in queue
     ],
+    "use_bit": lambda w, s, a, b, c: [
+        x for queue in w.use_bit([[w.select(a < b, w.integer(4), a), b, c], [c, a, a]], b & 3) for x in queue
+    ],
     "shuffle": lambda w, s, a, b, c: [w.shuffle(a, b & 31), w.as_bits(w.shuffle(f(w, a), c & 31))],
     "transpose": lambda w, s, a, b, c: [w.transpose(a)],
     "any": lambda w, s, a, b, c: [w.select(w.any((w.lane() == 7) & (a > b)), b, c)],
@@ -215,7 +218,7 @@ def as_ptx(number, code, results, constraints):
 def test_the_assembler_takes_every_instruction(snippets, tmp_path):
     kernels = [as_ptx(i, *snippet) for i, snippet in enumerate(snippets)]
     source = tmp_path / "instructions.ptx"
-    source.write_text("\n".join([".version 8.0", ".target sm_90a", ".address_size 64", *kernels]))
+    source.write_text("\n".join([".version 8.2", ".target sm_90a", ".address_size 64", *kernels]))
     command = ["ptxas", "--gpu-name", "sm_90a", "--output-file", str(tmp_path / "out.cubin"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -223,7 +226,7 @@ def test_the_assembler_takes_every_instruction(snippets, tmp_path):
 
 def test_results_of_several_steps_share_no_register_with_operands(snippets):
     """A result that is written before the last operand is read must be an early clobber."""
-    walks = [results for code, results, _ in snippets if code.count("@p mad.lo") > 1]
+    walks = [results for code, results, _ in snippets if code.count("@!left mad.lo") > 1]
     assert walks
     assert {x for results in walks for x in results} == {"&r"}
 
