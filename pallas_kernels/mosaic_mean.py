@@ -68,9 +68,9 @@ class MeanKey:
         by_token = self._load_turn(w.integer(plan.units + _QUADS), piece)
         row, first = w.row(self.key, head, plan.head_dim * 4), (w.warp() << 6) + (at.t << 2)
         halves = [[w.load(row, first, 1, 16 * i + 4 * half)[0] for i in range(4)] for half in (0, plan.pairs)]
-        tokens = [rotate([[w.as_float(x) for x in half] for half in halves], to_quad)]
+        tokens = [rotate(w, [[w.as_float(x) for x in half] for half in halves], to_quad)]
         for _ in range(3):
-            tokens.append(rotate(tokens[-1], by_token))
+            tokens.append(rotate(w, tokens[-1], by_token))
         words = [[w.pack_pair(low[i], high[i]) for low, high in tokens] for i in range(4)]
         place = at.table + w.warp() * (4 * _BLOCK) + (at.lane << 4)
         for block in range(4):
@@ -105,14 +105,18 @@ class MeanKey:
         for first in range(0, plan.turned_heads, LANES // plan.pieces):
             starts = [first * plan.pieces * 16 + half * plan.queries_bytes // 2 for half in range(2)]
             query = [[w.as_float(x) for x in w.load_shared(at.queries + piece, 4, start)] for start in starts]
-            words = [w.pack_pair(*pair) for pair in zip(*rotate(query, turn), strict=True)]
+            words = [w.pack_pair(*pair) for pair in zip(*rotate(w, query, turn), strict=True)]
             place = at.turned + piece + at.lane // plan.pieces * (plan.turned_stride - plan.pairs * 4)
             w.store_shared(place, words, first * plan.turned_stride)
 
 
-def rotate(channels: Piece, turn: Piece) -> Piece:
+def rotate(w: Warp, channels: Piece, turn: Piece) -> Piece:
     """Pairs of channels turned by angles, given as cosines and sines."""
-    low, high = zip(*((x * c - y * s, y * c + x * s) for x, y, c, s in zip(*channels, *turn, strict=True)), strict=True)
+
+    def one(x: Register, y: Register, c: Register, s: Register) -> tuple[Register, Register]:
+        return w.fused(y, s * -1.0, x * c), w.fused(x, s, y * c)
+
+    low, high = zip(*(one(*of_pair) for of_pair in zip(*channels, *turn, strict=True)), strict=True)
     return [list(low), list(high)]
 
 

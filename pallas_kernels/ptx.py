@@ -127,6 +127,9 @@ class Warp:
     def exp2(self, x: Register) -> Register:
         return self._pure("ex2.approx.ftz.f32 $0, $1;", [x], result="f")
 
+    def fused(self, a: Register, b: Register, c: Register) -> Register:
+        return self._pure("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], result="f")
+
     def as_float(self, x: Register) -> Register:
         return Register(arith.bitcast(ir.F32Type.get(), x.value))
 

@@ -139,6 +139,9 @@ class Warp:
             y = np.exp2(x)
         return np.where(np.abs(y) < np.finfo(np.float32).tiny, np.float32(0), y)
 
+    def fused(self, a: Register, b: Register, c: Register) -> Register:
+        return (a.astype(np.float64) * b + c).astype(np.float32)
+
     def as_float(self, x: Register) -> Register:
         return x.view(np.float32)
 

@@ -48,6 +48,9 @@ class Warp(Protocol):
     def exp2(self, x: Register) -> Register:
         """2 ** x in float32, subnormal results flushed to 0; relative error 2 ** -22."""
 
+    def fused(self, a: Register, b: Register, c: Register) -> Register:
+        """The float32 a * b + c, rounded once; a product and a sum written as such are not fused."""
+
     def as_float(self, x: Register) -> Register:
         """The bits of a uint32 as a float32."""
 

@@ -113,6 +113,7 @@ INSTRUCTIONS = {
 # rounded in another order, or approximated
 INEXACT = {
     "exp2": lambda w, s, a, b, c: [w.as_bits(w.exp2(f(w, a) * 10.0))],
+    "fused": lambda w, s, a, b, c: [w.as_bits(w.fused(f(w, a), f(w, b), f(w, c)))],
     "multiply_add": lambda w, s, a, b, c: [
         w.as_bits(x)
         for x in w.multiply_add(
