@@ -18,10 +18,10 @@ from mustafar_jax.pallas_kernels import launch, mosaic_gpu
 from mustafar_jax.pallas_kernels.merge import merge
 from mustafar_jax.pallas_kernels.mosaic_mean import MeanKey, turns
 from mustafar_jax.pallas_kernels.mosaic_plan import TOKENS, Places, Plan, State, layout
-from mustafar_jax.pallas_kernels.mosaic_products import LOWEST, merge_warps, products
+from mustafar_jax.pallas_kernels.mosaic_products import LOWEST, clear_tile, merge_warps, products
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
 from mustafar_jax.pallas_kernels.sources import smaller, source
-from mustafar_jax.pallas_kernels.warp import LANES, Register, Warp
+from mustafar_jax.pallas_kernels.warp import Register, Warp
 
 
 def decode_attention(
@@ -188,11 +188,3 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
 
 def _larger(w: Warp, a: Register, b: Register) -> Register:
     return w.select(a < b, b, a)
-
-
-def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
-    """Fill the tile with zeros."""
-    zeros = [w.integer(0)] * 4
-    for start in range(0, plan.tile_bytes, 16 * LANES):
-        w.store_shared(at.tile + (at.lane << 4), zeros, start)
-    w.sync_warp()

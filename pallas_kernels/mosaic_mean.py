@@ -68,16 +68,15 @@ class MeanKey:
         by_token = self._load_turn(w.integer(plan.units + _QUADS), piece)
         row, first = w.row(self.key, head, plan.head_dim * 4), (w.warp() << 6) + (at.t << 2)
         halves = [[w.load(row, first, 1, 16 * i + 4 * half)[0] for i in range(4)] for half in (0, plan.pairs)]
-        tokens = [rotate([[w.as_float(x) for x in half] for half in halves], to_quad)]
+        tokens = [rotate(w, [[w.as_float(x) for x in half] for half in halves], to_quad)]
         for _ in range(3):
-            tokens.append(rotate(tokens[-1], by_token))
+            tokens.append(rotate(w, tokens[-1], by_token))
         words = [[w.pack_pair(low[i], high[i]) for low, high in tokens] for i in range(4)]
         place = at.table + w.warp() * (4 * _BLOCK) + (at.lane << 4)
         for block in range(4):
             pair, token = block // 2 * 2, block % 2 * 2
             a, b = (of_pair[token : token + 2] for of_pair in words[pair : pair + 2])
-            operands = [a[0], b[0], a[1], b[1]] if plan.many_heads else [*a, *b]
-            w.store_shared(place, operands, block * _BLOCK)
+            w.store_shared(place, [*a, *b], block * _BLOCK)
         return []
 
     def _store_queries(self, words: list[Register], numbers: list[Register]) -> list[Register]:
@@ -106,24 +105,26 @@ class MeanKey:
         for first in range(0, plan.turned_heads, LANES // plan.pieces):
             starts = [first * plan.pieces * 16 + half * plan.queries_bytes // 2 for half in range(2)]
             query = [[w.as_float(x) for x in w.load_shared(at.queries + piece, 4, start)] for start in starts]
-            words = [w.pack_pair(*pair) for pair in zip(*rotate(query, turn), strict=True)]
-            if plan.many_heads:  # words 0 and 2 are then of one step, 1 and 3 of the next
-                words = [words[i] for i in (0, 2, 1, 3)]
+            words = [w.pack_pair(*pair) for pair in zip(*rotate(w, query, turn), strict=True)]
             place = at.turned + piece + at.lane // plan.pieces * (plan.turned_stride - plan.pairs * 4)
             w.store_shared(place, words, first * plan.turned_stride)
 
 
-def rotate(channels: Piece, turn: Piece) -> Piece:
+def rotate(w: Warp, channels: Piece, turn: Piece) -> Piece:
     """Pairs of channels turned by angles, given as cosines and sines."""
-    low, high = zip(*((x * c - y * s, y * c + x * s) for x, y, c, s in zip(*channels, *turn, strict=True)), strict=True)
+
+    def one(x: Register, y: Register, c: Register, s: Register) -> tuple[Register, Register]:
+        return w.fused(y, s * -1.0, x * c), w.fused(x, s, y * c)
+
+    low, high = zip(*(one(*of_pair) for of_pair in zip(*channels, *turn, strict=True)), strict=True)
     return [list(low), list(high)]
 
 
 def read_turned(w: Warp, number: Register, k: int, at: Places, plan: Plan) -> list[Register]:
-    """Piece 4 k + t of a turned query: columns of two products, or for many heads the rows of both."""
+    """Piece 4 k + t of a turned query: columns of two products."""
     return w.load_shared(at.turned + number * plan.turned_stride + (at.t << 4), 4, 64 * k)
 
 
 def read_table(w: Warp, step: int, at: Places) -> list[list[Register]]:
-    """Pairs t and 4 + t of 8 for quad g: its tokens 0 and 1, then 2 and 3, as two rows of a product or two columns."""
+    """Pairs t and 4 + t of 8 for quad g: its tokens 0 and 1, then 2 and 3, as rows of a product."""
     return [w.load_shared(at.table + (at.lane << 4), 4, (2 * step + half) * _BLOCK) for half in range(2)]

@@ -78,7 +78,7 @@ class Plan:
     @property
     def statistics(self) -> int:
         """Registers that hold a lane's m, and its l."""
-        return self.octets if self.many_heads else self.group
+        return 2 * self.octets if self.many_heads else self.group
 
     @property
     def tile_bytes(self) -> int:
@@ -175,8 +175,8 @@ class State:
 
     Attributes:
         m: a score of each head, that none so far exceeds by more than a little; see `mosaic_products`. With few heads
-            one register per head, the same in all lanes; with many one per octet, of head g.
-        l: this lane's sum of weights of each head, or of head g of each octet.
+            one register per head, the same in all lanes; with many two per octet, of its heads 2 t and 2 t + 1.
+        l: this lane's sum of weights of each head, or of heads 2 t and 2 t + 1 of each octet.
         out: sums [pairs / 8][octets][4], the accumulators of a product with values.
     """
 

@@ -1,8 +1,7 @@
 """Queries times keys, softmax, weights times values: what a warp does with a tile, for few and for many query heads.
 
-With up to 4 query heads per KV head, tokens are the rows of the product with keys, and a lane weighs one token for
-every head: scores and weights go through shared memory. With more, queries are the rows, and a lane weighs 8 tokens for
-one head: all stays in registers, in the order in which the product with values wants it. docs/kernels.md says what
+With up to 4 query heads per KV head, a lane weighs one token for every head: scores and weights go through shared
+memory. With more, a lane weighs 4 tokens for two heads of each 8: all stays in registers. docs/kernels.md says what
 either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and t below are these two.
 """
 
@@ -65,6 +64,21 @@ class _Common(Products):
         """Lane (g, t) has numbers t and 4 + t of each 8 pairs."""
         of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in self.heads()]
         return [x for words in of_heads for x in words]
+
+    def mean_sums(self, number: Register) -> list[list[Register]]:
+        """The mean's products [2][4]: tokens 0 and 1 of quad g in rows g and g + 8, then 2 and 3; a query per column.
+
+        This lane reads query `number`, for column g. Sums are of two halves, so that a product waits for every other
+        one only.
+        """
+        w, at, plan = self.w, self.at, self.plan
+        halves = [[[w.number(0)] * 4] * 2] * 2
+        for k in range(plan.pieces // 4):
+            query = read_turned(w, number, k, at, plan)
+            for i in range(2):
+                rows, columns = read_table(w, 2 * k + i, at), query[2 * i : 2 * i + 2]
+                halves[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, halves[i], strict=True)]
+        return [[x + y for x, y in zip(*parts, strict=True)] for parts in zip(*halves, strict=True)]
 
     def read_values(self, block: int) -> list[list[Register]]:
         """Quads 2 t and 2 t + 1 of pair g, the odd one first where g is odd, so that a phase meets all banks."""
@@ -147,19 +161,11 @@ class FewHeads(_Common):
     def _mean_scores(self) -> list[list[list[Register]]]:
         """The mean's part of scores [pairs of heads][2][4], that of class -n for heads 2 n and 2 n + 1.
 
-        This class has quad g in row g, as the table has. Its columns are 0 and 1, and for heads 2 and 3 columns 6 and
-        7: column g is of head g % 4, and what the other ones give is left out. Sums are of two halves, so that a
-        product waits for every other one only.
+        Its columns are 0 and 1, and for heads 2 and 3 columns 6 and 7: column g is of head g % 4, and what the other
+        ones give is left out.
         """
         w, at, plan = self.w, self.at, self.plan
-        number = at.g & (min(4, plan.turned_heads) - 1)
-        chains = [[[w.number(0)] * 4] * 2] * 2
-        for k in range(plan.pieces // 4):
-            query = read_turned(w, number, k, at, plan)
-            for half in range(2):
-                rows, columns = read_table(w, 2 * k + half, at), query[2 * half : 2 * half + 2]
-                chains[half] = [w.multiply_add(a, columns, c) for a, c in zip(rows, chains[half], strict=True)]
-        sums = [[x + y for x, y in zip(*parts, strict=True)] for parts in zip(*chains, strict=True)]
+        sums = self.mean_sums(at.g & (min(4, plan.turned_heads) - 1))
         classes = [-n % 4 for n in range(len(range(0, plan.group, 2)))]
         return [[[w.select(at.t == j, x, w.number(0)) for x in part] for part in sums] for j in classes]
 
@@ -230,13 +236,12 @@ class FewHeads(_Common):
 
 
 class ManyHeads(_Common):
-    """5 to 16 query heads, 8 at a time: an octet; the product with keys has queries as rows.
+    """5 to 16 query heads, 8 at a time: an octet. They are columns of both products.
 
-    Its rows are (class, head) = 8 class + head for 2 of 4 classes, its inner axis 8 pairs of channels, its columns
-    quads, of which it takes one token. A lane reads quad (g + 2 t) % 8 of pair t, so that the 8 lanes of a phase meet
-    all banks. A column thus mixes the quads of 4 classes of pairs; a row's query is zero but for one class. Class t has
-    quad n in column (n - 2 t) % 8: lanes hand their parts on, t to t + 1, until quads 2 t and 2 t + 1 are whole. A lane
-    then has their 8 tokens for head g, in the order in which the product with values takes them.
+    The inner axis of the product with keys is 8 pairs of channels. A lane reads quad g of pair t if t < 2, else quad g
+    ^ 4, half of it at a time, so that half a warp meets all banks. A row thus mixes the quads of 2 classes of pairs;
+    the queries are zero but for one class, and lanes then hand the other one's part on. A lane has 4 tokens for heads 2
+    t and 2 t + 1; only their weights, 16 bits each, change lanes once more.
     """
 
     def heads(self) -> list[Register]:
@@ -244,115 +249,97 @@ class ManyHeads(_Common):
         return [self.at.g + 8 * octet for octet in range(self.plan.octets)]
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
-        """Scores [octets][2][4] of quads 2 t and 2 t + 1."""
-        octets, size = self.plan.octets, len(query) // self.plan.octets
-        scores = []
-        for octet in range(octets):
-            parts = [[[self.w.number(0)] * 4] * 4 for _ in range(2)]
-            if self.plan.centred:
-                parts[0] = self._mean_scores(octet)
-            self._add_keys(parts, query[octet * size :][:size], last=octet == octets - 1)
-            scores += self._hand_on(parts)
-        return scores
-
-    def _mean_scores(self, octet: int) -> list[list[Register]]:
-        """The mean's part of scores [4 tokens of a quad][4], class 0's, which has quad g in column g, as the table.
-
-        Rows g have a query's pairs of one step, rows g + 8 those of the next: no word is moved to make a row of zeros.
-        """
+        """Scores [octets][4 tokens of quad g][heads 2 t and 2 t + 1]."""
         w, at, plan = self.w, self.at, self.plan
-        sums = [[[w.number(0)] * 4] * 4 for _ in range(2)]
-        for k in range(plan.pieces // 4):
-            rows = read_turned(w, at.g + 8 * octet, k, at, plan)
-            for half in range(2):
-                tokens = [words[i : i + 2] for words in read_table(w, 2 * k + half, at) for i in (0, 2)]
-                sums[half] = [w.multiply_add(rows, b, c) for b, c in zip(tokens, sums[half], strict=True)]
-        none = w.number(0)
-        return [[x[0] + y[2], x[1] + y[3], none, none] for x, y in zip(*sums, strict=True)]
+        size, first_class, zero = len(query) // plan.octets, at.t < 2, w.integer(0)
+        sums = [self._first_sums(octet) for octet in range(plan.octets)]
+        for step in range(plan.pairs // 8):
+            rows = self._read_rows(step)
+            for octet, of_classes in enumerate(sums):
+                words = query[octet * size + 2 * step :][:2]
+                first = [w.select(first_class, x, zero) for x in words]
+                second = [w.select(first_class, zero, x) for x in words]
+                for i, columns in enumerate((first, second)):
+                    of_classes[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, of_classes[i], strict=True)]
+        w.sync_warp()
+        clear_tile(w, at, plan)
+        return [x for of_classes in sums for x in self._hand_on(of_classes)]
 
-    def _add_keys(self, parts: list[list[list[Register]]], query: list[Register], last: bool) -> None:
-        """Add products [2 of classes][4 tokens of a quad] to parts; the tile is emptied if this is the last octet."""
-        w, at = self.w, self.at
-        for step in range(self.plan.pairs // 8):
-            low, high = self._read_keys(step, clear=last)
-            words = query[2 * step : 2 * step + 2]
-            for two, of_tokens in enumerate(parts):
-                a = [w.select(at.t == 2 * two + i, x, w.integer(0)) for x in words for i in range(2)]
-                for token, columns in enumerate(zip(low, high, strict=True)):
-                    of_tokens[token] = w.multiply_add(a, columns, of_tokens[token])
+    def _first_sums(self, octet: int) -> list[list[list[Register]]]:
+        """Where the sums [2 classes][2][4] of an octet begin: class 0 has quad g in row g, as the mean's product."""
+        zeros = [[self.w.number(0)] * 4] * 2
+        return [self.mean_sums(self.at.g + 8 * octet) if self.plan.centred else zeros, zeros]
 
-    def _read_keys(self, step: int, clear: bool) -> list[list[Register]]:
-        """Of 8 pairs, quad (g + 2 t) % 8 of pairs t and 4 + t, a word each token; emptied if `clear`."""
-        w, at = self.w, self.at
-        quad = (at.g + at.t * 2) & 7
-        read = at.tile + at.t * ROW + (quad << 4)
-        starts = [8 * step * ROW, (8 * step + 4) * ROW]
-        words = [w.load_shared(read, 4, start) for start in starts]
-        for start in starts if clear else []:
-            w.store_shared(read, [w.integer(0)] * 4, start)
-        return words
+    def _read_rows(self, step: int) -> list[list[Register]]:
+        """Tokens 0 and 1 of a quad of pairs t and 4 + t of 8, then 2 and 3, as rows.
 
-    def _hand_on(self, parts: list[list[list[Register]]]) -> list[Register]:
-        """The classes' parts added up, [2 quads][4 tokens]."""
+        Lanes of odd t read tokens 2 and 3 first, since those of even t meet the banks of 0 and 1.
+        """
         w, at = self.w, self.at
-        before = (at.lane & 28) | ((at.t + 3) & 3)
-        whole = []
-        for quad in range(2):
-            for token in range(4):
-                of_classes = [parts[c // 2][token][2 * (c % 2) + quad] for c in range(4)]
-                total = of_classes[3]
-                for part in of_classes[2::-1]:
-                    total = w.shuffle(total, before) + part
-                whole.append(total)
-        return whole
+        first = at.tile + at.t * ROW + ((at.g ^ ((at.t >> 1) << 2)) << 4) + ((at.t & 1) << 3)
+        odd = (at.t & 1) > 0
+        rows: list[list[Register]] = [[], []]
+        for start in (8 * step * ROW, (8 * step + 4) * ROW):
+            a, b = (w.load_shared(read, 2, start) for read in (first, first ^ 8))
+            for half, (x, y) in enumerate(((b, a), (a, b))):
+                rows[half] += [w.select(odd, *both) for both in zip(x, y, strict=True)]
+        return rows
+
+    def _hand_on(self, of_classes: list[list[list[Register]]]) -> list[Register]:
+        """Both classes' parts added up: class 1 has quad g ^ 4 in row g."""
+        ours, others = ([x for part in parts for x in part] for parts in of_classes)
+        return [a + self.w.shuffle(b, self.at.lane ^ 16) for a, b in zip(ours, others, strict=True)]
 
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
-        """Weights [octets][2 quads][2], two tokens to a word."""
+        """Weights [octets][4] of head g, a word for each token of a quad: of quad 2 t, then of 2 t + 1."""
         w, at, plan = self.w, self.at, self.plan
         seen = seen_of(unit * TOKENS + at.lane)
 
         def hide(scores: list[Register]) -> list[Register]:
-            tokens = [unit * TOKENS + (at.t << 3) + i for i in range(8)]
-            return [
-                w.select(seen_of(token), x, w.number(-math.inf))
-                for token, x in zip(tokens * plan.octets, scores, strict=True)
-            ]
+            seen = [seen_of(unit * TOKENS + (at.g << 2) + i) for i in range(4)]
+            return [w.select(seen[i // 2 % 4], x, w.number(-math.inf)) for i, x in enumerate(scores)]
 
         scores = [x * plan.scale for x in scores]
         scores = w.branch(w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), scores, hide)
-        of_octets = [scores[i : i + 8] for i in range(0, len(scores), 8)]
-        largest = [functools.reduce(w.maximum, x) for x in of_octets]
+        of_heads = [scores[8 * octet + i : 8 * octet + 8 : 2] for octet in range(plan.octets) for i in range(2)]
+        largest = [functools.reduce(w.maximum, x) for x in of_heads]
         larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(largest, state.m, strict=True)])
 
         def rescale(carry: list[Register]) -> list[Register]:
             old = State.from_flat(carry, plan)
-            m = [w.maximum(a, self.over_lanes(s, (1, 2), w.maximum)) for a, s in zip(old.m, largest, strict=True)]
+            m = [w.maximum(a, self._over_quads(s, w.maximum)) for a, s in zip(old.m, largest, strict=True)]
             decay = [w.exp2(a - b) for a, b in zip(old.m, m, strict=True)]
-            # of the heads of a lane's two columns of a product with values, 2 t and 2 t + 1
-            columns = [[w.shuffle(x, (at.t << 3) + 4 * i) for i in range(2)] * 2 for x in decay]
-            return old.rescaled(m, decay, columns).flat()
+            # a lane's columns of a product with values are of the same two heads
+            return old.rescaled(m, decay, [decay[i : i + 2] * 2 for i in range(0, len(decay), 2)]).flat()
 
         new = State.from_flat(w.branch(w.any(larger), state.flat(), rescale), plan)
-        weights = [[w.exp2(s - m) for s in x] for x, m in zip(of_octets, new.m, strict=True)]
+        weights = [[w.exp2(s - m) for s in x] for x, m in zip(of_heads, new.m, strict=True)]
         state.m, state.out = new.m, new.out
         state.l = [functools.reduce(lambda a, b: a + b, x, total) for x, total in zip(weights, new.l, strict=True)]
-        return [w.pack_pair(x[i], x[i + 1]) for x in weights for i in range(0, 8, 2)]
+        pairs = [pair for i in range(0, len(weights), 2) for pair in zip(*weights[i : i + 2], strict=True)]
+        return [w.transpose(w.pack_pair(*pair)) for pair in pairs]
+
+    def _over_quads(self, x: Register, combine: Callable[[Register, Register], Register]) -> Register:
+        """What lanes of one t have, combined."""
+        return self.over_lanes(x, (4, 8, 16), combine)
 
     def add_values(self, state: State, weights: list[Register]) -> None:
         """A product's 16 rows are channels, 8 pairs of them; its inner axis is 16 tokens, its columns heads.
 
-        No column is left for parities, so lanes of odd g exchange their two quads first.
+        Neighbours along the inner axis are a token of quad 2 t and the same one of 2 t + 1: words are picked from a
+        read of either, in one order or the other, so lanes of odd g need not exchange their quads first.
         """
         w, plan = self.w, self.plan
         odd = (self.at.g & 1) > 0
+        orders = [w.select(odd, w.integer(a), w.integer(b)) for a, b in ((0x1054, 0x5410), (0x3276, 0x7632))]
         for block in range(plan.pairs // 8):
-            quads = self.read_values(block)
-            swapped = [[w.select(odd, b, a) for a, b in zip(*pair, strict=True)] for pair in (quads, quads[::-1])]
-            for i, words in enumerate(swapped):
-                operand = self.channels(words)
+            of_tokens = zip(*self.read_values(block), strict=True)
+            words = [w.pick_bytes(a, b, order) for a, b in of_tokens for order in orders]
+            for i in range(2):
+                operand = words[4 * i :][:4]
                 for octet in range(plan.octets):
-                    of_quad = weights[4 * octet + 2 * i :][:2]
-                    state.out[block][octet] = w.multiply_add(operand, of_quad, state.out[block][octet])
+                    columns = weights[4 * octet + 2 * i :][:2]
+                    state.out[block][octet] = w.multiply_add(operand, columns, state.out[block][octet])
 
     def publish(self, state: State) -> None:
         """Each lane has two heads of its channels."""
@@ -365,9 +352,17 @@ class ManyHeads(_Common):
                     place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
                     for i in range(2):
                         w.store_shared(place, [part[2 * half + i]], i * plan.head_dim * 4)
-            total = self.over_lanes(state.l[octet], (1, 2), lambda a, b: a + b)
-            for i, x in enumerate((state.m[octet], total)):
-                w.store_shared(at.scores + (at.g << 2), [x], 4 * (16 * i + 8 * octet))
+            m, l = (x[2 * octet : 2 * octet + 2] for x in (state.m, state.l))  # noqa: E741
+            for i, x in enumerate((m, [self._over_quads(total, lambda a, b: a + b) for total in l])):
+                w.store_shared(at.scores + (at.t << 3), x, 4 * (16 * i + 8 * octet))
+
+
+def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
+    """Fill the tile with zeros."""
+    zeros = [w.integer(0)] * 4
+    for start in range(0, plan.tile_bytes, 16 * LANES):
+        w.store_shared(at.tile + (at.lane << 4), zeros, start)
+    w.sync_warp()
 
 
 def load_query_head(w: Warp, query: Any, head: Register, number: Register, at: Places, plan: Plan) -> list[Register]:

@@ -127,6 +127,9 @@ class Warp:
     def exp2(self, x: Register) -> Register:
         return self._pure("ex2.approx.ftz.f32 $0, $1;", [x], result="f")
 
+    def fused(self, a: Register, b: Register, c: Register) -> Register:
+        return self._pure("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], result="f")
+
     def as_float(self, x: Register) -> Register:
         return Register(arith.bitcast(ir.F32Type.get(), x.value))
 
@@ -144,6 +147,9 @@ class Warp:
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         return self._pure(f"prmt.b32 $0, $1, $2, {('0x5410', '0x7632')[half]};", [a, b])
 
+    def pick_bytes(self, a: Register, b: Register, order: Register) -> Register:
+        return self._pure("prmt.b32 $0, $1, $2, $3;", [a, b, order])
+
     # Bits
 
     def count_bits(self, x: Register) -> Register:
@@ -159,6 +165,15 @@ class Warp:
         return self._pure("{ .reg .b32 bit; shl.b32 bit, 1, $2; xor.b32 $0, $1, bit; }", [x, position])
 
     def shift_if_empty(self, queues: Sequence[Sequence[Register]]) -> list[list[Register]]:
+        return self._shift(queues, "setp.ne.u32 left, $0, 0;")
+
+    def use_bit(self, queues: Sequence[Sequence[Register]], position: Register) -> list[list[Register]]:
+        # a logic instruction says itself whether its result is 0
+        clear = "shl.b32 bit, 1, $POSITION; setp.ne.u32 no, 0, 0; lop3.or.b32 $0|left, $0, bit, 0, 0x3c, no;"
+        return self._shift(queues, f"{{ .reg .b32 bit; .reg .pred no; {clear} }}", position)
+
+    def _shift(self, queues: Sequence[Sequence[Register]], test: str, *operands: Register) -> list[list[Register]]:
+        """Move queues ahead unless there is something `left` of $0, the first register; $POSITION is the operand."""
         moved = [(q, i) for q in range(len(queues)) for i in range(len(queues[q]) - 1)]
         n, last = len(moved), {q: len(moved) + k for k, q in enumerate(range(len(queues)))}
         place = {key: k for k, key in enumerate(moved)}
@@ -169,12 +184,11 @@ class Warp:
         # moves, written as products with 1: as such they would become selections, which take turns with the other
         # instructions of a walk through bits, while multipliers are idle
         one = n + len(queues)
-        code = "".join(f" @p mad.lo.u32 ${source(q, i)}, ${source(q, i + 1)}, ${one}, 0;" for q, i in moved)
-        constraints = ["r"] * (len(queues) + 1) + [
-            str(k) for k in range(n)
-        ]  # a digit: the same register as that result
-        arguments = [queue[-1] for queue in queues] + [self._one] + [queues[q][i] for q, i in moved]
-        code = f"{{ .reg .pred p; setp.eq.u32 p, $0, 0;{code} }}"
+        code = "".join(f" @!left mad.lo.u32 ${source(q, i)}, ${source(q, i + 1)}, ${one}, 0;" for q, i in moved)
+        # a digit: the same register as that result
+        constraints = ["r"] * (one + 1 - n + len(operands)) + [str(k) for k in range(n)]
+        arguments = [queue[-1] for queue in queues] + [self._one, *operands] + [queues[q][i] for q, i in moved]
+        code = f"{{ .reg .pred left; {test.replace('$POSITION', f'${one + 1}')}{code} }}"
         # &: results are written while other operands are still to be read, so they share no register with these
         results = self._asm(code, ["&r"] * n, constraints, arguments, effects=False)
         return [[results[place[q, i]] for i in range(len(queue) - 1)] + [queue[-1]] for q, queue in enumerate(queues)]
@@ -184,6 +198,9 @@ class Warp:
     def shuffle(self, x: Register, source: Register) -> Register:
         kind = "f" if x.value.type == ir.F32Type.get() else "r"
         return self._effect("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", [x, source], [kind])[0]
+
+    def transpose(self, x: Register) -> Register:
+        return self._effect("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [x], ["r"])[0]
 
     def any(self, where: Register) -> Register:
         code = "{ .reg .pred p; vote.sync.any.pred p, $1, 0xffffffff; selp.u32 $0, 1, 0, p; }"

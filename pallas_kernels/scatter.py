@@ -129,16 +129,17 @@ class Chain:
         words: what is left, in order.
         places: in the tile, of each word's bit 0.
         stride: from one bit's place to the next one's.
+        taken: the bit that `take` has taken, which the next step clears.
     """
 
     def __init__(self, words: list[Register], places: list[Register], stride: int) -> None:
         self.words, self.places, self.stride = words, places, stride
+        self.taken: Register = None
 
     def take(self, w: Warp) -> Register:
         """The place of the next entry."""
-        bit = w.highest_bit(self.words[0])
-        self.words[0] = w.clear_bit(self.words[0], bit)
-        return self.places[0] + bit * (self.stride % 2**32)
+        self.taken = w.highest_bit(self.words[0])
+        return self.places[0] + self.taken * (self.stride % 2**32)
 
     def keep(self, count: int) -> None:
         """Forget all words but the first ones."""
@@ -151,7 +152,7 @@ class Chain:
             self.words[begin:], self.places[begin:] = words, places
 
     def next_word(self, w: Warp, *, among: int | None = None, drop: bool = False) -> None:
-        """Where the first word is used up, move the others one place ahead.
+        """Clear the entry taken; where the first word is used up, move the others one place ahead.
 
         Args:
             w: the warp.
@@ -159,12 +160,12 @@ class Chain:
             drop: leave out the second word.
         """
         chosen = [i for i in range(len(self.words)) if not (drop and i == 1)][:among]
-        words, places = w.shift_if_empty([[queue[i] for i in chosen] for queue in (self.words, self.places)])
+        words, places = w.use_bit([[queue[i] for i in chosen] for queue in (self.words, self.places)], self.taken)
         for i, word, place in zip(chosen, words, places, strict=True):
             self.words[i], self.places[i] = word, place
 
     def advance(self, w: Warp, taken: int, guess: Guess | None) -> None:
-        """Go on to the next word where this one is used up, with as few instructions as the guess allows.
+        """Clear the entry taken, go on to the next word where that was the last, as briefly as the guess allows.
 
         Until `guess.pair` entries are taken the second word lasts; after `guess.most` the first one is behind. Between
         the two, the words' second register is the word to come, whichever that is.
@@ -174,6 +175,7 @@ class Chain:
             return
         before_third, past_first = len(self.words) == 2 or taken < guess.pair, taken > guess.most
         if taken < guess.least or (before_third and past_first):
+            self.words[0] = w.clear_bit(self.words[0], self.taken)
             return
         if before_third or past_first:
             self.next_word(w, among=2, drop=past_first)

@@ -139,6 +139,9 @@ class Warp:
             y = np.exp2(x)
         return np.where(np.abs(y) < np.finfo(np.float32).tiny, np.float32(0), y)
 
+    def fused(self, a: Register, b: Register, c: Register) -> Register:
+        return (a.astype(np.float64) * b + c).astype(np.float32)
+
     def as_float(self, x: Register) -> Register:
         return x.view(np.float32)
 
@@ -157,6 +160,11 @@ class Warp:
         low, high = (x >> (16 * half) & 0xFFFF for x in (a, b))
         return low | high << 16
 
+    def pick_bytes(self, a: Register, b: Register, order: Register) -> Register:
+        source = np.stack([a, b], axis=1).view(np.uint8)
+        chosen = order[:, None] >> (4 * np.arange(4, dtype=np.uint32)) & 7
+        return np.ascontiguousarray(np.take_along_axis(source, chosen.astype(np.int64), axis=1)).view(np.uint32)[:, 0]
+
     def count_bits(self, x: Register) -> Register:
         return np.bitwise_count(x).astype(np.uint32)
 
@@ -174,8 +182,15 @@ class Warp:
         empty = queues[0][0] == 0
         return [[*(np.where(empty, b, a) for a, b in itertools.pairwise(q)), q[-1]] for q in queues]
 
+    def use_bit(self, queues: Sequence[Sequence[Register]], position: Register) -> list[list[Register]]:
+        [first, *rest], *others = queues
+        return self.shift_if_empty([[self.clear_bit(first, position), *rest], *others])
+
     def shuffle(self, x: Register, source: Register) -> Register:
         return x[source & 31]
+
+    def transpose(self, x: Register) -> Register:
+        return np.ascontiguousarray(x.view(np.uint16).reshape(8, 8).T).view(np.uint32).reshape(LANES)
 
     def any(self, where: Register) -> Register:
         return np.full(LANES, where.any())

@@ -48,6 +48,9 @@ class Warp(Protocol):
     def exp2(self, x: Register) -> Register:
         """2 ** x in float32, subnormal results flushed to 0; relative error 2 ** -22."""
 
+    def fused(self, a: Register, b: Register, c: Register) -> Register:
+        """The float32 a * b + c, rounded once; a product and a sum written as such are not fused."""
+
     def as_float(self, x: Register) -> Register:
         """The bits of a uint32 as a float32."""
 
@@ -62,6 +65,9 @@ class Warp(Protocol):
 
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         """Half `half` (0 low, 1 high) of a in the low half, the same half of b in the high one."""
+
+    def pick_bytes(self, a: Register, b: Register, order: Register) -> Register:
+        """Four bytes of a (0 to 3) and b (4 to 7), the lowest first, as the lowest four nibbles of `order` say."""
 
     # Bits
 
@@ -83,10 +89,16 @@ class Warp(Protocol):
         The last register of a queue stays in its place as well.
         """
 
+    def use_bit(self, queues: Sequence[Sequence[Register]], position: Register) -> list[list[Register]]:
+        """Clear a bit of the first register of the first queue: `clear_bit`, then `shift_if_empty`, in fewer steps."""
+
     # The other lanes, and the other warps
 
     def shuffle(self, x: Register, source: Register) -> Register:
         """X (uint32 or float32) of lane `source`."""
+
+    def transpose(self, x: Register) -> Register:
+        """Of 8 x 8 halves, of which lane 4 g + t has columns 2 t and 2 t + 1 of row g: movmatrix.m8n8.trans."""
 
     def any(self, where: Register) -> Register:
         """Whether a predicate holds in any lane: the same answer in all."""

@@ -80,7 +80,7 @@ def test_blocks_that_fit_at_once_follow_the_device(monkeypatch):
     monkeypatch.setattr(launch.cuda, "core_count", lambda: 58)
     monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
     assert launch.wave("mosaic_gpu") == 116
-    assert launch.mosaic_params(heads=16, rows=128 * 128, group=4, slots=80).splits == 7  # 112 blocks; of 132 multiprocessors, 16
+    assert launch.mosaic_params(heads=16, rows=128 * 128, group=4, slots=80).splits == 7  # 112 of 116 blocks
 
 
 def test_what_was_tuned_is_well_formed():

@@ -70,6 +70,7 @@ INSTRUCTIONS = {
     "pack_pair": lambda w, s, a, b, c: [w.pack_pair(f(w, a), f(w, b))],
     "unpack_pair": lambda w, s, a, b, c: [w.as_bits(x) for x in w.unpack_pair(w.pack_pair(f(w, a), f(w, b)))],
     "pick_halves": lambda w, s, a, b, c: [w.pick_halves(a, b, 0), w.pick_halves(a, b, 1)],
+    "pick_bytes": lambda w, s, a, b, c: [w.pick_bytes(a, b, c & 0x7777)],
     "count_bits": lambda w, s, a, b, c: [w.count_bits(a & b)],
     "reverse_bits": lambda w, s, a, b, c: [w.reverse_bits(a)],
     "highest_bit": lambda w, s, a, b, c: [w.highest_bit(a >> (b & 31)), w.highest_bit(w.integer(0))],
@@ -77,7 +78,11 @@ INSTRUCTIONS = {
     "shift_if_empty": lambda w, s, a, b, c: [
         x for queue in w.shift_if_empty([[w.select(a < b, w.integer(0), a), b, b, c], [c, a, a]]) for x in queue
     ],
+    "use_bit": lambda w, s, a, b, c: [
+        x for queue in w.use_bit([[w.select(a < b, w.integer(4), a), b, c], [c, a, a]], b & 3) for x in queue
+    ],
     "shuffle": lambda w, s, a, b, c: [w.shuffle(a, b & 31), w.as_bits(w.shuffle(f(w, a), c & 31))],
+    "transpose": lambda w, s, a, b, c: [w.transpose(a)],
     "any": lambda w, s, a, b, c: [w.select(w.any((w.lane() == 7) & (a > b)), b, c)],
     "sync_block": lambda w, s, a, b, c: everywhere(w, s, a),
     "load_shared": lambda w, s, a, b, c: exchange(
@@ -108,6 +113,7 @@ INSTRUCTIONS = {
 # rounded in another order, or approximated
 INEXACT = {
     "exp2": lambda w, s, a, b, c: [w.as_bits(w.exp2(f(w, a) * 10.0))],
+    "fused": lambda w, s, a, b, c: [w.as_bits(w.fused(f(w, a), f(w, b), f(w, c)))],
     "multiply_add": lambda w, s, a, b, c: [
         w.as_bits(x)
         for x in w.multiply_add(
@@ -213,7 +219,7 @@ def as_ptx(number, code, results, constraints):
 def test_the_assembler_takes_every_instruction(snippets, tmp_path):
     kernels = [as_ptx(i, *snippet) for i, snippet in enumerate(snippets)]
     source = tmp_path / "instructions.ptx"
-    source.write_text("\n".join([".version 8.0", ".target sm_90a", ".address_size 64", *kernels]))
+    source.write_text("\n".join([".version 8.2", ".target sm_90a", ".address_size 64", *kernels]))
     command = ["ptxas", "--gpu-name", "sm_90a", "--output-file", str(tmp_path / "out.cubin"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -221,7 +227,7 @@ def test_the_assembler_takes_every_instruction(snippets, tmp_path):
 
 def test_results_of_several_steps_share_no_register_with_operands(snippets):
     """A result that is written before the last operand is read must be an early clobber."""
-    walks = [results for code, results, _ in snippets if code.count("@p mad.lo") > 1]
+    walks = [results for code, results, _ in snippets if code.count("@!left mad.lo") > 1]
     assert walks
     assert {x for results in walks for x in results} == {"&r"}
 
