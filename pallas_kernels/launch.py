@@ -102,7 +102,7 @@ class MosaicParams:
 _MOSAIC_START = 3
 """What starting and ending such a block costs, in tiles; a guess."""
 _WIDE = 12
-"""Warps of a block that has a multiprocessor to itself. They have 168 registers a thread, too few for most."""
+"""Warps of a block that has a multiprocessor to itself: 168 registers a thread, half as many warps more."""
 
 
 def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicParams:
@@ -125,7 +125,7 @@ def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
 
     As measured on an H100 (docs/kernels.md).
     """
-    return group <= 2 and slots <= 96 and heads * tiles * 4 >= 10 * _WIDE * (cuda.core_count() or _CORES)
+    return group <= 8 and slots <= 96 and heads * tiles * 4 >= 10 * _WIDE * (cuda.core_count() or _CORES)
 
 
 def _mosaic_cost(heads: int, tiles: int, splits: int) -> float:

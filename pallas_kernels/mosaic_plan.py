@@ -73,7 +73,7 @@ class Plan:
     @property
     def many_heads(self) -> bool:
         """Which products: see `mosaic_products`."""
-        return self.group > 4
+        return self.group > 2
 
     @property
     def statistics(self) -> int:
@@ -107,9 +107,8 @@ class Plan:
 
     @property
     def turned_heads(self) -> int:
-        """Query heads that a warp turns where keys are centred: what products read, a piece per lane at a time."""
-        heads, at_once = 8 * self.octets if self.many_heads else self.group, LANES // self.pieces
-        return -(-heads // at_once) * at_once
+        """Query heads that a warp turns where keys are centred, a power of two: a piece per lane at a time."""
+        return max(LANES // self.pieces, 1 << (self.group - 1).bit_length())
 
     @property
     def turned_stride(self) -> int:

@@ -1,6 +1,6 @@
 """Queries times keys, softmax, weights times values: what a warp does with a tile, for few and for many query heads.
 
-With up to 4 query heads per KV head, a lane weighs one token for every head: scores and weights go through shared
+With one or two query heads per KV head, a lane weighs one token for every head: scores and weights go through shared
 memory. With more, a lane weighs 4 tokens for two heads of each 8: all stays in registers. docs/kernels.md says what
 either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and t below are these two.
 """
@@ -65,20 +65,20 @@ class _Common(Products):
         of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in self.heads()]
         return [x for words in of_heads for x in words]
 
-    def mean_sums(self, number: Register) -> list[list[Register]]:
-        """The mean's products [2][4]: tokens 0 and 1 of quad g in rows g and g + 8, then 2 and 3; a query per column.
+    def mean_sums(self, octet: int = 0) -> list[list[Register]]:
+        """The mean's products [2][4]: tokens 0 and 1 of quad g in rows g and g + 8, then 2 and 3.
 
-        This lane reads query `number`, for column g. Sums are of two halves, so that a product waits for every other
-        one only.
+        Columns are the octet's query heads; those that there are none of repeat others.
         """
         w, at, plan = self.w, self.at, self.plan
-        halves = [[[w.number(0)] * 4] * 2] * 2
+        number = (at.g + 8 * octet) & (plan.turned_heads - 1)
+        sums = [[w.number(0)] * 4] * 2
         for k in range(plan.pieces // 4):
             query = read_turned(w, number, k, at, plan)
-            for i in range(2):
-                rows, columns = read_table(w, 2 * k + i, at), query[2 * i : 2 * i + 2]
-                halves[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, halves[i], strict=True)]
-        return [[x + y for x, y in zip(*parts, strict=True)] for parts in zip(*halves, strict=True)]
+            for half in range(2):
+                rows, columns = read_table(w, 2 * k + half, at), query[2 * half : 2 * half + 2]
+                sums = [w.multiply_add(a, columns, c) for a, c in zip(rows, sums, strict=True)]
+        return sums
 
     def read_values(self, block: int) -> list[list[Register]]:
         """Quads 2 t and 2 t + 1 of pair g, the odd one first where g is odd, so that a phase meets all banks."""
@@ -104,7 +104,7 @@ class _Common(Products):
 
 
 class FewHeads(_Common):
-    """Up to 4 query heads; the product with keys has tokens as rows.
+    """One or two query heads; the product with keys has tokens as rows.
 
     Its inner axis is 8 pairs of channels, its columns (class j, head) = 2 j + head for 4 classes and 2 heads. A lane
     reads quad (g + 2 t) % 8 of pair t, so that the 8 lanes of a phase meet all banks. A row thus mixes the quads of 4
@@ -112,35 +112,20 @@ class FewHeads(_Common):
     """
 
     def heads(self) -> list[Register]:
-        """Head g % 2 of heads 2 n and 2 n + 1, n = (t - g / 2) % 4.
-
-        In the product for heads 2 n, column g is of class j = g / 2, which the lanes of t = (j + n) % 4 hold.
-        """
-        return [self._pair_of_heads() * 2 + (self.at.g & 1)]
-
-    def _pair_of_heads(self) -> Register:
-        """The n for which this lane holds queries of heads 2 n and 2 n + 1."""
-        return (self.at.t + 4 - (self.at.g >> 1)) & 3
+        """Head g % 2 where column g is of class t, else one that there is not: its words are zero."""
+        return [(((self.at.t + 4 - (self.at.g >> 1)) & 3) << 1) + (self.at.g & 1)]
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
         """Leaves parts of scores in shared memory: of (head, class t) for quad n in word 4 n of scores[head][t]."""
         w, at, plan = self.w, self.at, self.plan
-        heads = range(0, plan.group, 2)
-        sums = self._mean_scores() if plan.centred else [[[w.number(0)] * 4] * 2 for _ in heads]
-        pair_of_heads = self._pair_of_heads()
+        sums = self._mean_scores() if plan.centred else [[w.number(0)] * 4] * 2
         for step in range(plan.pairs // 8):
-            rows, operand = self._read_rows(step), query[2 * step : 2 * step + 2]
-            for n in range(len(heads)):
-                columns = operand
-                if len(heads) > 1:
-                    columns = [w.select(pair_of_heads == n, x, w.integer(0)) for x in operand]
-                sums[n] = [w.multiply_add(a, columns, c) for a, c in zip(rows, sums[n], strict=True)]
-        for n, head in enumerate(heads):
-            quad = (at.g + ((at.t + n) & 3) * 2) & 7
-            place = at.scores + at.t * ROW + (quad << 4) + (((at.t + n) & 1) << 3)
-            for half, x in enumerate(sums[n]):
-                for i in range(min(2, plan.group - head)):
-                    w.store_shared(place ^ (8 * half), [x[i], x[i + 2]], (head + i) * 4 * ROW)
+            columns = query[2 * step : 2 * step + 2]
+            sums = [w.multiply_add(a, columns, c) for a, c in zip(self._read_rows(step), sums, strict=True)]
+        place = at.scores + at.t * ROW + (((at.g + at.t * 2) & 7) << 4) + ((at.t & 1) << 3)
+        for half, x in enumerate(sums):
+            for head in range(plan.group):
+                w.store_shared(place ^ (8 * half), [x[head], x[head + 2]], head * 4 * ROW)
         return []
 
     def _read_rows(self, step: int) -> list[list[Register]]:
@@ -158,16 +143,10 @@ class FewHeads(_Common):
             w.store_shared(quad, [w.integer(0)] * 4, start)
         return rows
 
-    def _mean_scores(self) -> list[list[list[Register]]]:
-        """The mean's part of scores [pairs of heads][2][4], that of class -n for heads 2 n and 2 n + 1.
-
-        Its columns are 0 and 1, and for heads 2 and 3 columns 6 and 7: column g is of head g % 4, and what the other
-        ones give is left out.
-        """
-        w, at, plan = self.w, self.at, self.plan
-        sums = self.mean_sums(at.g & (min(4, plan.turned_heads) - 1))
-        classes = [-n % 4 for n in range(len(range(0, plan.group, 2)))]
-        return [[[w.select(at.t == j, x, w.number(0)) for x in part] for part in sums] for j in classes]
+    def _mean_scores(self) -> list[list[Register]]:
+        """The mean's part of scores [2][4]: class 0 has quad g in row g, as the mean's product, in columns 0 and 1."""
+        w, at = self.w, self.at
+        return [[w.select(at.t == 0, x, w.number(0)) for x in part] for part in self.mean_sums()]
 
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
         """A token per lane, whose parts of scores are in shared memory; leaves the weights there."""
@@ -191,11 +170,9 @@ class FewHeads(_Common):
         weights = [w.exp2(s - m) for s, m in zip(scores, new.m, strict=True)]
         state.m, state.out = new.m, new.out
         state.l = [a + b for a, b in zip(new.l, weights, strict=True)]
-        place = at.weights + (at.lane << 1)
-        for head in range(0, plan.group, 2):
-            pair = w.pack_pair(weights[head], weights[min(head + 1, plan.group - 1)])
-            for i in range(min(2, plan.group - head)):
-                w.store_shared_half(place + (head + i) * 2 * TOKENS, pair, i)
+        place, pair = at.weights + (at.lane << 1), w.pack_pair(weights[0], weights[-1])
+        for head in range(plan.group):
+            w.store_shared_half(place + head * 2 * TOKENS, pair, head)
         w.sync_warp()
         return []
 
@@ -236,7 +213,7 @@ class FewHeads(_Common):
 
 
 class ManyHeads(_Common):
-    """5 to 16 query heads, 8 at a time: an octet. They are columns of both products.
+    """3 to 16 query heads, 8 at a time: an octet. They are columns of both products.
 
     The inner axis of the product with keys is 8 pairs of channels. A lane reads quad g of pair t if t < 2, else quad g
     ^ 4, half of it at a time, so that half a warp meets all banks. A row thus mixes the quads of 2 classes of pairs;
@@ -268,7 +245,7 @@ class ManyHeads(_Common):
     def _first_sums(self, octet: int) -> list[list[list[Register]]]:
         """Where the sums [2 classes][2][4] of an octet begin: class 0 has quad g in row g, as the mean's product."""
         zeros = [[self.w.number(0)] * 4] * 2
-        return [self.mean_sums(self.at.g + 8 * octet) if self.plan.centred else zeros, zeros]
+        return [self.mean_sums(octet) if self.plan.centred else zeros, zeros]
 
     def _read_rows(self, step: int) -> list[list[Register]]:
         """Tokens 0 and 1 of a quad of pairs t and 4 + t of 8, then 2 and 3, as rows.

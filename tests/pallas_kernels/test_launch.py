@@ -36,7 +36,7 @@ def test_computes_splits_that_fill_a_device(heads, rows, splits, monkeypatch):
 )
 def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits, monkeypatch):
     monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
-    assert launch.mosaic_params(heads=heads, rows=rows, group=4, slots=80).splits == splits
+    assert launch.mosaic_params(heads=heads, rows=rows, group=4, slots=128).splits == splits
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits, monk
         (32, 16384, 4),
     ],
 )
-def test_blocks_are_wide_for_few_query_heads(heads, rows, splits):
+def test_blocks_are_wide_where_registers_suffice(heads, rows, splits):
     assert launch.mosaic_params(heads=heads, rows=rows, group=1, slots=80) == launch.MosaicParams(splits, 12)
 
 
-@pytest.mark.parametrize(("heads", "group", "slots"), [(64, 3, 80), (64, 1, 128), (8, 1, 80)])
+@pytest.mark.parametrize(("heads", "group", "slots"), [(64, 9, 80), (64, 1, 128), (8, 1, 80)])
 def test_blocks_are_not_wide_where_registers_or_tokens_are_few(heads, group, slots):
     assert launch.mosaic_params(heads=heads, rows=8192, group=group, slots=slots).warps == 4
 
@@ -72,7 +72,7 @@ def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
     assert launch.decode_params(heads=60, rows=120 * 128).splits == 7
     assert launch.decode_params(heads=64, rows=512 * 128).splits != 7
     assert launch.decode_params(heads=8, rows=3 * 128).splits == 3  # never more than tiles
-    assert launch.mosaic_params(heads=60, rows=120 * 128, group=4, slots=80).splits == 5
+    assert launch.mosaic_params(heads=60, rows=120 * 128, group=4, slots=128).splits == 5
 
 
 def test_blocks_that_fit_at_once_follow_the_device(monkeypatch):
@@ -80,7 +80,7 @@ def test_blocks_that_fit_at_once_follow_the_device(monkeypatch):
     monkeypatch.setattr(launch.cuda, "core_count", lambda: 58)
     monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
     assert launch.wave("mosaic_gpu") == 116
-    assert launch.mosaic_params(heads=16, rows=128 * 128, group=4, slots=80).splits == 7  # 112 of 116 blocks
+    assert launch.mosaic_params(heads=16, rows=128 * 128, group=4, slots=128).splits == 7  # 112 of 116 blocks
 
 
 def test_what_was_tuned_is_well_formed():
