@@ -146,6 +146,11 @@ class _Plan:
     scale: float
     centred: bool
 
+    @property
+    def rotations(self) -> int:
+        """How often the 16 rows of an operand hold all query heads, at most 4."""
+        return 4 if self.group <= 4 else 2 if self.group <= 8 else 1
+
 
 def _kernel(
     first_ref: triton.Ref,  # [1]
@@ -183,7 +188,9 @@ def _kernel(
         load = functools.partial(load_tile, tokens=tokens, seen=seen, head_dim=reader.head_dim, rows=plan.rows)
         if packed[0]:
             keys = load(*key_refs)
-            of_mean = reader.times_table(mean_query, mean_refs[2], i - start) if plan.centred else reader.no_scores()
+            of_mean = reader.no_scores()
+            if plan.centred:
+                of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.rotations)
             memory = reader.scatter(memory, keys)
         values = load(*value_refs) if packed[1] else None  # in flight during the product with the keys
         if packed[0]:
@@ -245,40 +252,45 @@ _MEAN_UNIT = 64
 
 
 def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.Array]:
-    """Turns to each split's first token, and from there to each of its tokens.
+    """Turns to where each rotation of a split starts, and from there to each of a table's tokens.
 
     They are the same for every layer of a model, whose compiler keeps one.
 
     Returns:
-        Float32 cosines and sines [splits * H], H / 2 of each for a split; words for `TileReader.times_table`, of
-        _MEAN_UNIT times H / 2 rows of cosines and as many of sines.
+        Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
+        `TileReader.times_table`, of _MEAN_UNIT times H / 2 rows of cosines and as many of sines.
     """
-    starts = mean.offset + jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS)
-    angle = starts.astype(jnp.float32) * mean.inv_freq
-    of_split = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
-    row, token = plan.reader.table_order()
+    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + tile.table_tokens(plan.rotations)
+    angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq
+    of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
+    row, token = plan.reader.table_order(plan.rotations)
     tokens = jnp.arange(plan.tiles_per_split)[:, None] * TOKENS + token
     angle = tokens.astype(jnp.float32) * mean.inv_freq[row % plan.reader.pairs]
     of_token = _MEAN_UNIT * jnp.where(row < plan.reader.pairs, jnp.cos(angle), jnp.sin(angle))
     words = lax.bitcast_convert_type(of_token.astype(plan.reader.dtype).reshape(-1, 2), jnp.int32)
-    return of_split.reshape(-1), words
+    return of_rotation.reshape(-1), words
 
 
 def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> list[jax.Array]:
-    """What the split's cosines and what its sines are multiplied with for the mean's scores, [16, H / 2] each.
+    """What the table's cosines and what its sines are multiplied with for the mean's scores, [16, H / 2] each.
 
-    With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to the split's first token
-    and then by t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w.
+    With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to some token and then by
+    t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w. Rows that the query
+    heads leave free hold them again, with the mean rotated to other tokens: one table serves them all.
     """
     mean_ref, turns_ref, _ = mean_refs
-    pairs = plan.reader.pairs
-    head, pair = jnp.arange(_QUERY_ROWS)[:, None], jnp.arange(pairs)[None, :]
+    pairs, rows = plan.reader.pairs, _QUERY_ROWS // plan.rotations
+    row, pair = jnp.arange(_QUERY_ROWS)[:, None], jnp.arange(pairs)[None, :]
+    head, rotation = row % rows, pl.program_id(0) * plan.rotations + row // rows
     mask = jnp.broadcast_to(head < plan.group, (_QUERY_ROWS, pairs))
     x, y = (triton.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
     mean = (triton.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
-    turn = (triton.load(turns_ref.at[pl.program_id(0) * (2 * pairs) + pair + half]) for half in (0, pairs))
+    turn = (triton.load(turns_ref.at[rotation * (2 * pairs) + pair + half]) for half in (0, pairs))
     real, imaginary = rotate_pair(*rotate_pair(*mean, *turn), x, -y)
-    return [real.astype(plan.reader.dtype), (-imaginary).astype(plan.reader.dtype)]
+    halves = [real, -imaginary]
+    if plan.rotations == 4:  # else a tile has several products with each, which need more than 128 registers
+        return [plan.reader.hold(half) for half in halves]
+    return [half.astype(plan.reader.dtype) for half in halves]
 
 
 def _tiles(rows: int) -> int:

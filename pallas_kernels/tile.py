@@ -99,6 +99,23 @@ class TileReader:
         memory, *_ = lax.fori_loop(0, entries.chunks, walk, (memory, words, places, entries.ahead))
         return triton.synchronise(memory, interpret=self.interpret)
 
+    def hold(self, operand: jax.Array) -> jax.Array:
+        """Round float32 [16, n], n a multiple of 32, to a product's first operand, in registers.
+
+        The compiler reads an operand from shared memory wherever a loop uses it, also where registers are free for it.
+        Words that inline assembly packs stay where they are: each thread holds rows i and i + 8 for i its lane / 4, and
+        columns 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 of each 16 for j its lane % 4. All warps hold the same.
+        """
+        columns = operand.shape[1]
+        of_lane = operand.reshape(2, 8, columns // 16, 2, 4, 2).transpose(1, 4, 2, 3, 0, 5).reshape(triton.WARP, -1)
+        parts = triton.unstack(of_lane)
+        pairs = zip(parts[0::2], parts[1::2], strict=True)
+        words = [triton.pack_pair(*pair, self.dtype, interpret=self.interpret) for pair in pairs]
+        held = _stack([half for word in words for half in triton.as_dtype_pairs(word, self.dtype)])
+        held = held.reshape(8, 4, *held.shape[1:])
+        *step_bits, i, row, h = range(2, held.ndim)
+        return held.transpose(row, 0, *step_bits, i, 1, h).reshape(16, columns)
+
     def times_keys(
         self, memory: triton.Memory, query: jax.Array, scores: list[jax.Array]
     ) -> tuple[triton.Memory, jax.Array]:
@@ -128,36 +145,44 @@ class TileReader:
         """Zeros for `times_keys` to add to."""
         return [jnp.zeros((16, COLUMNS), jnp.float32) for _ in _PRODUCTS]
 
-    def times_table(self, halves: list[jax.Array], ref: triton.Ref, index: jax.Array) -> list[jax.Array]:
+    def times_table(
+        self, halves: list[jax.Array], ref: triton.Ref, index: jax.Array, rotations: int
+    ) -> list[jax.Array]:
         """Multiply with a tile of a table in global memory, which is dense and the same for all heads.
 
         Args:
             halves: what multiplies the first half of the table's rows, [16, H / 2] of the tile's dtype, and the other.
-            ref: the table's words, int32 [tiles * H / 2 * TOKENS], each tile in the order of `table_order`.
+                Their rows are `rotations` runs, each for its tokens of `table_tokens`.
+            ref: the table's words, int32 [tiles * H / 2 * TOKENS / rotations], each tile in the order of `table_order`.
             index: which tile.
+            rotations: 1, 2 or 4.
 
         Returns:
-            Scores as `times_keys` adds to them.
+            Scores as `times_keys` adds to them; their rows are the first run's, anything finite behind them.
         """
-        chunks = self.pairs // 32
-        start = 4 * (index * (2 * len(_PRODUCTS) * chunks * TOKENS) + _lane())[:, None]
+        chunks, products = self.pairs // 32, len(_PRODUCTS) // rotations
+        start = 4 * (index * (2 * products * chunks * TOKENS) + _lane())[:, None]
         place = start + jnp.arange(4, dtype=jnp.int32)[None, :]
-        scores = self.no_scores()
-        for product, half in itertools.product(range(len(_PRODUCTS)), range(2)):
-            first = (2 * product + half) * chunks
-            loads = [triton.load(ref.at[place + 4 * TOKENS * chunk]) for chunk in range(first, first + chunks)]
-            scores[product] += triton.dot(halves[half], self._keys([word for x in loads for word in triton.unstack(x)]))
-        return scores
+        scores = []
+        for product in range(products):
+            score = jnp.zeros((16, COLUMNS), jnp.float32)
+            for half in range(2):
+                first = (2 * product + half) * chunks
+                loads = [triton.load(ref.at[place + 4 * TOKENS * chunk]) for chunk in range(first, first + chunks)]
+                score += triton.dot(halves[half], self._keys([word for x in loads for word in triton.unstack(x)]))
+            scores.append(_runs(score, rotations))
+        return [runs[i] for i in range(rotations) for runs in scores]
 
-    def table_order(self) -> tuple[np.ndarray, np.ndarray]:
-        """Row, below H, and token of each entry of a table's tile, int32 [H * TOKENS] each.
+    def table_order(self, rotations: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row, below H, and token of each entry of a table's tile, int32 [H * TOKENS / rotations] each.
 
         A thread reads eight entries at once, all that it holds of 32 rows of a product, and a warp a run of them.
         """
-        shape = (len(_PRODUCTS), self.head_dim // 32, TOKENS, 2, 2, 2)
+        products = np.array(_PRODUCTS[: len(_PRODUCTS) // rotations], np.int32)
+        shape = (len(products), self.head_dim // 32, TOKENS, 2, 2, 2)
         product, chunk, thread, step, i, h = np.indices(shape, np.int32).reshape(len(shape), -1)
         row = 32 * chunk + 16 * step + 8 * i + 2 * (thread & 3) + h
-        return row, np.array(_PRODUCTS, np.int32)[product] + token_of_column(2 * (thread >> 2))
+        return row, products[product] + token_of_column(2 * (thread >> 2))
 
     def _keys(self, words: list[jax.Array]) -> jax.Array:
         """The operand of a product of keys, [8 * len(words), COLUMNS]."""
@@ -197,6 +222,11 @@ class TileReader:
         return triton.synchronise(memory, read, interpret=self.interpret), sums
 
 
+def table_tokens(rotations: int) -> np.ndarray:
+    """How many tokens each run of rows of `TileReader.times_table` is ahead of the table: int32 [rotations]."""
+    return np.array(_PRODUCTS[:: len(_PRODUCTS) // rotations], np.int32)
+
+
 def rotate_pair(x: jax.Array, y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
     """RoPE's rotation of channels c and c + H / 2."""
     return x * cos - y * sin, y * cos + x * sin
@@ -221,6 +251,20 @@ def token_of_column(column: Any, order: Order = "columns") -> Any:
     h, k = column & 1, column >> 4 & 1
     j, i = (column >> 2 & 3, column >> 1 & 1) if order == "columns" else (column >> 1 & 3, column >> 3 & 1)
     return (column & ~31) | j | (h << 2) | (k << 3) | (i << 4)
+
+
+def _runs(x: jax.Array, count: int) -> list[jax.Array]:
+    """Each of `count` runs of the rows of [16, COLUMNS], repeated to 16 rows.
+
+    By sums with zeros, for which the compiler exchanges registers of a warp; slices went through shared memory.
+    """
+    if count == 1:
+        return [x]
+    shape = (count, 16 // count, COLUMNS)
+    run = jnp.arange(count)[:, None, None]
+    x = x.reshape(shape)
+    sums = [jnp.where(run == i, x, 0).sum(axis=0, keepdims=True) for i in range(count)]
+    return [jnp.broadcast_to(total, shape).reshape(16, COLUMNS) for total in sums]
 
 
 def _lane() -> jax.Array:

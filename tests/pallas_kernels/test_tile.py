@@ -14,32 +14,40 @@ from tests.helpers import rms_error_ratio
 from tests.pallas_kernels.data import WHERE, jit
 from tests.pallas_kernels.lowering import lower_for_cuda
 
-SHAPES = [(64, jnp.float16), (128, jnp.bfloat16)]  # head_dim, dtype
+SHAPES = [(64, jnp.float16, 1), (128, jnp.bfloat16, 2), (64, jnp.bfloat16, 4), (128, jnp.float16, 4)]
+"""head_dim, dtype, rotations."""
 
 
-def table_words(reader, tiles):
-    """Tiles [n, H, TOKENS] as `TileReader.times_table` reads them."""
-    row, token = reader.table_order()
+def table_words(reader, tiles, rotations):
+    """Of tiles [n, H, TOKENS], what `TileReader.times_table` reads, as it does."""
+    row, token = reader.table_order(rotations)
     return lax.bitcast_convert_type(tiles[:, row, token].reshape(-1, 2), jnp.int32)
 
 
-def times_table(query, tiles, *, interpret):
-    """Products of [16, H] with the last of n tiles [n, H, TOKENS]: float32 [16, TOKENS]."""
+def times_table(query, tiles, *, rotations, held=False, interpret):
+    """Products of [16, H] with the last of n tiles [n, H, TOKENS]: float32 [16 / rotations, TOKENS].
+
+    Each run of 16 / rotations rows meets the table of the first run's tokens, and gives scores for its own.
+    """
     reader = TileReader(query.shape[1], query.dtype, interpret)
     last = tiles.shape[0] - 1
+    rows = 16 // rotations
 
     def kernel(query_ref, table_ref, out_ref):
         head, row = jnp.arange(16)[:, None], jnp.arange(reader.pairs)[None, :]
         halves = [triton.load(query_ref.at[head, row + half]) for half in (0, reader.pairs)]
-        scores = reader.times_table(halves, table_ref, last)
+        if held:
+            halves = [reader.hold(half.astype(jnp.float32)) for half in halves]
+        scores = reader.times_table(halves, table_ref, last, rotations)
         empty = jnp.zeros((16, reader.head_dim), reader.dtype)
         _, scores = reader.times_keys(reader.zeros(), empty, scores)  # puts them together
         column = tile.token_of_column(jnp.arange(TOKENS))
-        triton.store(out_ref.at[head, column[None, :]], scores)
+        mask = jnp.broadcast_to(head < rows, (16, TOKENS))
+        triton.store(out_ref.at[head, column[None, :]], scores, mask=mask)
 
-    shape = jax.ShapeDtypeStruct((16, TOKENS), jnp.float32)
+    shape = jax.ShapeDtypeStruct((rows, TOKENS), jnp.float32)
     call = triton.pallas_call(kernel, name="table", num_warps=tile.NUM_WARPS, interpret=interpret, out_shape=shape)
-    return call(query, table_words(reader, tiles))
+    return call(query, table_words(reader, tiles, rotations))
 
 
 def arguments(head_dim, dtype):
@@ -48,21 +56,31 @@ def arguments(head_dim, dtype):
 
 
 @pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize(("head_dim", "dtype"), SHAPES)
-def test_times_table(head_dim, dtype, interpret):
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("head_dim", "dtype", "rotations"), SHAPES)
+def test_times_table(head_dim, dtype, rotations, held, interpret):
     query, tiles = arguments(head_dim, dtype)
-    actual = jit(functools.partial(times_table, interpret=interpret), interpret=interpret)(query, tiles)
-    expected = np.asarray(query, np.float32) @ np.asarray(tiles[-1], np.float32)
+    call = functools.partial(times_table, rotations=rotations, held=held, interpret=interpret)
+    actual = jit(call, interpret=interpret)(query, tiles)
+    runs = np.asarray(query, np.float32).reshape(rotations, -1, head_dim)
+    last = np.asarray(tiles[-1], np.float32)
+    _, token = TileReader(head_dim, dtype).table_order(rotations)
+    expected = np.zeros(actual.shape, np.float32)
+    for run, ahead in zip(runs, tile.table_tokens(rotations), strict=True):
+        expected[:, np.unique(token) + ahead] += run @ last[:, np.unique(token)]
     assert rms_error_ratio(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), SHAPES)
-def test_times_table_lowers_for_cuda(head_dim, dtype):
-    call = functools.partial(times_table, interpret=False)
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("head_dim", "dtype", "rotations"), SHAPES)
+def test_times_table_lowers_for_cuda(head_dim, dtype, rotations, held):
+    call = functools.partial(times_table, rotations=rotations, held=held, interpret=False)
     assert "triton" in lower_for_cuda(call, *arguments(head_dim, dtype))
 
 
+@pytest.mark.parametrize("rotations", [1, 2, 4])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_table_holds_every_entry_once(head_dim):
-    row, token = TileReader(head_dim, jnp.bfloat16).table_order()
-    np.testing.assert_array_equal(np.sort(row * TOKENS + token), np.arange(head_dim * TOKENS))
+def test_a_table_and_its_rotations_hold_every_entry_once(head_dim, rotations):
+    row, token = TileReader(head_dim, jnp.bfloat16).table_order(rotations)
+    tokens = token + tile.table_tokens(rotations)[:, None]
+    np.testing.assert_array_equal(np.sort((row * TOKENS + tokens).ravel()), np.arange(head_dim * TOKENS))
