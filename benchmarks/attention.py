@@ -51,8 +51,9 @@ A, B = Shape("A", 8, 32, 1, 4096), Shape("B", 8, 8, 4, 16384)
 SETS: dict[str, list[Shape]] = {
     "A": [A],
     "B": [B],
-    "heads": [dataclasses.replace(B, name=f"B, group {group}", group=group) for group in (1, 8)],
+    "heads": [dataclasses.replace(B, name=f"B, group {group}", group=group) for group in (1, 8, 16)],
     "context": [Shape(f"1 x {tokens}", 1, 8, 4, tokens) for tokens in (1024, 4096, 16384, 65536, 131072)],
+    "C": [Shape("C", 16, 8, 4, 16384, 64)],
     "batch": [Shape(f"{batch} x 8192", batch, 8, 4, 8192) for batch in (2, 8, 32)],
     "tiny": [Shape("tiny", 2, 2, 2, 256, 32)],
 }

@@ -63,8 +63,7 @@ def decode_attention(
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
         implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
             on to the next), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn"
-            for dense caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper) and up to 8 query heads
-            per KV head, else "triton".
+            for dense caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), else "triton".
 
     Returns:
         [B, N, H] in the query's dtype.
@@ -78,7 +77,7 @@ def decode_attention(
     batch, num_heads, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
-    names = check_implementation(implementation) or _present(num_heads // cache.num_kv_heads)
+    names = check_implementation(implementation) or _present()
     with jax.named_scope("decode_attention"):  # a profile shows it by this name
         out = _decode(names, grouped, cache, scale, sliding_window)
     return out.reshape(query.shape).astype(query.dtype)
@@ -196,13 +195,9 @@ def _decode(names: Names, query: jax.Array, cache: LayerCache, scale: float, win
     return first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
 
 
-def _present(queries_per_head: int = 1) -> tuple[str, ...]:
-    """What None tries on the default backend, best first, for so many query heads per KV head."""
-    if not on_cuda():
-        return ("xla",)
-    # beyond 8 the Mosaic GPU kernel keeps some of its registers in memory, and is slower than dense attention
-    kernels = ("mosaic_gpu", "triton") if queries_per_head <= 8 else ("triton", "mosaic_gpu")
-    return ("cudnn", *kernels, "xla")
+def _present() -> tuple[str, ...]:
+    """What None tries on the default backend, best first."""
+    return ("cudnn", "mosaic_gpu", "triton", "xla") if on_cuda() else ("xla",)
 
 
 def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:

@@ -287,10 +287,7 @@ def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> 
     mean = (triton.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
     turn = (triton.load(turns_ref.at[rotation * (2 * pairs) + pair + half]) for half in (0, pairs))
     real, imaginary = rotate_pair(*rotate_pair(*mean, *turn), x, -y)
-    halves = [real, -imaginary]
-    if plan.rotations == 4:  # else a tile has several products with each, which need more than 128 registers
-        return [plan.reader.hold(half) for half in halves]
-    return [half.astype(plan.reader.dtype) for half in halves]
+    return [real.astype(plan.reader.dtype), (-imaginary).astype(plan.reader.dtype)]
 
 
 def _tiles(rows: int) -> int:

@@ -68,17 +68,18 @@ class _Common(Products):
     def mean_sums(self, octet: int = 0) -> list[list[Register]]:
         """The mean's products [2][4]: tokens 0 and 1 of quad g in rows g and g + 8, then 2 and 3.
 
-        Columns are the octet's query heads; those that there are none of repeat others.
+        Columns are the octet's query heads; those that there are none of repeat others. Sums are of two halves, so that
+        a product waits for every other one only.
         """
         w, at, plan = self.w, self.at, self.plan
         number = (at.g + 8 * octet) & (plan.turned_heads - 1)
-        sums = [[w.number(0)] * 4] * 2
+        halves = [[[w.number(0)] * 4] * 2] * 2
         for k in range(plan.pieces // 4):
             query = read_turned(w, number, k, at, plan)
-            for half in range(2):
-                rows, columns = read_table(w, 2 * k + half, at), query[2 * half : 2 * half + 2]
-                sums = [w.multiply_add(a, columns, c) for a, c in zip(rows, sums, strict=True)]
-        return sums
+            for i in range(2):
+                rows, columns = read_table(w, 2 * k + i, at), query[2 * i : 2 * i + 2]
+                halves[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, halves[i], strict=True)]
+        return [[x + y for x, y in zip(*parts, strict=True)] for parts in zip(*halves, strict=True)]
 
     def read_values(self, block: int) -> list[list[Register]]:
         """Quads 2 t and 2 t + 1 of pair g, the odd one first where g is odd, so that a phase meets all banks."""

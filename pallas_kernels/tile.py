@@ -99,23 +99,6 @@ class TileReader:
         memory, *_ = lax.fori_loop(0, entries.chunks, walk, (memory, words, places, entries.ahead))
         return triton.synchronise(memory, interpret=self.interpret)
 
-    def hold(self, operand: jax.Array) -> jax.Array:
-        """Round float32 [16, n], n a multiple of 32, to a product's first operand, in registers.
-
-        The compiler reads an operand from shared memory wherever a loop uses it, also where registers are free for it.
-        Words that inline assembly packs stay where they are: each thread holds rows i and i + 8 for i its lane / 4, and
-        columns 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 of each 16 for j its lane % 4. All warps hold the same.
-        """
-        columns = operand.shape[1]
-        of_lane = operand.reshape(2, 8, columns // 16, 2, 4, 2).transpose(1, 4, 2, 3, 0, 5).reshape(triton.WARP, -1)
-        parts = triton.unstack(of_lane)
-        pairs = zip(parts[0::2], parts[1::2], strict=True)
-        words = [triton.pack_pair(*pair, self.dtype, interpret=self.interpret) for pair in pairs]
-        held = _stack([half for word in words for half in triton.as_dtype_pairs(word, self.dtype)])
-        held = held.reshape(8, 4, *held.shape[1:])
-        *step_bits, i, row, h = range(2, held.ndim)
-        return held.transpose(row, 0, *step_bits, i, 1, h).reshape(16, columns)
-
     def times_keys(
         self, memory: triton.Memory, query: jax.Array, scores: list[jax.Array]
     ) -> tuple[triton.Memory, jax.Array]:

@@ -24,7 +24,7 @@ def table_words(reader, tiles, rotations):
     return lax.bitcast_convert_type(tiles[:, row, token].reshape(-1, 2), jnp.int32)
 
 
-def times_table(query, tiles, *, rotations, held=False, interpret):
+def times_table(query, tiles, *, rotations, interpret):
     """Products of [16, H] with the last of n tiles [n, H, TOKENS]: float32 [16 / rotations, TOKENS].
 
     Each run of 16 / rotations rows meets the table of the first run's tokens, and gives scores for its own.
@@ -36,8 +36,6 @@ def times_table(query, tiles, *, rotations, held=False, interpret):
     def kernel(query_ref, table_ref, out_ref):
         head, row = jnp.arange(16)[:, None], jnp.arange(reader.pairs)[None, :]
         halves = [triton.load(query_ref.at[head, row + half]) for half in (0, reader.pairs)]
-        if held:
-            halves = [reader.hold(half.astype(jnp.float32)) for half in halves]
         scores = reader.times_table(halves, table_ref, last, rotations)
         empty = jnp.zeros((16, reader.head_dim), reader.dtype)
         _, scores = reader.times_keys(reader.zeros(), empty, scores)  # puts them together
@@ -56,11 +54,10 @@ def arguments(head_dim, dtype):
 
 
 @pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize(("head_dim", "dtype", "rotations"), SHAPES)
-def test_times_table(head_dim, dtype, rotations, held, interpret):
+def test_times_table(head_dim, dtype, rotations, interpret):
     query, tiles = arguments(head_dim, dtype)
-    call = functools.partial(times_table, rotations=rotations, held=held, interpret=interpret)
+    call = functools.partial(times_table, rotations=rotations, interpret=interpret)
     actual = jit(call, interpret=interpret)(query, tiles)
     runs = np.asarray(query, np.float32).reshape(rotations, -1, head_dim)
     last = np.asarray(tiles[-1], np.float32)
@@ -71,10 +68,9 @@ def test_times_table(head_dim, dtype, rotations, held, interpret):
     assert rms_error_ratio(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize(("head_dim", "dtype", "rotations"), SHAPES)
-def test_times_table_lowers_for_cuda(head_dim, dtype, rotations, held):
-    call = functools.partial(times_table, rotations=rotations, held=held, interpret=False)
+def test_times_table_lowers_for_cuda(head_dim, dtype, rotations):
+    call = functools.partial(times_table, rotations=rotations, interpret=False)
     assert "triton" in lower_for_cuda(call, *arguments(head_dim, dtype))
 
 
