@@ -121,11 +121,11 @@ def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicPar
 
 
 def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
-    """Whether wide blocks are faster: where registers suffice, and each warp has 10 units of 32 tokens or more.
+    """Whether wide blocks are faster: where registers suffice, and each warp has 12 units of 32 tokens or more.
 
     As measured on an H100 (docs/kernels.md).
     """
-    return group <= 8 and slots <= 96 and heads * tiles * 4 >= 10 * _WIDE * (cuda.core_count() or _CORES)
+    return group <= 8 and slots <= 96 and heads * tiles * 4 >= 12 * _WIDE * (cuda.core_count() or _CORES)
 
 
 def _mosaic_cost(heads: int, tiles: int, splits: int) -> float:

@@ -44,7 +44,7 @@ def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits, monk
     [
         (256, 4096, 1),  # two waves, the second nearly whole
         (64, 16384, 2),  # one wave
-        (32, 16384, 4),
+        (32, 32768, 4),
     ],
 )
 def test_blocks_are_wide_where_registers_suffice(heads, rows, splits):
