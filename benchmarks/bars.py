@@ -166,6 +166,8 @@ def _attention_bars() -> Iterator[Bar]:
             yield Bar(text, 1.3, partial(_skew, kernel=kernel, mask=mask))
         text = f"{name} attention, 1, 4 and 8 query heads per KV head at the same bytes: slowest relative to fastest"
         yield Bar(text, 1.15, partial(_spread, kernel=kernel))
+    text = "Triton attention, 0.7, centred keys (recommended) relative to plain ones, the worse of A and B"
+    yield Bar(text, 1.08, _centred)
 
 
 def _generation_bars() -> Iterator[Bar]:
@@ -218,6 +220,12 @@ def _skew(results: Results, kernel: str, mask: str) -> float:
 def _spread(results: Results, kernel: str) -> float:
     times = [results.us(shape, 0.7, kernel) for shape in ("B", "B, group 1", "B, group 8")]
     return max(times) / min(times)
+
+
+def _centred(results: Results) -> float:
+    names = [f"{rule} 0.7, triton" for rule in ("recommended", "published")]
+    times = [[results.attention(at, name)["us"] for name in names] for at in ("A", "B")]
+    return max(float(centred / plain) for centred, plain in times)
 
 
 def _bytes(results: Results, sparsity: float) -> float:

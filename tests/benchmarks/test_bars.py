@@ -20,6 +20,7 @@ def attention_rows(us):
     for kernel in ("triton", "mosaic_gpu"):
         names += [(sparsity, f"published {sparsity}, {kernel}", kernel, "random") for sparsity in (0.5, 0.7)]
         names += [(0.7, f"published 0.7, {kernel}, {mask} mask", kernel, mask) for mask in bars.MASKS[1:]]
+        names += [(0.7, f"recommended 0.7, {kernel}", kernel, "random")]
     return [
         {"shape": shape, "name": name, "us": us(shape, sparsity, kernel, mask), "bytes": 1000 * (1 - 0.9 * sparsity)}
         | WHERE
@@ -97,6 +98,7 @@ def test_of_nothing_everything_is_missing(tmp_path):
     [
         ("attention", {"name": "published 0.7, mosaic_gpu, half mask", "shape": "B"}, {"us": 1000.0}, ["half mask"]),
         ("attention", {"name": "published 0.7, triton", "shape": "B, group 8"}, {"us": 110.0}, ["8 query heads"]),
+        ("attention", {"name": "recommended 0.7, triton", "shape": "B"}, {"us": 90.0}, ["centred keys"]),
         ("attention", {"name": "dense, cuDNN", "shape": "1 x 4096"}, {"us": 1.0}, ["batch 1, 0.7"] * 2),
         ("attention", {"name": "published 0.7, triton", "shape": "1 x 65536"}, {"us": 9000.0}, ["growth of time"]),
         ("compression", {"what": "steps", "rule": "published"}, {"share": 0.04}, ["a step's compression, published"]),
