@@ -42,6 +42,7 @@ class Attention(NamedTuple):
     kv_heads: int = 1
     window: int | None = None
     centred: bool = False
+    warps: int = 4
 
 
 ATTENTION = {
@@ -52,6 +53,8 @@ ATTENTION = {
     "dense values": Attention(64, BF16, 3, 32, 0, 224, 1, window=150),
     "centred": Attention(128, BF16, 4, 64, 64, 320, 3, centred=True),
     "centred, all held": Attention(64, F16, 5, 20, 64, 224, 2, kv_heads=2, centred=True),
+    "centred, 2 query heads": Attention(128, BF16, 2, 40, 40, 256, 2, window=70, centred=True),
+    "centred, 8 query heads, 12 warps": Attention(128, BF16, 8, 40, 40, 448, 1, centred=True, warps=12),
     "centred, 16 query heads": Attention(128, BF16, 16, 40, 40, 128, 1, window=33, centred=True),
 }
 
@@ -78,7 +81,7 @@ def mosaic_attention(case: Attention) -> None:
     """The first of two kernels; the second is as for Triton."""
     query, key, value, tail, last, mean = _attention_data(case)
     first = tail.first_row(last + SINKS, case.window)
-    options = {"scale": case.head_dim**-0.5, "mean": mean, "params": MosaicParams(case.splits)}
+    options = {"scale": case.head_dim**-0.5, "mean": mean, "params": MosaicParams(case.splits, case.warps)}
     mosaic_decode_attention.attend_rows(query, key, value, first, last, **options)
 
 

@@ -2,7 +2,8 @@
 
 Times whole calls, with the merge of the splits, for a grid of sizes and splits, and after each size writes what was
 fastest to pallas_kernels/tuned.json, by device and kernel, in place of what was there for that size. Caches hold
-exactly 40 of 128 entries of each row, and do not stay in the GPU's second-level cache from call to call.
+exactly 40 of 128 entries of each row, and do not stay in the GPU's second-level cache from call to call. Blocks of
+the Mosaic GPU kernel have 4 warps; sizes for which they have more do not ask this file (`launch.mosaic_params`).
 """
 
 import argparse

@@ -705,7 +705,7 @@ def _frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim
     return tuple(np.asarray(inv_freq, np.float32).tolist())
 
 
-# Compiled as one call: a model has hundreds of these arrays, and calls one by one delay its first token.
+# One compiled call for a layer: a model has hundreds of these arrays, and calls one by one delay its first token.
 @functools.partial(
     jax.jit,
     static_argnums=0,

@@ -28,7 +28,7 @@ class CompressionConfig:
             Without effect where keys are dense, and for a prompt of at most sink_tokens + residual_length tokens, which
             has no mean.
         weigh_keys: multiply what ranks a key's entries by a weight per channel that `prefill` takes from the prompt's
-            last 512 queries, `pruning.query_weight`; entries are held as they are. Without effect where keys are dense,
+            last 512 queries, `pruning.query_weight`; they are held without it. Without effect where keys are dense,
             and for a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm. Meant for rules that keep
             equally many entries of each vector.

@@ -19,6 +19,9 @@ from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader, rotate
 _QUERY_ROWS = 16
 """Rows of the smallest matrix product; query heads are padded to them."""
 
+_MEAN_UNIT = 64
+"""What an entry of `_mean_query` counts in: float16 ends at 65504, products of queries and means may not."""
+
 
 def decode_attention(
     query: jax.Array,
@@ -117,7 +120,7 @@ def attend_rows(
     if plan.centred:
         assert mean is not None
         tables = _mean_tables(mean, plan, params.splits)
-        operands += [mean.key.reshape(heads, head_dim), *tables]
+        operands += [mean.key.astype(jnp.float32).reshape(heads, head_dim), *tables]
         specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
     shapes = [(head_dim,), (), ()]
     return triton.pallas_call(
@@ -245,10 +248,6 @@ def _dense_values(ref: triton.Ref, tokens: jax.Array, seen: jax.Array, plan: _Pl
     place = tokens[:, None] * plan.reader.head_dim + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
     groups = range(plan.reader.head_dim // COLUMNS)
     return [triton.load(ref.at[place + group * COLUMNS], mask=mask, other=0) for group in groups]
-
-
-_MEAN_UNIT = 64
-"""What an entry of `_mean_query` counts in: float16 ends at 65504, products of queries and means may not."""
 
 
 def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.Array]:

@@ -102,17 +102,20 @@ class MosaicParams:
 _MOSAIC_START = 3
 """What starting and ending such a block costs, in tiles; a guess."""
 _WIDE = 12
-"""Warps of a block that has a multiprocessor to itself: 168 registers a thread, half as many warps more."""
+"""Warps of a block that has a multiprocessor to itself, in place of two blocks of 4: 168 registers a thread."""
 
 
 def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicParams:
-    """Launch parameters from static facts alone: tuned.json's, as in `decode_params`, else computed.
+    """Launch parameters from static facts alone.
+
+    Those of wide blocks, where they are faster, are computed; those of blocks of 4 warps are tuned.json's, as in
+    `decode_params`, else computed.
 
     Args:
         heads: sequences times KV heads.
         rows: packed rows per sequence.
         group: query heads per KV head.
-        slots: of a row of keys and one of values together.
+        slots: of a row of keys and one of values together, a dense row counting as twice its entries.
     """
     tiles = max(1, -(-rows // TILE))
     if _is_wide(heads, tiles, group, slots):
@@ -123,7 +126,7 @@ def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicPar
 def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
     """Whether wide blocks are faster: where registers suffice, and each warp has 12 units of 32 tokens or more.
 
-    As measured on an H100 (docs/kernels.md).
+    As measured on an H100, for packed keys and values (docs/kernels.md).
     """
     return group <= 8 and slots <= 96 and heads * tiles * 4 >= 12 * _WIDE * (cuda.core_count() or _CORES)
 

@@ -100,7 +100,7 @@ def attend_rows(
     if rows == 0:
         return []
     of_key, of_value = layout(key), layout(value)
-    slots = of_key.slots + of_value.slots
+    slots = sum(side.slots or 2 * head_dim for side in (of_key, of_value))
     params = params or launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
     plan = Plan(
         head_dim=head_dim,

@@ -97,7 +97,10 @@ class Plan:
 
     @property
     def weights_bytes(self) -> int:
-        """Of the weights [4, TOKENS], 16 bits each, where they go through memory; products read rows of all 4 heads."""
+        """Of the weights [4, TOKENS], 16 bits each, where they go through memory.
+
+        A product's columns are of 4 heads: what it reads for those that there are not is dropped in the end.
+        """
         return 0 if self.many_heads else 4 * TOKENS * 2
 
     @property

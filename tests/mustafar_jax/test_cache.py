@@ -511,3 +511,17 @@ KEY = jnp.ones((BATCH, 40, KV_HEADS, HEAD_DIM))
 def test_bad_keys_and_values(name, error, message, call):
     with pytest.raises(error, match=message):
         call(empty(CONFIGS[name]))
+
+
+@pytest.mark.parametrize("config", [CompressionConfig(0, 0), CompressionConfig.recommended()])
+def test_no_two_arrays_of_an_empty_cache_share_a_buffer(config):
+    """Else it could not be donated."""
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(empty(config))]
+    assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize(("centred", "dtype"), [(True, jnp.float32), (False, jnp.bfloat16)])
+def test_centred_keys_come_out_as_attention_sees_them(centred, dtype):
+    cache = empty(CompressionConfig(center_keys=centred), jnp.bfloat16)
+    key, value, _ = cache.to_dense()
+    assert (key.dtype, value.dtype) == (dtype, jnp.bfloat16)

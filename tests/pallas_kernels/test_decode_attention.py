@@ -161,6 +161,25 @@ def test_agrees_with_dense_attention(name, kernel, interpret):
 
 
 @pytest.mark.parametrize(("kernel", "interpret"), RUNS)
+def test_a_large_mean_overflows_no_float16(kernel, interpret):
+    """A channel's product of query and mean is beyond 65504; the score of a token far above those of the others."""
+    query, mean_key = (jnp.zeros((1, 1, 1, 64), dtype).at[..., 0].set(300) for dtype in (F16, jnp.float32))
+    mean = Mean(mean_key[:, :, 0], jnp.asarray(rope_frequencies(64)), 4)
+    (key, dense_key), (value, dense_value) = (
+        rows_of(np.random.default_rng(seed), (1, 1, 32, 64), F16, 0.7) for seed in (1, 2)
+    )
+    first, last = jnp.zeros(1, jnp.int32), jnp.full(1, 32, jnp.int32)
+    options = {"scale": 64**-0.5, "mean": mean, "params": kernel.params(1), "interpret": interpret}
+    parts = jit(functools.partial(kernel.module.attend_rows, **options), interpret=interpret)(
+        query, key, value, first, last
+    )
+    actual = [x.reshape(1, 1, *x.shape[1:]) for x in merge_splits(*parts)]
+    expected = attend(query, with_mean(dense_key, mean), dense_value, first, last, options["scale"])
+    normalised, wanted = (out / total[..., None] for out, _, total in (actual, expected))
+    assert rms_error_ratio(normalised, wanted) < TOLERANCE[jnp.dtype(F16)]
+
+
+@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
 @pytest.mark.parametrize("name", ["two KV heads", "dense values", "centred"])
 def test_a_sequence_does_not_depend_on_the_others(name, kernel, interpret):
     """Not a bit of it, though the others see nothing of a batch that they shared with it."""
@@ -269,6 +288,16 @@ def test_attention_on_a_cache_lowers_for_cuda(config, name):
         return mj.decode_attention(query, cache, sliding_window=100, implementation=name)
 
     assert name in lower_for_cuda(attend_cache, jax.ShapeDtypeStruct((2, 8, 64), F16))
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_wide_blocks_lower_for_cuda(group):
+    kernel = Kernel("mosaic_gpu", mosaic_decode_attention, functools.partial(MosaicParams, warps=12))
+    call, arguments = abstract_call(
+        kernel, k_slots="in eights", v_slots="in eights", rows=4096, sinks=4, head_dim=128, dtype=BF16, window=None,
+        centred=True, splits=2, group=group,
+    )  # fmt: skip
+    assert "mosaic_gpu" in lower_for_cuda(call, *arguments)
 
 
 def abstract_rows(batch, kv_heads, group, rows, head_dim, dtype):

@@ -47,13 +47,24 @@ def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits, monk
         (32, 32768, 4),
     ],
 )
-def test_blocks_are_wide_where_registers_suffice(heads, rows, splits):
+def test_splits_of_wide_blocks_fill_a_device(heads, rows, splits, monkeypatch):
+    monkeypatch.setattr(launch.cuda, "core_count", lambda: 132)
     assert launch.mosaic_params(heads=heads, rows=rows, group=1, slots=80) == launch.MosaicParams(splits, 12)
 
 
-@pytest.mark.parametrize(("heads", "group", "slots"), [(64, 9, 80), (64, 1, 128), (8, 1, 80)])
-def test_blocks_are_not_wide_where_registers_or_tokens_are_few(heads, group, slots):
-    assert launch.mosaic_params(heads=heads, rows=8192, group=group, slots=slots).warps == 4
+@pytest.mark.parametrize(
+    ("heads", "rows", "group", "slots", "warps"),
+    [
+        (64, 16384, 8, 96, 12),
+        (64, 16384, 9, 96, 4),
+        (64, 16384, 8, 97, 4),
+        (64, 75 * 128, 1, 80, 12),  # 12.1 units per warp
+        (64, 74 * 128, 1, 80, 4),
+    ],
+)
+def test_blocks_are_wide_only_where_registers_and_tokens_suffice(heads, rows, group, slots, warps, monkeypatch):
+    monkeypatch.setattr(launch.cuda, "core_count", lambda: 132)
+    assert launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots).warps == warps
 
 
 @pytest.mark.parametrize("wrong", [{"splits": 0}, {"splits": 1, "warps": 6}])

@@ -55,7 +55,7 @@ def test_masks_on_the_edge_of_the_usual(slots, words, interpret):
 
 @pytest.mark.parametrize("interpret", WHERE)
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize(("group", "head_dim"), [(4, 128), (6, 64), (16, 128)])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (2, 128), (4, 128), (6, 64), (16, 128)])
 def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, interpret):
     """A warp takes several units, each of which has scores far above all those before."""
     rng = np.random.default_rng(group)
@@ -80,9 +80,9 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, in
 
 @pytest.mark.parametrize("interpret", WHERE)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 3, 4, 5, 8, 16])
-def test_centred_keys_far_into_a_sequence(group, head_dim, interpret):
-    """Four warps share 9 units of one sequence, and 3 of another, so that one has none."""
+@pytest.mark.parametrize(("group", "warps"), [(1, 12), (2, 4), (3, 12), (4, 4), (5, 4), (8, 12), (9, 4), (16, 4)])
+def test_centred_keys_far_into_a_sequence(group, warps, head_dim, interpret):
+    """Warps share 9 units of one sequence, and 3 of another, so that some have none."""
     rng = np.random.default_rng(group)
     shape = (2, 1, 320, head_dim)
     query = jnp.asarray(rng.standard_normal((*shape[:2], group, head_dim)), F16)
@@ -90,7 +90,7 @@ def test_centred_keys_far_into_a_sequence(group, head_dim, interpret):
     (key, dense_key), (value, dense_value) = (rows_of(rng, shape, F16, 0.7) for _ in range(2))
     inv_freq = jnp.asarray(rope_frequencies(head_dim))
     mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], head_dim)), jnp.float32), inv_freq, 3000)
-    options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(splits=1), "interpret": interpret}
+    options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(1, warps), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
     actual = [x.reshape(2, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
     check(actual, attend(query, with_mean(dense_key, mean), dense_value, first, last, options["scale"]), F16)

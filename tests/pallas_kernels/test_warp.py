@@ -79,7 +79,12 @@ INSTRUCTIONS = {
         x for queue in w.shift_if_empty([[w.select(a < b, w.integer(0), a), b, b, c], [c, a, a]]) for x in queue
     ],
     "use_bit": lambda w, s, a, b, c: [
-        x for queue in w.use_bit([[w.select(a < b, w.integer(4), a), b, c], [c, a, a]], b & 3) for x in queue
+        x
+        for position in (b & 3, w.highest_bit(w.integer(0)))  # of an empty word: above 31
+        for queue in w.use_bit(
+            [[w.select(a < b, w.integer(4), w.select(a < c, w.integer(0), a)), b, c], [c, a, a]], position
+        )
+        for x in queue
     ],
     "shuffle": lambda w, s, a, b, c: [w.shuffle(a, b & 31), w.as_bits(w.shuffle(f(w, a), c & 31))],
     "transpose": lambda w, s, a, b, c: [w.transpose(a)],
