@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 from tests.quick import QUICK
 
@@ -35,3 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and not has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU that jax can use"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_end_with_their_file() -> Iterator[None]:
+    """A process may have so many memory maps (vm.max_map_count), of which each compiled program takes several."""
+    yield
+    jax.clear_caches()

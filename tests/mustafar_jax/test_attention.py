@@ -253,8 +253,7 @@ def test_every_named_implementation_is_known():
     assert named <= set(IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize(("group", "tried"), [(8, ["mosaic_gpu", "triton"]), (9, ["triton", "mosaic_gpu"])])
-def test_none_tries_the_fastest_kernel_first(group, tried, monkeypatch):
+def test_none_tries_the_fastest_kernel_first(monkeypatch):
     """On a GPU; each kernel here says that it cannot run."""
     seen = []
 
@@ -267,8 +266,8 @@ def test_none_tries_the_fastest_kernel_first(group, tried, monkeypatch):
     for module in (attention, implementations):
         monkeypatch.setattr(module, "on_cuda", lambda: True)
     cache = empty(CompressionConfig(), batch=1, num_kv_heads=1)
-    jax.eval_shape(decode_attention, jnp.zeros((1, group, HEAD_DIM)), cache)
-    assert seen == tried
+    jax.eval_shape(decode_attention, jnp.zeros((1, 9, HEAD_DIM)), cache)
+    assert seen == ["mosaic_gpu", "triton"]
 
 
 def test_a_kernel_that_cannot_be_imported_is_one_that_cannot_run():
