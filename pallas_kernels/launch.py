@@ -49,7 +49,11 @@ def decode_params(*, heads: int, rows: int) -> DecodeParams:
 
 def wave(kernel: str) -> int:
     """Blocks of a kernel, "triton" or "mosaic_gpu", that the GPU holds at once."""
-    return (cuda.core_count() or _CORES) * _PER_CORE[kernel]
+    return _cores() * _PER_CORE[kernel]
+
+
+def _cores() -> int:
+    return cuda.core_count() or _CORES
 
 
 def _cost(heads: int, tiles: int, splits: int) -> float:
@@ -71,6 +75,10 @@ def _splits(kernel: str, heads: int, rows: int, cost: Callable[[int, int, int], 
     nearest = min(_tuned(cuda.device_kind(), kernel), key=distance, default=None)
     if nearest is not None and distance(nearest) <= _NEAR:
         return min(nearest["splits"], tiles)
+    return _cheapest(heads, tiles, cost)
+
+
+def _cheapest(heads: int, tiles: int, cost: Callable[[int, int, int], float]) -> int:
     return min(range(1, tiles + 1), key=lambda splits: cost(heads, tiles, splits))
 
 
@@ -119,7 +127,7 @@ def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicPar
     """
     tiles = max(1, -(-rows // TILE))
     if _is_wide(heads, tiles, group, slots):
-        return MosaicParams(min(range(1, tiles + 1), key=functools.partial(_wide_cost, heads, tiles)), _WIDE)
+        return MosaicParams(_cheapest(heads, tiles, functools.partial(_mosaic_cost, warps=_WIDE)), _WIDE)
     return MosaicParams(_splits("mosaic_gpu", heads, rows, _mosaic_cost))
 
 
@@ -128,15 +136,11 @@ def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
 
     As measured on an H100, for packed keys and values (docs/kernels.md).
     """
-    return group <= 8 and slots <= 96 and heads * tiles * 4 >= 12 * _WIDE * (cuda.core_count() or _CORES)
+    return group <= 8 and slots <= 96 and heads * tiles * 4 >= 12 * _WIDE * _cores()
 
 
-def _mosaic_cost(heads: int, tiles: int, splits: int) -> float:
-    """Tiles that a block of 4 warps takes one after the other, in whole waves of blocks."""
-    return -(-heads * splits // wave("mosaic_gpu")) * (-(-tiles // splits) + _MOSAIC_START)
-
-
-def _wide_cost(heads: int, tiles: int, splits: int) -> float:
-    """The same of blocks of 12 warps, which take 3 tiles at once."""
-    rounds = -(-tiles // splits) * 4 / _WIDE
-    return -(-heads * splits // (cuda.core_count() or _CORES)) * (math.ceil(rounds) + _MOSAIC_START)
+def _mosaic_cost(heads: int, tiles: int, splits: int, *, warps: int = 4) -> float:
+    """Tiles that 4 warps of a block take one after the other, in whole waves of blocks."""
+    at_once = _cores() if warps == _WIDE else wave("mosaic_gpu")
+    share = math.ceil(-(-tiles // splits) * 4 / warps)
+    return -(-heads * splits // at_once) * (share + _MOSAIC_START)
