@@ -509,13 +509,13 @@ class PackedCache(LayerCache):
         """Prune and pack [B, K, n, H] at positions [B, n]; rows that are not valid hold nothing."""
         config, slots = self.config, self.config.slots(self.head_dim)
         by_key, by_value = config.key_method, config.value_method
-        key, ranked = self._centred(key, positions)
+        key, ranked = self._held_and_ranked(key, positions)
         return (
             _prune(key, ranked, context, by_key, config.k_sparsity, slots[0], rescale=False),
             _prune(value, value, context, by_value, config.v_sparsity, slots[1], rescale=config.rescale_values),
         )
 
-    def _centred(self, key: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _held_and_ranked(self, key: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys [B, K, n, H] at positions [B, n] less the mean; and what their entries are chosen by. Of their dtype."""
         if self.key_mean is None and self.key_weight is None:
             return key, key

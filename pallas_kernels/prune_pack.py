@@ -136,7 +136,7 @@ def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
 
 
 def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
-    """What `_ranked` reads of a mean: keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
+    """What `_held_and_ranked` reads of a mean: keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
 
     The last is [2, 8, threads, 4], so that threads side by side read what stands side by side. Of frequencies that are
     known it is a constant, which a decode step need not compute.
@@ -250,7 +250,7 @@ def _prune_block(
     words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
     memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
     entries = _load(source_ref, first, plan)
-    memory, entries, ranked = _ranked(memory, entries, mean_refs, weight_ref, row, plan)
+    memory, entries, ranked = _held_and_ranked(memory, entries, mean_refs, weight_ref, row, plan)
     mask = _largest(ranked, plan)
     _store_bitmap(bitmap_ref, mask, row, plan)
     memory = _append(memory, entries, mask, plan)
@@ -290,7 +290,7 @@ def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
     return words
 
 
-def _ranked(
+def _held_and_ranked(
     memory: triton.Memory,
     entries: list[jax.Array],
     mean_refs: tuple[triton.Ref, ...],

@@ -28,7 +28,7 @@ class Packed(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """The mean key whose distance from keys packed rows hold: a key is that and the mean, rotated to its position.
+    """A mean key: packed rows hold the distance of each key from it, rotated to the key's position.
 
     Attributes:
         key: float32 [B, K, H], before rotation.

@@ -109,8 +109,9 @@ def attend(query, key, value, first, last, scale):
     return out, m, weights.sum(axis=-1)
 
 
-def merge_splits(out, m, l):  # noqa: E741
-    """Unnormalised splits, out [heads, splits, G, H], m and l [heads, splits, G], merged into one."""
+def merge_splits(query, out, m, l):  # noqa: E741
+    """Unnormalised splits, out [B * K, splits, G, H], m and l [B * K, splits, G], merged into one, as of `attend`."""
     largest = m.max(axis=1)
     weight = jnp.exp(m - largest[:, None])
-    return (out * weight[..., None]).sum(axis=1), largest, (l * weight).sum(axis=1)
+    merged = (out * weight[..., None]).sum(axis=1), largest, (l * weight).sum(axis=1)
+    return [x.reshape(*query.shape[:3], *x.shape[2:]) for x in merged]

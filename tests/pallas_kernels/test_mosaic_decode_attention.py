@@ -49,7 +49,7 @@ def test_masks_on_the_edge_of_the_usual(slots, words, interpret):
     first, last = jnp.zeros(1, jnp.int32), jnp.full(1, shape[2], jnp.int32)
     options = {"scale": shape[3] ** -0.5, "params": MosaicParams(splits=2, warps=4), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
-    actual = [x.reshape(1, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
+    actual = merge_splits(query, *call(query, key, value, first, last))
     check(actual, attend(query, dense_key, dense_value, first, last, options["scale"]), F16)
 
 
@@ -74,7 +74,7 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, in
         dense_key = with_mean(dense_key, mean)
     options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(splits=1), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
-    actual = [x.reshape(1, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
+    actual = merge_splits(query, *call(query, key, value, first, last))
     check(actual, attend(query, dense_key, dense_value, first, last, options["scale"]), F16)
 
 
@@ -94,7 +94,7 @@ def test_centred_keys_far_into_a_sequence(group, warps, head_dim, interpret):
     mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], head_dim)), jnp.float32), inv_freq, 3000)
     options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(1, warps), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
-    actual = [x.reshape(2, 1, *x.shape[1:]) for x in merge_splits(*call(query, key, value, first, last))]
+    actual = merge_splits(query, *call(query, key, value, first, last))
     check(actual, attend(query, with_mean(dense_key, mean), dense_value, first, last, options["scale"]), F16)
 
 
