@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from mustafar_jax.pallas_kernels import launch, tile, triton
 from mustafar_jax.pallas_kernels.merge import merge
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, flat, load_tile, per_head, row_count
-from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader, rotate_pair
+from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, Runs, TileReader, rotate_pair
 
 _QUERY_ROWS = 16
 """Rows of the smallest matrix product; query heads are padded to them."""
@@ -150,9 +150,9 @@ class _Plan:
     centred: bool
 
     @property
-    def rotations(self) -> int:
-        """How often the 16 rows of an operand hold all query heads, at most 4."""
-        return 4 if self.group <= 4 else 2 if self.group <= 8 else 1
+    def runs(self) -> Runs:
+        """Where the mean's rotations stand in an operand."""
+        return Runs.of(self.group)
 
 
 def _kernel(
@@ -178,8 +178,10 @@ def _kernel(
     end = jnp.minimum(start + plan.tiles_per_split, -(-last // TOKENS))
     to_log2 = plan.scale * math.log2(math.e)
     query = _load_query(q_ref, plan, paired=packed[0])
-    mean_query = _mean_query(q_ref, mean_refs, plan) if plan.centred else []
-
+    mean_query = _mean_query(q_ref, mean_refs, plan) if plan.centred else query
+    if plan.centred and plan.runs.rows < _QUERY_ROWS:  # one operand for both
+        is_mean = jnp.arange(_QUERY_ROWS)[:, None] >= _QUERY_ROWS - plan.runs.rows
+        query = mean_query = jnp.where(is_mean, mean_query, query)
     ones = jnp.ones((TOKENS, COLUMNS), reader.dtype)
 
     def attend(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
@@ -190,19 +192,18 @@ def _kernel(
         seen_columns = (columns >= first) & (columns < last)
         load = functools.partial(load_tile, tokens=tokens, seen=seen, head_dim=reader.head_dim, rows=plan.rows)
         if packed[0]:
-            keys = load(*key_refs)
+            memory = reader.scatter(memory, load(*key_refs))
             of_mean = reader.no_scores()
             if plan.centred:
-                of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.rotations)
-            memory = reader.scatter(memory, keys)
-        values = load(*value_refs) if packed[1] else None  # in flight during the product with the keys
-        if packed[0]:
+                of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.runs)
             memory, scores = reader.times_keys(memory, query, of_mean)
         else:
             scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
         scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
         m_new = jnp.maximum(m, scores.max(axis=1))
         decay = jnp.exp2(m - m_new)[:, None]
+        # no sooner, or their registers, beside those of the keys' products, cost a block per multiprocessor
+        values = load(*value_refs) if packed[1] else None
         weights = jnp.exp2(scores - m_new[:, None])
         weights, out = weights.astype(reader.dtype), [o * decay for o in out]
         total = total * decay + triton.dot(weights, ones)
@@ -257,36 +258,38 @@ def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.A
 
     Returns:
         Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
-        `TileReader.times_table`, of _MEAN_UNIT times H / 2 rows of cosines and as many of sines.
+        `TileReader.times_table`, of H rows, a pair's cosine and its sine after each other, times _MEAN_UNIT.
     """
-    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + tile.table_tokens(plan.rotations)
+    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + plan.runs.tokens
     angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq
     of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
-    row, token = plan.reader.table_order(plan.rotations)
+    row, token = plan.reader.table_order(plan.runs.rotations)
     tokens = jnp.arange(plan.tiles_per_split)[:, None] * TOKENS + token
-    angle = tokens.astype(jnp.float32) * mean.inv_freq[row % plan.reader.pairs]
-    of_token = _MEAN_UNIT * jnp.where(row < plan.reader.pairs, jnp.cos(angle), jnp.sin(angle))
+    angle = tokens.astype(jnp.float32) * mean.inv_freq[row >> 1]
+    of_token = _MEAN_UNIT * jnp.where(row & 1, jnp.sin(angle), jnp.cos(angle))
     words = lax.bitcast_convert_type(of_token.astype(plan.reader.dtype).reshape(-1, 2), jnp.int32)
     return of_rotation.reshape(-1), words
 
 
-def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> list[jax.Array]:
-    """What the table's cosines and what its sines are multiplied with for the mean's scores, [16, H / 2] each.
+def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> jax.Array:
+    """What multiplies the table for the mean's scores, [16, H], in rows as `Runs` has them.
 
     With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to some token and then by
-    t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w. Rows that the query
-    heads leave free hold them again, with the mean rotated to other tokens: one table serves them all.
+    t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w. Each rotation is to
+    another token: one table serves them all.
     """
     mean_ref, turns_ref, _ = mean_refs
-    pairs, rows = plan.reader.pairs, _QUERY_ROWS // plan.rotations
-    row, pair = jnp.arange(_QUERY_ROWS)[:, None], jnp.arange(pairs)[None, :]
-    head, rotation = row % rows, pl.program_id(0) * plan.rotations + row // rows
-    mask = jnp.broadcast_to(head < plan.group, (_QUERY_ROWS, pairs))
+    pairs = plan.reader.pairs
+    row, column = jnp.arange(_QUERY_ROWS)[:, None], jnp.arange(2 * pairs)[None, :]
+    pair = column >> 1
+    head, rotation = plan.runs.place(row)
+    turns = (pl.program_id(0) * plan.runs.rotations + rotation) * (2 * pairs)
+    mask = jnp.broadcast_to(head < plan.group, (_QUERY_ROWS, 2 * pairs))
     x, y = (triton.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
     mean = (triton.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
-    turn = (triton.load(turns_ref.at[rotation * (2 * pairs) + pair + half]) for half in (0, pairs))
+    turn = (triton.load(turns_ref.at[turns + pair + half]) for half in (0, pairs))
     real, imaginary = rotate_pair(*rotate_pair(*mean, *turn), x, -y)
-    return [real.astype(plan.reader.dtype), (-imaginary).astype(plan.reader.dtype)]
+    return jnp.where(column & 1, -imaginary, real).astype(plan.reader.dtype)
 
 
 def _tiles(rows: int) -> int:

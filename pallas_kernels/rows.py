@@ -105,6 +105,8 @@ def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
 
 _AHEAD = 1
 """Chunks of slots that are on their way while one is stored."""
+_ONCE = "evict_first"
+"""Packed rows are read once: they need not push out of the first-level cache what is read again."""
 
 
 def load_tile(
@@ -123,13 +125,14 @@ def load_tile(
     row_words, slots = head_dim // WORD, values_ref.shape[0] // rows  # words of slots, two to a word
     chunk = 4 if slots % 4 == 0 else 2
     word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
-    words = triton.load(bitmap_ref.at[word], mask=jnp.broadcast_to(seen[:, None], word.shape), other=0)
+    mask = jnp.broadcast_to(seen[:, None], word.shape)
+    words = triton.load(bitmap_ref.at[word], mask=mask, other=0, eviction_policy=_ONCE)
     # rows past the end are not seen; the last block is read in their place
     block = jnp.minimum(tokens // WORD, rows // WORD - 1) * (slots * WORD) + tokens % WORD * chunk
     place = block[:, None] + jnp.arange(chunk)[None, :]
 
     def load(i: Any) -> jax.Array:
-        return triton.load(values_ref.at[place + i * (WORD * chunk)])
+        return triton.load(values_ref.at[place + i * (WORD * chunk)], eviction_policy=_ONCE)
 
     chunks = slots // chunk
     return Entries(triton.unstack(words), [load(min(i, chunks - 1)) for i in range(_AHEAD)], load, chunks)

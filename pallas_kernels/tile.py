@@ -56,6 +56,45 @@ class Entries(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Runs:
+    """Where the 16 rows of an operand hold a mean, rotated to several tokens of a tile, for all query heads. Static.
+
+    Up to 8 query heads leave the operand's last 8 rows free. These hold the mean's product with the queries, rotated to
+    as many tokens as there is room for, so that one table serves them all and one operand the keys and the table. More
+    heads take an operand of their own.
+
+    Attributes:
+        rotations: 1, 2 or 4.
+        rows: the last rows of the operand that hold them, 8 or 16.
+    """
+
+    rotations: int
+    rows: int
+
+    @classmethod
+    def of(cls, group: int) -> "Runs":
+        """Of so many query heads, 1 to 16."""
+        return cls(4 if group <= 2 else 2 if group <= 4 else 1, 8 if group <= 8 else 16)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """How many tokens each rotation is ahead of the table: int32 [rotations]."""
+        return np.array(_PRODUCTS[:: len(_PRODUCTS) // self.rotations], np.int32)
+
+    def place(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Query head and rotation of a row of the operand; those of the last rows in the rows before them, too."""
+        heads = self.rows // self.rotations
+        return row % heads, row % self.rows // heads
+
+    def of_rows(self, x: jax.Array) -> list[jax.Array]:
+        """Of [16, COLUMNS] each rotation's rows, in the first rows of 16; anything of x behind them."""
+        parts, heads = 16 // self.rows, self.rows // self.rotations
+        last = _pick(x.reshape(parts, self.rows, COLUMNS), parts - 1)
+        rotations = last.reshape(self.rotations, heads, COLUMNS)
+        return [_repeat(run) for run in (last, *(_pick(rotations, i) for i in range(1, self.rotations)))]
+
+
+@dataclasses.dataclass(frozen=True)
 class TileReader:
     """How tiles of one head_dim and dtype are unpacked and read. Static.
 
@@ -128,33 +167,30 @@ class TileReader:
         """Zeros for `times_keys` to add to."""
         return [jnp.zeros((16, COLUMNS), jnp.float32) for _ in _PRODUCTS]
 
-    def times_table(
-        self, halves: list[jax.Array], ref: triton.Ref, index: jax.Array, rotations: int
-    ) -> list[jax.Array]:
+    def times_table(self, query: jax.Array, ref: triton.Ref, index: jax.Array, runs: "Runs") -> list[jax.Array]:
         """Multiply with a tile of a table in global memory, which is dense and the same for all heads.
 
         Args:
-            halves: what multiplies the first half of the table's rows, [16, H / 2] of the tile's dtype, and the other.
-                Their rows are `rotations` runs, each for its tokens of `table_tokens`.
+            query: what multiplies the table, [16, H] of the tile's dtype, in runs of rows as `runs` has them.
             ref: the table's words, int32 [tiles * H / 2 * TOKENS / rotations], each tile in the order of `table_order`.
             index: which tile.
-            rotations: 1, 2 or 4.
+            runs: how many rotations there are, and in which rows.
 
         Returns:
-            Scores as `times_keys` adds to them; their rows are the first run's, anything finite behind them.
+            Scores as `times_keys` adds to them; their rows are a rotation's, anything finite behind them.
         """
-        chunks, products = self.pairs // 32, len(_PRODUCTS) // rotations
-        start = 4 * (index * (2 * products * chunks * TOKENS) + _lane())[:, None]
+        chunks, products = self.head_dim // 32, len(_PRODUCTS) // runs.rotations
+        start = 4 * (index * (products * chunks * TOKENS) + _lane())[:, None]
         place = start + jnp.arange(4, dtype=jnp.int32)[None, :]
         scores = []
         for product in range(products):
-            score = jnp.zeros((16, COLUMNS), jnp.float32)
-            for half in range(2):
-                first = (2 * product + half) * chunks
-                loads = [triton.load(ref.at[place + 4 * TOKENS * chunk]) for chunk in range(first, first + chunks)]
-                score += triton.dot(halves[half], self._keys([word for x in loads for word in triton.unstack(x)]))
-            scores.append(_runs(score, rotations))
-        return [runs[i] for i in range(rotations) for runs in scores]
+            words = []
+            for chunk in range(product * chunks, (product + 1) * chunks):
+                # kept in the first-level cache, since the blocks of a multiprocessor read the same
+                loaded = triton.load(ref.at[place + 4 * TOKENS * chunk], eviction_policy="evict_last")
+                words += triton.unstack(loaded)
+            scores.append(runs.of_rows(triton.dot(query, self._keys(words))))
+        return [rotated[i] for i in range(runs.rotations) for rotated in scores]
 
     def table_order(self, rotations: int) -> tuple[np.ndarray, np.ndarray]:
         """Row, below H, and token of each entry of a table's tile, int32 [H * TOKENS / rotations] each.
@@ -205,11 +241,6 @@ class TileReader:
         return triton.synchronise(memory, read, interpret=self.interpret), sums
 
 
-def table_tokens(rotations: int) -> np.ndarray:
-    """How many tokens each run of rows of `TileReader.times_table` is ahead of the table: int32 [rotations]."""
-    return np.array(_PRODUCTS[:: len(_PRODUCTS) // rotations], np.int32)
-
-
 def rotate_pair(x: jax.Array, y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
     """RoPE's rotation of channels c and c + H / 2."""
     return x * cos - y * sin, y * cos + x * sin
@@ -236,18 +267,20 @@ def token_of_column(column: Any, order: Order = "columns") -> Any:
     return (column & ~31) | j | (h << 2) | (k << 3) | (i << 4)
 
 
-def _runs(x: jax.Array, count: int) -> list[jax.Array]:
-    """Each of `count` runs of the rows of [16, COLUMNS], repeated to 16 rows.
+def _pick(x: jax.Array, index: int) -> jax.Array:
+    """x[index] of three axes.
 
-    By sums with zeros, for which the compiler exchanges registers of a warp; slices went through shared memory.
+    By a sum with zeros: the compiler exchanges registers of a warp for it, where slices go through shared memory.
     """
-    if count == 1:
-        return [x]
-    shape = (count, 16 // count, COLUMNS)
-    run = jnp.arange(count)[:, None, None]
-    x = x.reshape(shape)
-    sums = [jnp.where(run == i, x, 0).sum(axis=0, keepdims=True) for i in range(count)]
-    return [jnp.broadcast_to(total, shape).reshape(16, COLUMNS) for total in sums]
+    if x.shape[0] == 1:
+        return x.reshape(x.shape[1:])
+    place = jnp.arange(x.shape[0])[:, None, None]
+    return jnp.where(place == index, x, 0).sum(axis=0)
+
+
+def _repeat(x: jax.Array) -> jax.Array:
+    """[n, COLUMNS] -> [16, COLUMNS]."""
+    return jnp.broadcast_to(x[None], (16 // x.shape[0], *x.shape)).reshape(16, COLUMNS)
 
 
 def _lane() -> jax.Array:
