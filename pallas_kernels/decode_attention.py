@@ -14,10 +14,7 @@ from jax.experimental import pallas as pl
 from mustafar_jax.pallas_kernels import launch, tile, triton
 from mustafar_jax.pallas_kernels.merge import merge
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, flat, load_tile, per_head, row_count
-from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, Runs, TileReader, rotate_pair
-
-_QUERY_ROWS = 16
-"""Rows of the smallest matrix product; query heads are padded to them."""
+from mustafar_jax.pallas_kernels.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader, rotate_pair
 
 _MEAN_UNIT = 64
 """What an entry of `_mean_query` counts in: float16 ends at 65504, products of queries and means may not."""
@@ -150,9 +147,9 @@ class _Plan:
     centred: bool
 
     @property
-    def runs(self) -> Runs:
+    def rotations(self) -> Rotations:
         """Where the mean's rotations stand in an operand."""
-        return Runs.of(self.group)
+        return Rotations.of(self.group)
 
 
 def _kernel(
@@ -177,11 +174,7 @@ def _kernel(
     begin = jnp.maximum(start, first // TOKENS)
     end = jnp.minimum(start + plan.tiles_per_split, -(-last // TOKENS))
     to_log2 = plan.scale * math.log2(math.e)
-    query = _load_query(q_ref, plan, paired=packed[0])
-    mean_query = _mean_query(q_ref, mean_refs, plan) if plan.centred else query
-    if plan.centred and plan.runs.rows < _QUERY_ROWS:  # one operand for both
-        is_mean = jnp.arange(_QUERY_ROWS)[:, None] >= _QUERY_ROWS - plan.runs.rows
-        query = mean_query = jnp.where(is_mean, mean_query, query)
+    query, mean_query = _operands(q_ref, mean_refs, plan, paired=packed[0])
     ones = jnp.ones((TOKENS, COLUMNS), reader.dtype)
 
     def attend(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
@@ -195,14 +188,14 @@ def _kernel(
             memory = reader.scatter(memory, load(*key_refs))
             of_mean = reader.no_scores()
             if plan.centred:
-                of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.runs)
+                of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.rotations)
             memory, scores = reader.times_keys(memory, query, of_mean)
         else:
             scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
         scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
         m_new = jnp.maximum(m, scores.max(axis=1))
         decay = jnp.exp2(m - m_new)[:, None]
-        # no sooner, or their registers, beside those of the keys' products, cost a block per multiprocessor
+        # sooner they would, beside centred keys' products, take registers that cost a block per multiprocessor
         values = load(*value_refs) if packed[1] else None
         weights = jnp.exp2(scores - m_new[:, None])
         weights, out = weights.astype(reader.dtype), [o * decay for o in out]
@@ -216,11 +209,11 @@ def _kernel(
         return m_new, total, out, memory
 
     lowest = float(np.finfo(np.float32).min)
-    zeros = [jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
-    total = jnp.zeros((_QUERY_ROWS, COLUMNS), jnp.float32)
-    carry = (jnp.full(_QUERY_ROWS, lowest, jnp.float32), total, zeros, reader.zeros())
+    zeros = [jnp.zeros((ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
+    total = jnp.zeros((ROWS, COLUMNS), jnp.float32)
+    carry = (jnp.full(ROWS, lowest, jnp.float32), total, zeros, reader.zeros())
     m, total, out, _ = lax.fori_loop(begin, end, attend, carry)
-    head = jnp.arange(_QUERY_ROWS)
+    head = jnp.arange(ROWS)
     for group, part in enumerate(out):
         channel = group * COLUMNS + jnp.arange(COLUMNS)
         triton.store(out_ref.at[head[:, None], channel[None, :]], part, mask=(head < plan.group)[:, None])
@@ -228,11 +221,29 @@ def _kernel(
     triton.store(l_ref.at[head], total.max(axis=1), mask=head < plan.group)
 
 
+def _operands(
+    q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan, *, paired: bool
+) -> tuple[jax.Array, jax.Array]:
+    """What multiplies keys, and what multiplies the mean's table: one operand where its rows suffice.
+
+    The compiler keeps one in registers; two it would read from shared memory for every tile.
+    """
+    query = _load_query(q_ref, plan, paired=paired)
+    if not plan.centred:
+        return query, query
+    mean_query = _mean_query(q_ref, mean_refs, plan)
+    if plan.rotations.rows == ROWS:
+        return query, mean_query
+    is_mean = jnp.arange(ROWS)[:, None] >= ROWS - plan.rotations.rows
+    both = jnp.where(is_mean, mean_query, query)
+    return both, both
+
+
 def _load_query(ref: triton.Ref, plan: _Plan, *, paired: bool) -> jax.Array:
-    """Queries [16, H], rows from G on zero; the columns in the order of `tile.channel_of_row` if paired."""
-    head, channel = jnp.arange(_QUERY_ROWS)[:, None], jnp.arange(plan.reader.head_dim)
+    """Queries [ROWS, H], rows from G on zero; the columns in the order of `tile.channel_of_row` if paired."""
+    head, channel = jnp.arange(ROWS)[:, None], jnp.arange(plan.reader.head_dim)
     channel = tile.channel_of_row(channel, plan.reader.head_dim) if paired else channel
-    mask = jnp.broadcast_to(head < plan.group, (_QUERY_ROWS, plan.reader.head_dim))
+    mask = jnp.broadcast_to(head < plan.group, (ROWS, plan.reader.head_dim))
     return triton.load(ref.at[head, channel[None, :]], mask=mask, other=0)
 
 
@@ -260,10 +271,10 @@ def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.A
         Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
         `TileReader.times_table`, of H rows, a pair's cosine and its sine after each other, times _MEAN_UNIT.
     """
-    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + plan.runs.tokens
+    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + plan.rotations.tokens
     angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq
     of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
-    row, token = plan.reader.table_order(plan.runs.rotations)
+    row, token = plan.reader.table_order(plan.rotations)
     tokens = jnp.arange(plan.tiles_per_split)[:, None] * TOKENS + token
     angle = tokens.astype(jnp.float32) * mean.inv_freq[row >> 1]
     of_token = _MEAN_UNIT * jnp.where(row & 1, jnp.sin(angle), jnp.cos(angle))
@@ -272,7 +283,7 @@ def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.A
 
 
 def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> jax.Array:
-    """What multiplies the table for the mean's scores, [16, H], in rows as `Runs` has them.
+    """What multiplies the table for the mean's scores, [ROWS, H], in rows as `Rotations` has them.
 
     With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to some token and then by
     t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w. Each rotation is to
@@ -280,11 +291,11 @@ def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> 
     """
     mean_ref, turns_ref, _ = mean_refs
     pairs = plan.reader.pairs
-    row, column = jnp.arange(_QUERY_ROWS)[:, None], jnp.arange(2 * pairs)[None, :]
+    row, column = jnp.arange(ROWS)[:, None], jnp.arange(2 * pairs)[None, :]
     pair = column >> 1
-    head, rotation = plan.runs.place(row)
-    turns = (pl.program_id(0) * plan.runs.rotations + rotation) * (2 * pairs)
-    mask = jnp.broadcast_to(head < plan.group, (_QUERY_ROWS, 2 * pairs))
+    head, rotation = plan.rotations.place(row)
+    turns = (pl.program_id(0) * plan.rotations.count + rotation) * (2 * pairs)
+    mask = jnp.broadcast_to(head < plan.group, (ROWS, 2 * pairs))
     x, y = (triton.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
     mean = (triton.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
     turn = (triton.load(turns_ref.at[turns + pair + half]) for half in (0, pairs))

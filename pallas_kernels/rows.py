@@ -106,7 +106,7 @@ def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
 _AHEAD = 1
 """Chunks of slots that are on their way while one is stored."""
 _ONCE = "evict_first"
-"""Packed rows are read once: they need not push out of the first-level cache what is read again."""
+"""Attention reads packed rows once: they need not push out of the first-level cache what is read again."""
 
 
 def load_tile(

@@ -28,6 +28,8 @@ TOKENS = 128
 """Tokens of a tile; threads of a block."""
 NUM_WARPS = TOKENS // triton.WARP
 HALF = TOKENS // 2
+ROWS = 16
+"""Rows of the smallest matrix product; query heads are padded to them."""
 COLUMNS = 32
 """Columns of an operand of 16 rows of which each thread holds 4 entries."""
 _STRIDE = 132 * 4
@@ -56,42 +58,42 @@ class Entries(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
-    """Where the 16 rows of an operand hold a mean, rotated to several tokens of a tile, for all query heads. Static.
+class Rotations:
+    """Which rows of an operand hold the product of queries and a mean, rotated to several tokens of a tile. Static.
 
-    Up to 8 query heads leave the operand's last 8 rows free. These hold the mean's product with the queries, rotated to
-    as many tokens as there is room for, so that one table serves them all and one operand the keys and the table. More
-    heads take an operand of their own.
+    Up to 8 query heads leave the operand's last 8 rows free. These hold the product for all heads, rotated to as many
+    tokens as there is room for, so that one table serves them all and one operand the keys and the table. More heads
+    take an operand of their own.
 
     Attributes:
-        rotations: 1, 2 or 4.
+        count: 1, 2 or 4.
         rows: the last rows of the operand that hold them, 8 or 16.
     """
 
-    rotations: int
+    count: int
     rows: int
 
     @classmethod
-    def of(cls, group: int) -> "Runs":
-        """Of so many query heads, 1 to 16."""
-        return cls(4 if group <= 2 else 2 if group <= 4 else 1, 8 if group <= 8 else 16)
+    def of(cls, group: int) -> "Rotations":
+        """Those of so many query heads, 1 to 16."""
+        return cls(4 if group <= 2 else 2 if group <= 4 else 1, 8 if group <= 8 else ROWS)
 
     @property
     def tokens(self) -> np.ndarray:
-        """How many tokens each rotation is ahead of the table: int32 [rotations]."""
-        return np.array(_PRODUCTS[:: len(_PRODUCTS) // self.rotations], np.int32)
+        """How many tokens each is ahead of the table: int32 [count]."""
+        return np.array(_PRODUCTS[:: len(_PRODUCTS) // self.count], np.int32)
 
     def place(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Query head and rotation of a row of the operand; those of the last rows in the rows before them, too."""
-        heads = self.rows // self.rotations
+        """Query head and rotation of each of the operand's rows; those before the last `rows` are not used."""
+        heads = self.rows // self.count
         return row % heads, row % self.rows // heads
 
     def of_rows(self, x: jax.Array) -> list[jax.Array]:
-        """Of [16, COLUMNS] each rotation's rows, in the first rows of 16; anything of x behind them."""
-        parts, heads = 16 // self.rows, self.rows // self.rotations
-        last = _pick(x.reshape(parts, self.rows, COLUMNS), parts - 1)
-        rotations = last.reshape(self.rotations, heads, COLUMNS)
-        return [_repeat(run) for run in (last, *(_pick(rotations, i) for i in range(1, self.rotations)))]
+        """Of [ROWS, COLUMNS] each rotation's rows, in the first rows of ROWS; anything of x behind them."""
+        parts, heads = ROWS // self.rows, self.rows // self.count
+        last = _pick(x.reshape(parts, self.rows, COLUMNS), parts - 1)  # the first rotation's rows are its first ones
+        each = last.reshape(self.count, heads, COLUMNS)
+        return [_repeat(part) for part in (last, *(_pick(each, i) for i in range(1, self.count)))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,19 +169,19 @@ class TileReader:
         """Zeros for `times_keys` to add to."""
         return [jnp.zeros((16, COLUMNS), jnp.float32) for _ in _PRODUCTS]
 
-    def times_table(self, query: jax.Array, ref: triton.Ref, index: jax.Array, runs: "Runs") -> list[jax.Array]:
+    def times_table(self, query: jax.Array, ref: triton.Ref, index: jax.Array, rotations: Rotations) -> list[jax.Array]:
         """Multiply with a tile of a table in global memory, which is dense and the same for all heads.
 
         Args:
-            query: what multiplies the table, [16, H] of the tile's dtype, in runs of rows as `runs` has them.
-            ref: the table's words, int32 [tiles * H / 2 * TOKENS / rotations], each tile in the order of `table_order`.
+            query: what multiplies the table, [ROWS, H] of the tile's dtype, in rows as `rotations` has them.
+            ref: the table's words, int32 [tiles * H / 2 * TOKENS / count], each tile in the order of `table_order`.
             index: which tile.
-            runs: how many rotations there are, and in which rows.
+            rotations: of what multiplies the table.
 
         Returns:
             Scores as `times_keys` adds to them; their rows are a rotation's, anything finite behind them.
         """
-        chunks, products = self.head_dim // 32, len(_PRODUCTS) // runs.rotations
+        chunks, products = self.head_dim // 32, len(_PRODUCTS) // rotations.count
         start = 4 * (index * (products * chunks * TOKENS) + _lane())[:, None]
         place = start + jnp.arange(4, dtype=jnp.int32)[None, :]
         scores = []
@@ -189,15 +191,15 @@ class TileReader:
                 # kept in the first-level cache, since the blocks of a multiprocessor read the same
                 loaded = triton.load(ref.at[place + 4 * TOKENS * chunk], eviction_policy="evict_last")
                 words += triton.unstack(loaded)
-            scores.append(runs.of_rows(triton.dot(query, self._keys(words))))
-        return [rotated[i] for i in range(runs.rotations) for rotated in scores]
+            scores.append(rotations.of_rows(triton.dot(query, self._keys(words))))
+        return [rotated[i] for i in range(rotations.count) for rotated in scores]
 
-    def table_order(self, rotations: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row, below H, and token of each entry of a table's tile, int32 [H * TOKENS / rotations] each.
+    def table_order(self, rotations: Rotations) -> tuple[np.ndarray, np.ndarray]:
+        """Row, below H, and token of each entry of a table's tile, int32 [H * TOKENS / count] each.
 
         A thread reads eight entries at once, all that it holds of 32 rows of a product, and a warp a run of them.
         """
-        products = np.array(_PRODUCTS[: len(_PRODUCTS) // rotations], np.int32)
+        products = np.array(_PRODUCTS[: len(_PRODUCTS) // rotations.count], np.int32)
         shape = (len(products), self.head_dim // 32, TOKENS, 2, 2, 2)
         product, chunk, thread, step, i, h = np.indices(shape, np.int32).reshape(len(shape), -1)
         row = 32 * chunk + 16 * step + 8 * i + 2 * (thread & 3) + h
@@ -279,8 +281,8 @@ def _pick(x: jax.Array, index: int) -> jax.Array:
 
 
 def _repeat(x: jax.Array) -> jax.Array:
-    """[n, COLUMNS] -> [16, COLUMNS]."""
-    return jnp.broadcast_to(x[None], (16 // x.shape[0], *x.shape)).reshape(16, COLUMNS)
+    """[n, COLUMNS] -> [ROWS, COLUMNS]."""
+    return jnp.broadcast_to(x[None], (ROWS // x.shape[0], *x.shape)).reshape(ROWS, COLUMNS)
 
 
 def _lane() -> jax.Array:
