@@ -140,6 +140,8 @@ def bars() -> Iterator[Bar]:
         yield Bar(text, 0.70, partial(_copy_speed, rule=rule), at_least=True)
         yield Bar(f"a step's compression, {rule}, relative to its attention", 0.03, partial(_share, rule=rule))
     yield from _generation_bars()
+    text = "attention of a model's layers on its own caches, RMS error"
+    yield Bar(text, 5e-3, lambda r: float(r.agreement("attention_rms")))
     yield Bar(
         "teacher-forced logits, error relative to its bar", 1.0, lambda r: r.agreement("rms") / r.agreement("bar")
     )

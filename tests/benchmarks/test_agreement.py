@@ -35,7 +35,9 @@ def test_logits_are_those_after_each_given_token(model, tokens):
 
 
 def test_one_implementation_agrees_with_itself(model, tokens):
-    assert agreement.forced(model, tokens, PROMPT, CONFIG, **SAME).tolist() == [0] * STEPS
+    ratios, expected = agreement.forced(model, tokens, PROMPT, CONFIG, **SAME)
+    assert ratios.tolist() == [0] * STEPS
+    assert expected > 0
     assert agreement.free(model, tokens[:, :PROMPT], STEPS, CONFIG, **SAME) == [None, None]
 
 
@@ -47,7 +49,7 @@ def test_a_difference_is_found(model, tokens, monkeypatch):
     monkeypatch.setitem(attention._PACKED, "triton", wrong_from_a_length_on)
     monkeypatch.setitem(cache._PACK, "triton", cache._pack_xla)
     names = {"implementation": ("triton", "triton"), "reference": "xla"}  # a name alone would be tried on a CPU
-    ratios = agreement.forced(model, tokens, PROMPT, CONFIG, **names)
+    ratios, _ = agreement.forced(model, tokens, PROMPT, CONFIG, **names)
     assert (ratios[:20] == 0).all()
     assert (ratios[20:] > 1e-3).all()
     for found in agreement.free(model, tokens[:, :PROMPT], STEPS, CONFIG, **names):
@@ -61,21 +63,63 @@ def test_bars_are_held_or_missed():
     def found(gap):
         return {"step": 3, "gap": gap, "rms": 2.0}
 
-    small, large = np.full(10, 0.009), np.full(10, 0.011)
-    held = agreement.judge(small, [None, found(0.11)], layers=4)
+    ratios, layers = np.full(10, 0.01), np.full(4, 0.004)
+    held = agreement.judge(ratios, [None, found(0.14)], layers, 0.01)
     assert held == {
-        "rms": pytest.approx(0.009), "bar": 0.01, "dense_rms": None, "gap_bar": 0.06,
+        "attention_rms": pytest.approx(0.004), "attention": True,
+        "rms": pytest.approx(0.01), "bar": 0.0125, "expected_rms": 0.01, "gap_bar": pytest.approx(0.075),
         "forced": True, "greedy": True, "passed": True,
     }  # fmt: skip
-    assert agreement.judge(large, [None], layers=4, expected=0.0089)["passed"]
-    assert not agreement.judge(large, [None], layers=4, expected=0.0087)["passed"]
-    assert agreement.judge(large, [None], layers=4, expected=1.0)["bar"] == pytest.approx(0.02)
-    assert not agreement.judge(large, [None], layers=4)["passed"]
-    assert not agreement.judge(small, [None, found(0.13)], layers=4)["passed"]
+    assert agreement.judge(ratios, [None], layers, 0.0081)["passed"]
+    assert not agreement.judge(ratios, [None], layers, 0.0079)["passed"]
+    assert not agreement.judge(ratios, [None, found(0.16)], layers, 0.01)["passed"]
+    assert not agreement.judge(ratios, [None], 1.3 * layers, 0.01)["passed"]
+
+
+def test_attention_is_off_by_what_is_asked_at_random():
+    attended = jax.random.normal(jax.random.key(0), (3, 8, 64), jnp.float32) * jnp.array([1.0, 10, 0])[:, None, None]
+    project = agreement._Off(lambda x: x, 5e-3)
+    off = project(attended) - attended
+    ratios = np.linalg.norm(off[:2], axis=-1) / np.linalg.norm(attended[:2], axis=-1)
+    np.testing.assert_allclose(ratios, 5e-3, rtol=0.35)
+    assert (off[2] == 0).all()
+    assert not np.allclose(project(2 * attended) - 2 * attended, 2 * off, atol=1e-2)  # other noise
+
+
+def test_a_decoder_takes_the_place_of_the_model_after_the_prompt(model, tokens):
+    zero = agreement.off_by(model, 0.0)
+    plain, same, off = (
+        agreement.forced_logits(model, tokens, PROMPT, CONFIG, "xla", decoder=decoder)
+        for decoder in (None, zero, agreement.off_by(model, 0.5))
+    )
+    np.testing.assert_array_equal(plain, same)
+    assert (agreement.error_ratios(off, plain) > 0.01).all()
+
+
+def test_attention_is_compared_layer_by_layer(model, tokens, monkeypatch):
+    def off_by_a_hundredth(query, held, scale, window):
+        return 1.01 * attention._PACKED["xla"](query, held, scale, window)
+
+    attention._decode.clear_cache()  # of what another test had here by the same names
+    monkeypatch.setitem(attention._PACKED, "triton", off_by_a_hundredth)
+    monkeypatch.setitem(cache._PACK, "triton", cache._pack_xla)
+    names = ("triton", "triton")  # a name alone would be tried on a CPU
+    ratios = agreement.attention_ratios(model, tokens, CONFIG, implementation=names, reference="xla")
+    assert ratios.shape == (model.config.num_layers,)
+    np.testing.assert_allclose(ratios, 0.01, rtol=0.2)  # bfloat16
+    assert agreement.attention_ratios(model, tokens, CONFIG, **SAME).tolist() == [0] * model.config.num_layers
+
+
+def test_what_is_expected_grows_with_the_error_of_attention(model, tokens, monkeypatch):
+    def expected(error):
+        monkeypatch.setattr(agreement, "BAR", error)
+        return agreement.forced(model, tokens, PROMPT, CONFIG, **SAME)[1]
+
+    assert expected(5e-3) < 0.5 * expected(0.1)
 
 
 def test_the_program_writes_what_it_finds_and_fails_where_a_bar_is_missed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(agreement, "BAR", -1.0)
+    monkeypatch.setattr(agreement, "MARGIN", -1.0)
     path = tmp_path / "agreement.json"
     sizes = ["--shape", "tiny", "--prompt", "40", "--steps", "4", "--implementation", "xla", "--output", str(path)]
     with pytest.raises(SystemExit, match="do not agree"):
@@ -88,9 +132,8 @@ def test_the_program_writes_what_it_finds_and_fails_where_a_bar_is_missed(tmp_pa
 @pytest.mark.gpu
 def test_the_kernels_agree_with_xla(model, tokens):
     names = {"implementation": None, "reference": "xla"}
-    ratios = agreement.forced(model, tokens, PROMPT, CONFIG, **names)
+    ratios, expected = agreement.forced(model, tokens, PROMPT, CONFIG, **names)
     different = agreement.free(model, tokens[:, :PROMPT], STEPS, CONFIG, **names)
-    expected = agreement.dense_rms(model, tokens, PROMPT)
-    assert expected is not None
-    verdict = agreement.judge(ratios, different, layers=1, expected=expected)
+    layers = agreement.attention_ratios(model, tokens, CONFIG, **names)
+    verdict = agreement.judge(ratios, different, layers, expected)
     assert verdict["passed"], verdict

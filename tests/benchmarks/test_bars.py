@@ -63,7 +63,7 @@ def folder(tmp_path):
         for what in ("prompt", "steps")
         for rule in ("published", "recommended")
     ]
-    agreement = {"rms": 0.01, "bar": 0.02, "greedy": True, "ratios": [0.01] * 1024}
+    agreement = {"attention_rms": 0.003, "rms": 0.01, "bar": 0.02, "greedy": True, "ratios": [0.01] * 1024}
     files = {
         "attention": {"rows": attention_rows(good)},
         "compression": {"rows": compression},
@@ -110,6 +110,7 @@ def test_of_nothing_everything_is_missing(tmp_path):
         ("generation", {"sparsity": 0.7, "batch": 1}, {"ttft_s": 2.2}, ["first token at 0.7, batch 1"]),
         ("generation", {"sparsity": 0.7, "batch": 47}, {"decode_bytes": 106}, ["bytes in use while decoding"]),
         ("agreement", {}, {"rms": 0.03}, ["teacher-forced logits"]),
+        ("agreement", {}, {"attention_rms": 0.006}, ["attention of a model's layers"]),
     ],
 )
 def test_a_result_that_is_not_good_enough_fails_its_bar(folder, name, where, fields, failing):
