@@ -61,21 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {"layers": layers.tolist(), "ratios": ratios.tolist(), "free": different}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"attention: RMS of {len(layers)} layers {verdict['attention_rms']:.2e} (bar {BAR}), largest {layers.max():.2e}"
-    )
-    print(
-        f"{len(ratios)} steps: error ratio of the logits, RMS {verdict['rms']:.2e} (bar {verdict['bar']:.2e})", end=""
-    )
-    print(f", median {np.median(ratios):.2e}, largest {ratios.max():.2e}")
-    print(f"the reference with attention off by {BAR}: RMS {expected:.2e}")
-    for row, found in enumerate(different):
-        text = "no difference"
-        if found is not None:
-            text = (
-                f"differs at step {found['step']}, gap {found['gap']:.4f} (bar {verdict['gap_bar'] * found['rms']:.4f})"
-            )
-        print(f"greedy, row {row}: {text}")
+    report(verdict, ratios, layers, different)
     if not verdict["passed"]:
         raise SystemExit("the two do not agree")
 
@@ -101,6 +87,23 @@ def judge(
     parts = {"attention": attention <= BAR, "forced": rms <= bar, "greedy": ties}
     bars = {"attention_rms": attention, "rms": rms, "bar": bar, "expected_rms": expected, "gap_bar": GAP * bar}
     return bars | parts | {"passed": all(parts.values())}
+
+
+def report(
+    verdict: dict[str, Any], ratios: np.ndarray, layers: np.ndarray, different: Sequence[dict[str, Any] | None]
+) -> None:
+    """Print what was found, beside the bars."""
+    print(f"attention: RMS of {len(layers)} layers {verdict['attention_rms']:.2e} (bar {BAR})", end="")
+    print(f", largest {layers.max():.2e}")
+    print(f"{len(ratios)} steps: error ratio of the logits, RMS {verdict['rms']:.2e}", end="")
+    print(f" (bar {verdict['bar']:.2e}), median {np.median(ratios):.2e}, largest {ratios.max():.2e}")
+    print(f"the reference with attention off by {BAR}: RMS {verdict['expected_rms']:.2e}")
+    for row, found in enumerate(different):
+        text = "no difference"
+        if found is not None:
+            bar = verdict["gap_bar"] * found["rms"]
+            text = f"differs at step {found['step']}, gap {found['gap']:.4f} (bar {bar:.4f})"
+        print(f"greedy, row {row}: {text}")
 
 
 def rms_of(ratios: np.ndarray) -> float:
@@ -162,6 +165,7 @@ class _Compared(nnx.Module):
 
 
 def _unprojected(attended: jax.Array) -> jax.Array:
+    """In an output projection's place."""
     return attended
 
 
