@@ -9,10 +9,7 @@ from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import launch, tile, triton
 from mustafar_jax.pallas_kernels.rows import WORD, Packed, check_dtype, flat, load_tile, per_head
-from mustafar_jax.pallas_kernels.tile import COLUMNS, TOKENS, TileReader
-
-_HEADS = 16
-"""Query heads of one matrix product; others are padded to a multiple."""
+from mustafar_jax.pallas_kernels.tile import COLUMNS, ROWS, TOKENS, TileReader
 
 
 def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.Array:
@@ -36,9 +33,9 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
     triton.check_supported(dtype=query.dtype, head_dim=head_dim)
     check_dtype(key, query.dtype)
     reader = TileReader(head_dim, query.dtype, interpret)
-    operands = [_pad(query, axis=2, multiple=_HEADS), *flat(key)]
-    parts = operands[0].shape[2] // _HEADS
-    operands[0] = operands[0].reshape(-1, parts, _HEADS, head_dim)
+    operands = [_pad(query, axis=2, multiple=ROWS), *flat(key)]
+    parts = operands[0].shape[2] // ROWS
+    operands[0] = operands[0].reshape(-1, parts, ROWS, head_dim)
     scores = triton.pallas_call(
         functools.partial(_key_kernel, reader=reader, rows=rows, group=group),
         name="key_spmv",
@@ -46,7 +43,7 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
         interpret=interpret,
         grid=(-(-rows // TOKENS), batch * kv_heads, parts),
         in_specs=[
-            pl.BlockSpec((None, None, _HEADS, head_dim), lambda i, head, part: (head, part, 0, 0)),
+            pl.BlockSpec((None, None, ROWS, head_dim), lambda i, head, part: (head, part, 0, 0)),
             *map(per_head, operands[1:]),
         ],
         out_specs=pl.BlockSpec((None, group, rows), lambda i, head, part: (head, 0, 0)),
@@ -56,7 +53,7 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
 
 
 def _key_kernel(
-    q_ref: triton.Ref,  # [16, H]
+    q_ref: triton.Ref,  # [ROWS, H]
     bitmap_ref: triton.Ref,  # [S * H / 32]
     values_ref: triton.Ref,  # [S * slots / 2]
     out_ref: triton.Ref,  # [G, S]
@@ -65,14 +62,14 @@ def _key_kernel(
     rows: int,
     group: int,
 ) -> None:
-    """One tile, for 16 query heads."""
+    """One tile, for ROWS query heads."""
     start = pl.program_id(0) * TOKENS
     tokens = start + jnp.arange(TOKENS, dtype=jnp.int32)
     entries = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
     channel = tile.channel_of_row(jnp.arange(reader.head_dim), reader.head_dim)
-    query = triton.load(q_ref.at[jnp.arange(_HEADS)[:, None], channel[None, :]])
+    query = triton.load(q_ref.at[jnp.arange(ROWS)[:, None], channel[None, :]])
     _, scores = reader.times_keys(reader.scatter(reader.zeros(), entries), query, reader.no_scores())
-    head = pl.program_id(2) * _HEADS + jnp.arange(_HEADS)[:, None]
+    head = pl.program_id(2) * ROWS + jnp.arange(ROWS)[:, None]
     column = tile.token_of_column(tokens)
     triton.store(out_ref.at[head, column[None, :]], scores, mask=(head < group) & (column < rows)[None, :])
 
@@ -100,10 +97,10 @@ def value_spmv(
     heads, head_dim = batch * kv_heads, value.bitmap.shape[-1] * WORD
     weights = probabilities.astype(value.values.dtype)
     triton.check_supported(dtype=weights.dtype, head_dim=head_dim)
-    weights = _pad(_pad(weights, axis=2, multiple=_HEADS), axis=3, multiple=TOKENS)
-    parts = weights.shape[2] // _HEADS
+    weights = _pad(_pad(weights, axis=2, multiple=ROWS), axis=3, multiple=TOKENS)
+    parts = weights.shape[2] // ROWS
     params = params or launch.decode_params(heads=heads * parts, rows=rows)
-    operands = [weights.reshape(heads, parts, _HEADS, -1), *flat(value)]
+    operands = [weights.reshape(heads, parts, ROWS, -1), *flat(value)]
     kernel = functools.partial(
         _value_kernel,
         reader=TileReader(head_dim, weights.dtype, interpret),
@@ -118,7 +115,7 @@ def value_spmv(
         interpret=interpret,
         grid=(params.splits, heads, parts),
         in_specs=[
-            pl.BlockSpec((None, None, _HEADS, weights.shape[3]), lambda split, head, part: (head, part, 0, 0)),
+            pl.BlockSpec((None, None, ROWS, weights.shape[3]), lambda split, head, part: (head, part, 0, 0)),
             *map(per_head, operands[1:]),
         ],
         out_specs=pl.BlockSpec((None, None, group, head_dim), lambda split, head, part: (head, split, 0, 0)),
@@ -128,7 +125,7 @@ def value_spmv(
 
 
 def _value_kernel(
-    p_ref: triton.Ref,  # [16, S padded to whole tiles]
+    p_ref: triton.Ref,  # [ROWS, S padded to whole tiles]
     bitmap_ref: triton.Ref,  # [S * H / 32]
     values_ref: triton.Ref,  # [S * slots / 2]
     out_ref: triton.Ref,  # [G, H]
@@ -138,7 +135,7 @@ def _value_kernel(
     group: int,
     tiles_per_split: int,
 ) -> None:
-    """One split, for 16 query heads."""
+    """One split, for ROWS query heads."""
     begin = pl.program_id(0) * tiles_per_split
     end = jnp.minimum(begin + tiles_per_split, -(-rows // TOKENS))
 
@@ -147,13 +144,13 @@ def _value_kernel(
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
         entries = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
         column = tile.token_of_column(tokens, "tokens")
-        weights = triton.load(p_ref.at[jnp.arange(_HEADS)[:, None], column[None, :]])
+        weights = triton.load(p_ref.at[jnp.arange(ROWS)[:, None], column[None, :]])
         memory, out = reader.times_values(reader.scatter(memory, entries), weights, out, order="tokens")
         return out, memory
 
-    zeros = [jnp.zeros((_HEADS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
+    zeros = [jnp.zeros((ROWS, COLUMNS), jnp.float32) for _ in range(reader.head_dim // COLUMNS)]
     out, _ = lax.fori_loop(begin, end, add, (zeros, reader.zeros()))
-    head = pl.program_id(2) * _HEADS + jnp.arange(_HEADS)[:, None]
+    head = pl.program_id(2) * ROWS + jnp.arange(ROWS)[:, None]
     for i, part in enumerate(out):
         channel = i * COLUMNS + jnp.arange(COLUMNS)[None, :]
         triton.store(out_ref.at[head, channel], part, mask=jnp.broadcast_to(head < group, part.shape))

@@ -29,7 +29,7 @@ TOKENS = 128
 NUM_WARPS = TOKENS // triton.WARP
 HALF = TOKENS // 2
 ROWS = 16
-"""Rows of the smallest matrix product; query heads are padded to them."""
+"""Rows of a matrix product, the fewest that there are; query heads are padded to a multiple."""
 COLUMNS = 32
 """Columns of an operand of 16 rows of which each thread holds 4 entries."""
 _STRIDE = 132 * 4
@@ -147,11 +147,11 @@ class TileReader:
 
         Args:
             memory: the tile.
-            query: [16, H], its columns in the order of `channel_of_row`.
-            scores: float32 [16, COLUMNS] for each of the products, as `times_table` returns them.
+            query: [ROWS, H], its columns in the order of `channel_of_row`.
+            scores: float32 [ROWS, COLUMNS] for each of the products, as `times_table` returns them.
 
         Returns:
-            The empty tile, and float32 scores [16, TOKENS], column c for the token `token_of_column(c)`.
+            The empty tile, and float32 scores [ROWS, TOKENS], column c for the token `token_of_column(c)`.
         """
         column, lane = _lane() >> 2, _lane() & 3
         place = lane * np.int32(_STRIDE) + 4 * token_of_column(2 * column)
@@ -167,7 +167,7 @@ class TileReader:
 
     def no_scores(self) -> list[jax.Array]:
         """Zeros for `times_keys` to add to."""
-        return [jnp.zeros((16, COLUMNS), jnp.float32) for _ in _PRODUCTS]
+        return [jnp.zeros((ROWS, COLUMNS), jnp.float32) for _ in _PRODUCTS]
 
     def times_table(self, query: jax.Array, ref: triton.Ref, index: jax.Array, rotations: Rotations) -> list[jax.Array]:
         """Multiply with a tile of a table in global memory, which is dense and the same for all heads.
@@ -212,12 +212,12 @@ class TileReader:
     def times_values(
         self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order
     ) -> tuple[triton.Memory, list[jax.Array]]:
-        """Add the product of weights [16, TOKENS] with a tile of values to `out`.
+        """Add the product of weights [ROWS, TOKENS] with a tile of values to `out`.
 
         Args:
             memory: the tile.
             weights: of the tile's dtype; column c for the token `token_of_column(c, order)`.
-            out: float32 [16, COLUMNS] for each COLUMNS channels.
+            out: float32 [ROWS, COLUMNS] for each COLUMNS channels.
             order: how the compiler lays out the operand that multiplies the weights: "columns" where they come out of
                 another product, else "tokens".
         """
@@ -249,7 +249,7 @@ def rotate_pair(x: jax.Array, y: jax.Array, cos: jax.Array, sin: jax.Array) -> t
 
 
 def join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
-    """[16, HALF] and [16, HALF] -> [16, TOKENS]."""
+    """[ROWS, HALF] and [ROWS, HALF] -> [ROWS, TOKENS]."""
     return jnp.stack([first, second], axis=-1).transpose(0, 2, 1).reshape(first.shape[0], TOKENS)
 
 
