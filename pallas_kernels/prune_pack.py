@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels.fusion import fuse
 from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed
 from mustafar_jax.pallas_kernels.tile import rotate_pair
 
@@ -250,20 +251,23 @@ def _prune_block(
     words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
     memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
     entries = _load(source_ref, first, plan)
-    memory, entries, ranked = _held_and_ranked(memory, entries, mean_refs, weight_ref, row, plan)
-    mask = _largest(ranked, plan)
+    if mean_refs:
+        memory, entries = _less_mean(memory, entries, mean_refs, row, plan)
+    ranked = entries if weight_ref is None else _weighed(entries, weight_ref, plan)
+    fused = functools.partial(fuse, interpret=plan.interpret)
+    mask = fused(functools.partial(_largest, plan=plan), ranked, _part(plan))
     _store_bitmap(bitmap_ref, mask, row, plan)
-    memory = _append(memory, entries, mask, plan)
+    token = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
+    memory = fused(functools.partial(_append, plan=plan), [*entries, mask], memory, token, _part(plan))
     if plan.rescale:
-        memory = _put_factors(memory, entries, plan)
+        memory = fused(functools.partial(_put_factor, plan=plan), entries, memory, token, _part(plan))
     _store_values(values_ref, memory, row, plan)
 
 
 def _clear_block(bitmap_ref: triton.Ref, values_ref: triton.Ref, row: jax.Array, plan: _Plan) -> None:
-    nothing = jnp.zeros(plan.threads, jnp.int32)
-    _store_bitmap(bitmap_ref, [nothing] * _THREAD_WORDS, row, plan)
+    _store_bitmap(bitmap_ref, jnp.zeros((plan.threads, 2), jnp.int32), row, plan)
     for place, is_piece in _pieces(plan):
-        _store_piece(values_ref, [nothing] * (plan.chunk // 2), row, place, is_piece, plan)
+        _store_piece(values_ref, jnp.zeros((plan.threads, plan.chunk // 2), jnp.int32), row, place, is_piece, plan)
 
 
 def _lane(plan: _Plan) -> jax.Array:
@@ -280,51 +284,74 @@ def _part(plan: _Plan) -> jax.Array:
 
 
 def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
-    """A thread's entries: 32 int32 words, each of two neighbouring channels, the first 16 of its first bitmap word."""
+    """A thread's entries: 8 times int32 [threads, 4], each word two neighbouring channels; half of each bitmap word."""
     row = (first + _token(plan))[:, None]
-    words = []
-    for i in range(_THREAD_WORDS):
-        channel = (i * plan.head_dim // 2 + _part(plan) * WORD)[:, None] + jnp.arange(8, dtype=jnp.int32)[None, :]
-        for start in range(0, WORD, 8):
-            words += triton.as_words(triton.load(ref.at[row, channel + start]), interpret=plan.interpret)
-    return words
+    firsts = (part * plan.head_dim // 2 + start for part in range(_THREAD_WORDS) for start in range(0, WORD, 8))
+    channel = (_part(plan) * WORD)[:, None] + jnp.arange(8, dtype=jnp.int32)[None, :]
+    loaded = (triton.load(ref.at[row, channel + first]) for first in firsts)
+    return [triton.as_words(x, interpret=plan.interpret) for x in loaded]
 
 
-def _held_and_ranked(
+def _less_mean(
     memory: triton.Memory,
     entries: list[jax.Array],
-    mean_refs: tuple[triton.Ref, ...],
-    weight_ref: triton.Ref | None,
+    refs: tuple[triton.Ref, ...],
     row: jax.Array,
     plan: _Plan,
-) -> tuple[triton.Memory, list[jax.Array], list[jax.Array]]:
-    """The entries to hold, less the mean key rotated to each token's position; and what they are compared by."""
-    if not (mean_refs or plan.weighed):
-        return memory, entries, entries
-    read: list[jax.Array] = []
-    mean = weight = None
-    if mean_refs:
-        memory = _put_mean(memory, mean_refs, row, plan)
-        mean = _mean_pairs(memory, mean_refs[-1], read, plan)
-    if weight_ref is not None:
-        weight = _weight_pairs(weight_ref, plan)
-    halves: tuple[list[tuple[jax.Array, jax.Array]], ...] = ([], [])  # of a thread's channels
-    for word in range(WORD // 2):
-        means, weights = ([next(pairs), next(pairs)] if pairs else None for pairs in (mean, weight))
-        for i, words in enumerate(halves):
-            held = ranked = entries[i * WORD // 2 + word]
-            low, high = _float32(held, plan)
-            if means:
-                low, high = low - means[0][i], high - means[1][i]
-                held = ranked = triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret)
-            if weights:
-                low, high = low * weights[0][i], high * weights[1][i]
-                ranked = triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret)
-            words.append((held, ranked))
-    if mean_refs:
-        memory = triton.synchronise(memory, read, interpret=plan.interpret)
-    both = halves[0] + halves[1]
-    return memory, [held for held, _ in both], [ranked for _, ranked in both]
+) -> tuple[triton.Memory, list[jax.Array]]:
+    """The entries, less the mean key rotated to each token's position."""
+    memory = _put_mean(memory, refs, row, plan)
+    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
+    where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
+    held = list(entries)
+    for eight in range(WORD // 8):  # channels of each half
+        turns = [triton.load(refs[-1].at[part, 2 * eight + i, *where]) for part in range(2) for i in range(2)]
+        for half in range(2):
+            less = functools.partial(_less_eight, first=8 * eight, half=half, plan=plan)
+            i = eight + half * WORD // 8
+            held[i] = fuse(less, [entries[i], *turns], memory, place, interpret=plan.interpret)
+
+    def wait(held: list[list[jax.Array]], memory: triton.Memory) -> triton.Memory:
+        return triton.synchronise(memory, [words[0] for words in held], interpret=plan.interpret)
+
+    return fuse(wait, held, memory, interpret=plan.interpret), held
+
+
+def _less_eight(
+    columns: list[list[jax.Array]], memory: triton.Memory, place: jax.Array, *, first: int, half: int, plan: _Plan
+) -> list[jax.Array]:
+    """Eight entries less the mean key's: of the pairs of channels from a thread's `first` on, this half.
+
+    Args:
+        columns: the entries, then cos and sin of the angles from the block's first token to the thread's own, four
+            pairs of channels at a time.
+        memory, place: where `_put_mean` put the mean key, and where in there the thread's channels begin.
+        first, half, plan: see above.
+    """
+    words, cos, more_cos, sin, more_sin = columns
+    load = functools.partial(triton.shared_load, memory, place, clear=False, interpret=plan.interpret)
+    less = []
+    for i, (x, *turn) in enumerate(zip(_floats(words, plan), cos + more_cos, sin + more_sin, strict=True), first):
+        pair = (load(constant=4 * i), load(constant=4 * i + 2 * plan.head_dim))
+        start = (lax.bitcast_convert_type(bits, jnp.float32) for bits in pair)
+        less.append(x - rotate_pair(*start, *turn)[half])
+    return _words(less, plan)
+
+
+def _weighed(entries: list[jax.Array], ref: triton.Ref, plan: _Plan) -> list[jax.Array]:
+    """The entries times the weights [H] of their channels."""
+
+    def weigh(columns: list[list[jax.Array]]) -> list[jax.Array]:
+        words, some, others = columns
+        return _words([x * weight for x, weight in zip(_floats(words, plan), some + others, strict=True)], plan)
+
+    weighed = []
+    for i, words in enumerate(entries):
+        word, eight = divmod(i, WORD // 8)
+        first = (_part(plan) * WORD)[:, None] + word * plan.head_dim // 2 + 8 * eight
+        weights = [triton.load(ref.at[first + 4 * k + jnp.arange(4, dtype=jnp.int32)[None, :]]) for k in range(2)]
+        weighed.append(fuse(weigh, [words, *weights], interpret=plan.interpret))
+    return weighed
 
 
 def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan) -> triton.Memory:
@@ -345,55 +372,38 @@ def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Arra
     return triton.synchronise(memory, interpret=plan.interpret)
 
 
-def _mean_pairs(
-    memory: triton.Memory, turn_ref: triton.Ref, read: list[jax.Array], plan: _Plan
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """The rotated mean key of a thread's token, pair of channels after pair; what is `read` of shared memory is noted.
+def _floats(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
+    """The entries of words, the low and the high one of each, as float32."""
+    return [x for word in words for x in triton.float32_pair(word, plan.dtype, interpret=plan.interpret)]
 
-    One after the other, so that few are held at a time.
+
+def _words(floats: list[jax.Array], plan: _Plan) -> list[jax.Array]:
+    """The inverse of `_floats`."""
+    pairs = zip(floats[0::2], floats[1::2], strict=True)
+    return [triton.pack_pair(*pair, plan.dtype, interpret=plan.interpret) for pair in pairs]
+
+
+def _largest(columns: list[list[jax.Array]], part: jax.Array, plan: _Plan) -> list[jax.Array]:
+    """The bitmap words of the `kept` largest magnitudes, the lowest channel first among equals; then the same again.
+
+    Args:
+        columns: a thread's entries.
+        part: see `_part`.
+        plan: of the kernel.
     """
-    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
-    load = functools.partial(triton.shared_load, memory, place, clear=False, interpret=plan.interpret)
-    where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
-    for quad in range(WORD // 4):
-        turns = (triton.unstack(triton.load(turn_ref.at[i, quad, *where])) for i in range(2))
-        for pair, (cos, sin) in enumerate(zip(*turns, strict=True), 4 * quad):
-            both = [load(constant=4 * pair), load(constant=4 * pair + 2 * plan.head_dim)]
-            read += both
-            x, y = (lax.bitcast_convert_type(bits, jnp.float32) for bits in both)
-            yield rotate_pair(x, y, cos, sin)
-
-
-def _weight_pairs(ref: triton.Ref, plan: _Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """The weights [H] of a thread's channels, pair after pair, as `_mean_pairs` gives the mean key."""
-    channel = (_part(plan) * WORD)[:, None] + jnp.arange(4, dtype=jnp.int32)[None, :]
-    for quad in range(WORD // 4):
-        first = channel + 4 * quad
-        both = (triton.unstack(triton.load(ref.at[first + i * plan.head_dim // 2])) for i in range(2))
-        yield from zip(*both, strict=True)
-
-
-def _float32(word: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array]:
-    """The low and the high entry of a word."""
-    low, high = triton.as_dtype_pairs(word, plan.dtype)
-    return low.astype(jnp.float32), high.astype(jnp.float32)
-
-
-def _largest(entries: list[jax.Array], plan: _Plan) -> list[jax.Array]:
-    """The bitmap words of the `kept` largest magnitudes, the lowest channel first among equals."""
     merge = functools.partial(triton.merge_bits, interpret=plan.interpret)
-    ahead = [jnp.zeros_like(entries[0])] * _THREAD_WORDS  # kept for sure
-    level = [jnp.full_like(entries[0], -1)] * _THREAD_WORDS  # equal to each other in all planes so far
-    for plane in _planes(entries, plan):
+    ahead = [jnp.zeros_like(part)] * _THREAD_WORDS  # kept for sure
+    level = [jnp.full_like(part, -1)] * _THREAD_WORDS  # equal to each other in all planes so far
+    for plane in _planes([word for words in columns for word in words], part, plan):
         higher = [a | (c & p) for a, c, p in zip(ahead, level, plane, strict=True)]
         count = _sum_over_parts(functools.reduce(jnp.add, map(lax.population_count, higher)), plan)
         enough = plan.kept - 1 - count >> 31  # all ones where the last one that is kept has the plane's bit
         ahead = [merge(a, h, enough) for a, h in zip(ahead, higher, strict=True)]
         level = [c & ~(p ^ enough) for c, p in zip(level, plane, strict=True)]
-    return [a | c for a, c in zip(ahead, level, strict=True)]  # one is left in `level`, since all keys differ
+    return [a | c for a, c in zip(ahead, level, strict=True)] * 2  # one is left in `level`, since all keys differ
 
 
-def _planes(entries: list[jax.Array], plan: _Plan) -> Iterator[list[jax.Array]]:
+def _planes(entries: list[jax.Array], part: jax.Array, plan: _Plan) -> Iterator[list[jax.Array]]:
     """The bits of the entries' keys from the highest: [plane][bitmap word].
 
     A key is the magnitude's bits, in which all NaN are one value above infinity, then the channel's number, inverted.
@@ -412,7 +422,7 @@ def _planes(entries: list[jax.Array], plan: _Plan) -> Iterator[list[jax.Array]]:
     full, empty = jnp.full_like(is_nan[0], -1), jnp.zeros_like(is_nan[0])
     yield [full, empty]
     if plan.parts == 2:
-        yield [_part(plan) - 1] * _THREAD_WORDS
+        yield [part - 1] * _THREAD_WORDS
     for mask in (0x0000FFFF, 0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555):
         yield [full & mask] * _THREAD_WORDS
 
@@ -446,50 +456,60 @@ def _sum_over_parts(x: jax.Array, plan: _Plan) -> jax.Array:
     return x if plan.parts == 1 else x + triton.from_neighbour(x, interpret=plan.interpret)
 
 
-def _store_bitmap(ref: triton.Ref, mask: list[jax.Array], row: jax.Array, plan: _Plan) -> None:
+def _store_bitmap(ref: triton.Ref, mask: jax.Array, row: jax.Array, plan: _Plan) -> None:
     word = (row + _token(plan)) * (plan.head_dim // WORD) + _part(plan)
-    for i, bits in enumerate(mask):
+    for i, bits in enumerate(triton.unstack(mask)[:_THREAD_WORDS]):
         triton.store(ref.at[word + i * plan.parts], bits.astype(jnp.uint32))
 
 
-def _append(memory: triton.Memory, entries: list[jax.Array], mask: list[jax.Array], plan: _Plan) -> triton.Memory:
-    """The kept entries of each token in shared memory, one behind the other."""
+def _append(
+    columns: list[list[jax.Array]], memory: triton.Memory, token: jax.Array, part: jax.Array, plan: _Plan
+) -> triton.Memory:
+    """The kept entries of each token in shared memory, one behind the other.
+
+    Args:
+        columns: a thread's entries, and its bitmap words.
+        memory: in which row.
+        token: where the row of the thread's token begins.
+        part: see `_part`.
+        plan: of the kernel.
+    """
+    *entries, mask = columns
+    mask = mask[:_THREAD_WORDS]
     counts = [lax.population_count(bits) for bits in mask]
     ranks = [jnp.zeros_like(counts[0]), counts[0]]
     if plan.parts == 2:  # the order of the words: 0 here, 0 beside, 1 here, 1 beside
         beside = triton.from_neighbour(counts[0], interpret=plan.interpret)
-        is_second = -_part(plan)
+        is_second = -part
         ranks = [beside & is_second, counts[0] + beside + (plan.kept - counts[0] - beside - counts[1] & is_second)]
-    row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
+    words = [word for words in entries for word in words]
     for i, (rank, bits) in enumerate(zip(ranks, mask, strict=True)):
-        words = entries[i * WORD // 2 : (i + 1) * WORD // 2]
-        memory = triton.shared_append(memory, row + 2 * rank, words, bits, interpret=plan.interpret)
+        some = words[i * WORD // 2 : (i + 1) * WORD // 2]
+        memory = triton.shared_append(memory, token + 2 * rank, some, bits, interpret=plan.interpret)
     return triton.synchronise(memory, interpret=plan.interpret)
 
 
-def _put_factors(memory: triton.Memory, entries: list[jax.Array], plan: _Plan) -> triton.Memory:
+def _put_factor(
+    columns: list[list[jax.Array]], memory: triton.Memory, token: jax.Array, part: jax.Array, plan: _Plan
+) -> triton.Memory:
     """Put what a token's kept entries are to be scaled by behind them in shared memory; 0 where they stay as they are.
 
-    See `rescale_to_norm`. The norm of what is kept is taken from there, which is less than all.
+    See `rescale_to_norm`. The norm of what is kept is taken from there, which is less than all. Arguments as `_append`.
     """
-    row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
     share = plan.kept // 2 // plan.parts
-    own = row + 4 * share * _part(plan)
-    load = functools.partial(triton.shared_load, memory, own, clear=False, interpret=plan.interpret)
-    whole, kept = (_norm(words, plan) for words in (entries, [load(constant=4 * i) for i in range(share)]))
+    load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
+    held = [load(token + 4 * share * part, constant=4 * i) for i in range(share)]
+    whole, kept = (_norm(words, plan) for words in ([word for words in columns for word in words], held))
     usable = (kept > 0) & (whole < jnp.inf)
-    factor = jnp.where(usable, whole / jnp.where(usable, kept, 1), 0)
+    factor = jnp.where(usable, whole / jnp.where(usable, kept, 1.0), 0.0)
     bits = lax.bitcast_convert_type(factor, jnp.int32)
-    memory = triton.shared_store_word(memory, row, 2 * plan.kept, bits, interpret=plan.interpret)
+    memory = triton.shared_store_word(memory, token, 2 * plan.kept, bits, interpret=plan.interpret)
     return triton.synchronise(memory, interpret=plan.interpret)
 
 
 def _norm(words: list[jax.Array], plan: _Plan) -> jax.Array:
     """The L2 norm of the entries that a token's threads hold."""
-    total = jnp.zeros(plan.threads, jnp.float32)
-    for word in words:
-        for x in _float32(word, plan):
-            total += x * x
+    total = functools.reduce(jnp.add, (x * x for x in _floats(words, plan)))
     if plan.parts == 2:
         beside = triton.from_neighbour(lax.bitcast_convert_type(total, jnp.int32), interpret=plan.interpret)
         total += lax.bitcast_convert_type(beside, jnp.float32)
@@ -502,18 +522,25 @@ def _store_values(ref: triton.Ref, memory: triton.Memory, row: jax.Array, plan: 
         token, chunk = place % _BLOCK, jnp.where(is_piece, place // _BLOCK, 0)
         start = triton.shared_offset(memory, token * np.int32(4 * plan.row_words), interpret=plan.interpret)
         first = start + chunk * np.int32(2 * plan.chunk)
-        load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
-        words = [load(first, constant=4 * i) for i in range(plan.chunk // 2)]
-        if plan.rescale:
-            factor = lax.bitcast_convert_type(load(start, constant=2 * plan.kept), jnp.float32)
-            words = [_scale(word, factor, plan) for word in words]
+        pairs = (functools.partial(_pair, place=4 * i, plan=plan) for i in range(plan.chunk // 2))
+        words = triton.stack([fuse(pair, [], memory, start, first, interpret=plan.interpret) for pair in pairs])
         _store_piece(ref, words, row, place, is_piece, plan)
+
+
+def _pair(_: Any, memory: triton.Memory, token: jax.Array, chunk: jax.Array, *, place: int, plan: _Plan) -> jax.Array:
+    """Two slots of a chunk, scaled by their token's factor; `token` and `chunk` are where these begin in the memory."""
+    load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
+    word = load(chunk, constant=place)
+    if plan.rescale:
+        factor = lax.bitcast_convert_type(load(token, constant=2 * plan.kept), jnp.float32)
+        word = _scale(word, factor, plan)
+    return word
 
 
 def _scale(word: jax.Array, factor: jax.Array, plan: _Plan) -> jax.Array:
     limit = float(jnp.finfo(plan.dtype).max)
-    low, high = (jnp.clip(x * factor, -limit, limit) for x in _float32(word, plan))
-    return jnp.where(factor > 0, triton.pack_pair(low, high, plan.dtype, interpret=plan.interpret), word)
+    [scaled] = _words([jnp.clip(x * factor, -limit, limit) for x in _floats([word], plan)], plan)
+    return jnp.where(factor > 0, scaled, word)
 
 
 def _pieces(plan: _Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -525,10 +552,10 @@ def _pieces(plan: _Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
 
 
 def _store_piece(
-    ref: triton.Ref, words: list[jax.Array], row: jax.Array, place: jax.Array, is_piece: jax.Array, plan: _Plan
+    ref: triton.Ref, words: jax.Array, row: jax.Array, place: jax.Array, is_piece: jax.Array, plan: _Plan
 ) -> None:
-    """Store a chunk of slots, as words of two, at its place within the block of values."""
-    halves = [half for word in words for half in triton.as_dtype_pairs(word, jnp.int16)]
+    """Store a chunk of slots, as words [threads, chunk / 2], at its place within the block of values."""
+    halves = jnp.stack(triton.as_dtype_pairs(words, jnp.int16), axis=-1).reshape(-1, plan.chunk)
     slot = jnp.arange(plan.chunk, dtype=jnp.int32)[None, :]
     where = (row * plan.kept + place * plan.chunk)[:, None] + slot
-    triton.store(ref.at[where], triton.stack(halves), mask=jnp.broadcast_to(is_piece[:, None], where.shape))
+    triton.store(ref.at[where], halves, mask=jnp.broadcast_to(is_piece[:, None], where.shape))

@@ -110,6 +110,16 @@ def as_dtype_pairs(words: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return lax.bitcast_convert_type(low, dtype), lax.bitcast_convert_type(high, dtype)
 
 
+def float32_pair(word: jax.Array, dtype: Any, *, interpret: bool) -> list[jax.Array]:
+    """The inverse of `pack_pair`: the low and the high half of int32 words as float32."""
+    if interpret:
+        return [x.astype(jnp.float32) for x in as_dtype_pairs(word, dtype)]
+    if dtype == jnp.bfloat16:
+        return [lax.bitcast_convert_type(bits, jnp.float32) for bits in (word << 16, word & np.int32(-1 << 16))]
+    code = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {}; }}"
+    return [_assembly(code.format(half), [word], "=f,r", dtype=jnp.float32) for half in "lh"]
+
+
 def highest_bit(x: jax.Array, *, interpret: bool) -> jax.Array:
     """Position of the highest set bit of int32 x; -1 for 0. One instruction, where `31 - clz` takes two or more."""
     if interpret:
@@ -154,19 +164,14 @@ def merge_bits(a: jax.Array, b: jax.Array, mask: jax.Array | int, *, interpret: 
     return _asm("lop3.b32 $0, $1, $2, $3, 0xE4;", a, b, mask)
 
 
-def as_words(x: jax.Array, *, interpret: bool) -> list[jax.Array]:
-    """int32 words of two neighbouring int16 each, the lower index in the low half: [..., n] -> n / 2 of [...]."""
+def as_words(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """int32 words of two neighbouring int16 each, the lower index in the low half: [..., n] -> [..., n / 2]."""
     if interpret:
         low, high = x[..., 0::2].astype(jnp.int32), x[..., 1::2].astype(jnp.int32)
-        return unstack((low & 0xFFFF) | (high << 16))
-    [words] = plgpu.elementwise_inline_asm(  # a pair comes in one register, and goes to both of its places
-        "mov.b32 $0, $2; mov.b32 $1, $2;",
-        args=[x],
-        constraints="=r,=r,r",
-        pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
-    )
-    return unstack(words)[0::2]
+        return (low & 0xFFFF) | (high << 16)
+    # a pair comes in one register, and goes to both of its places
+    words = _assembly("mov.b32 $0, $2; mov.b32 $1, $2;", [x], "=r,=r,r", pack=2)
+    return split(words.reshape(*x.shape[:-1], -1, 2))[0]
 
 
 def from_neighbour(x: jax.Array, *, interpret: bool) -> jax.Array:
@@ -271,13 +276,29 @@ def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bo
     return _asm("bar.sync 0; mov.b32 $0, $1;", memory, *read)
 
 
+def packed_assembly(code: str, args: Sequence[jax.Array], dtype: Any, pack: int) -> jax.Array:
+    """Inline assembly on int32 or float32 operands of one shape, `pack` neighbours at a time; its result has a dtype.
+
+    The results are $0, $1, ..., and then come the operands, one after the other.
+    """
+    letters = {jnp.dtype(jnp.int32): "r", jnp.dtype(jnp.float32): "f"}
+    constraints = [f"={letters[jnp.dtype(dtype)]}"] * pack + [letters[x.dtype] for x in args for _ in range(pack)]
+    return _assembly(code, args, ",".join(constraints), dtype=dtype, pack=pack)
+
+
 def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
     """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; its result is int32."""
+    return _assembly(code, args, constraints or ",".join(["=r"] + ["r"] * len(args)))
+
+
+def _assembly(
+    code: str, args: Sequence[jax.Array], constraints: str, *, dtype: Any = jnp.int32, pack: int = 1
+) -> jax.Array:
     [result] = plgpu.elementwise_inline_asm(
         code,
         args=args,
-        constraints=constraints or ",".join(["=r"] + ["r"] * len(args)),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.int32)],
+        constraints=constraints,
+        pack=pack,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
     )
     return result

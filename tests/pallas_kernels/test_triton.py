@@ -39,7 +39,7 @@ def numbers(seed):
 def swap_halves(a, b, *, interpret):
     """`as_words` of the halves of two words, the second one's first."""
     halves = triton.stack([x for word in (b, a) for x in triton.as_dtype_pairs(word, jnp.int16)])
-    first, second = triton.as_words(halves, interpret=interpret)
+    first, second = triton.unstack(triton.as_words(halves, interpret=interpret))
     return first * 31 + second
 
 
@@ -100,7 +100,7 @@ def test_merge_bits():
 def test_as_words():
     a, b = words(0), words(1)
     halves = jnp.asarray(np.stack([np.asarray(a), np.asarray(b)], axis=1).view(np.int16))
-    np.testing.assert_array_equal(triton.as_words(halves, interpret=True), [a, b])
+    np.testing.assert_array_equal(triton.as_words(halves, interpret=True), np.stack([a, b], axis=1))
 
 
 def test_from_neighbour():
