@@ -502,15 +502,14 @@ def describe_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Tokens per second against batch, a panel for each shape and context; stars are largest batches."""
 
-    def draw(axes: Any, panel: list[dict[str, Any]]) -> None:
-        for name, line in _lines(panel):
-            points = [(row["batch"], row["tokens_per_s"]) for row in line]
-            [drawn] = axes.plot(*zip(*points, strict=True), "o-", label=name)
-            stars = [(row["batch"], row["tokens_per_s"]) for row in line if row["largest"]]
-            if stars:
-                axes.plot(*zip(*stars, strict=True), "*", markersize=14, color=drawn.get_color())
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="batch", ylabel="tokens/s", ylim=(0, None))
+    def draw(axes: Any, line: list[dict[str, Any]], **style: Any) -> None:
+        batches = [row["batch"] for row in line]
+        axes.plot(batches, [row["tokens_per_s"] for row in line], "o-", **style)
+        stars = [row for row in line if row["largest"]]
+        if stars:
+            place = [row["batch"] for row in stars], [row["tokens_per_s"] for row in stars]
+            axes.plot(*place, "*", markersize=14, color=style["color"])
+        axes.set(xlabel="batch", ylabel="tokens/s")
 
     _panels(rows, ("shape", "context"), draw, path)
 
@@ -518,32 +517,26 @@ def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 def plot_memory(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Bytes while decoding against context, a panel for each shape and batch; dotted: weights and caches alone."""
 
-    def draw(axes: Any, panel: list[dict[str, Any]]) -> None:
-        for name, line in _lines(panel):
-            contexts = [row["context"] for row in line]
-            [drawn] = axes.plot(contexts, [row["decode_bytes"] / 1e9 for row in line], "o-", label=name)
-            exact = [(row["weights_bytes"] + row["cache_bytes"]) / 1e9 for row in line]
-            axes.plot(contexts, exact, ":", color=drawn.get_color())
-        axes.set(xlabel="tokens of each prompt", ylabel="GB")
+    def draw(axes: Any, line: list[dict[str, Any]], **style: Any) -> None:
+        contexts = [row["context"] for row in line]
+        axes.plot(contexts, [row["decode_bytes"] / 1e9 for row in line], "o-", **style)
+        exact = [(row["weights_bytes"] + row["cache_bytes"]) / 1e9 for row in line]
+        axes.plot(contexts, exact, ":", color=style["color"])
+        axes.set(xlabel="tokens of each prompt", ylabel="GB while decoding")
 
     measured = [row for row in rows if not row["largest"] and row.get("decode_bytes")]
     _panels(measured, ("shape", "batch"), draw, path)
 
 
-def _lines(panel: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    for sparsity, name in sorted({(row["sparsity"], row["implementation"]) for row in panel}, key=str):
-        line = [row for row in panel if (row["sparsity"], row["implementation"]) == (sparsity, name)]
-        label = f"packed {sparsity}, {name or 'best'}" if sparsity else "dense"
-        yield label, sorted(line, key=lambda row: (row["batch"], row["context"]))
+def _cache(row: dict[str, Any]) -> str:
+    """What a line of a plot is of."""
+    if not row["sparsity"]:
+        return "dense"
+    return f"packed {row['sparsity']}" + (f", {row['implementation']}" if row["implementation"] else "")
 
 
-def _panels(
-    rows: list[dict[str, Any]],
-    fields: tuple[str, str],
-    draw: Callable[[Any, list[dict[str, Any]]], None],
-    path: pathlib.Path,
-) -> None:
-    """One panel for each combination of the fields that was measured."""
+def _panels(rows: list[dict[str, Any]], fields: tuple[str, str], draw: Callable[..., None], path: pathlib.Path) -> None:
+    """One panel for each combination of the fields that was measured, in which each cache is drawn as a line."""
     done = [row for row in rows if row["status"] == "ok" and row["new_tokens"] == Case.new_tokens]
     combinations = sorted({tuple(row[field] for field in fields) for row in done})
     try:
@@ -552,13 +545,25 @@ def _panels(
         return
     if not combinations:
         return
-    figure, grid = pyplot.subplots(1, len(combinations), figsize=(4.5 * len(combinations), 4), squeeze=False)
-    for axes, combination in zip(grid[0], combinations, strict=True):
-        draw(axes, [row for row in done if tuple(row[field] for field in fields) == combination])
+    columns = min(3, len(combinations))
+    size = (columns, math.ceil(len(combinations) / columns))
+    figure, grid = pyplot.subplots(size[1], size[0], figsize=(5 * size[0], 4 * size[1]), squeeze=False)
+    colours = {name: f"C{i}" for i, name in enumerate(sorted({_cache(row) for row in done}))}  # of all panels
+    for axes in grid.flat[len(combinations) :]:
+        axes.remove()
+    for axes, combination in zip(grid.flat, combinations, strict=False):
+        panel = [row for row in done if tuple(row[field] for field in fields) == combination]
+        for name, colour in colours.items():
+            line = sorted((row for row in panel if _cache(row) == name), key=lambda row: (row["batch"], row["context"]))
+            if line:
+                draw(axes, line, label=name, color=colour)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_title(", ".join(f"{field} {value}" for field, value in zip(fields, combination, strict=True)))
         axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
