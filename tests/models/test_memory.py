@@ -51,3 +51,23 @@ def test_the_allowance_stops_growing_where_prompts_are_prefilled_some_at_a_time(
     assert working(1, 4096) < working(16, 4096) < working(32, 4096) + 8 * 16
     assert working(32, 4096) - working(16, 4096) == 8 * 16  # the logits alone
     assert working(1, 2 * generation.PREFILL_TOKENS) > working(32, 4096)  # one prompt goes whole
+
+
+@pytest.mark.parametrize(
+    ("change", "compression", "dtype", "copies"),
+    [
+        ({}, RECOMMENDED, "bfloat16", 2),
+        ({"head_dim": 32}, RECOMMENDED, "bfloat16", 4),
+        ({}, RECOMMENDED, "float32", 4),
+        ({}, dataclasses.replace(RECOMMENDED, v_method="think"), "bfloat16", 4),
+        ({}, CompressionConfig(0.7, 0, v_method="think"), "bfloat16", 2),
+    ],
+)
+def test_what_compression_holds_depends_on_who_packs(change, compression, dtype, copies):
+    """Keys and values that outweigh all else: each copy is as large as the whole."""
+    wide = dataclasses.replace(TINY, head_dim=64, num_heads=64, num_kv_heads=64, hidden_size=8, intermediate_size=8)
+    config = dataclasses.replace(wide, **change)
+    tokens = 1024
+    kv = 2 * config.num_kv_heads * config.head_dim * tokens * jnp.dtype(dtype).itemsize
+    held = memory.working_nbytes(config, compression, batch=1, length=tokens, dtype=dtype) - memory.RESERVE
+    assert held == pytest.approx(copies * kv, rel=0.02)
