@@ -1,8 +1,9 @@
 # `make` lists the targets. VENV and PYTHON can be set: make test PYTHON=python3.12 VENV=.venv-3.12
 PYTHON ?= python3
 VENV ?= .venv
-# A file stays with one worker, which compiles what its tests share once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# A file stays with one worker, which compiles what its tests share once. Files go in their order: sorted by their number of
+# tests, those of few and long ones would come last, and one worker would wait for the other.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
