@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mustafar_jax import generation
-from mustafar_jax.cache import LayerCache
+from mustafar_jax.cache import LayerCache, kernel_packs
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import llama
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
@@ -86,14 +86,14 @@ def working_nbytes(
 
     Of the tokens that are prefilled at a time (`generation.PREFILL_TOKENS`, or one prompt where that is longer), the
     hidden states, and the largest of what follows one another: attention (hidden states, queries, outputs, and keys and
-    values once), compression, unless the cache is dense (hidden states, and keys and values: twice where the kernel
-    packs them into the cache, else four times), and the feed-forward network on the tokens that it takes at a time
+    values once), compression, unless the cache is dense (hidden states, and keys and values: twice where a
+    kernel packs them on GPUs, else four times), and the feed-forward network on the tokens that it takes at a time
     (three inner activations of `llama.FEED_FORWARD_TOKENS`). Two float32 logits per sequence, and `RESERVE`.
     """
     total = batch * length
     tokens, chunk = min(total, max(generation.PREFILL_TOKENS, length)), min(total, llama.FEED_FORWARD_TOKENS)
     queries, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    copies = 2 if _is_packed_by_the_kernel(config, compression, dtype) else 4
+    copies = 2 if kernel_packs(compression, head_dim=config.head_dim, dtype=dtype) else 4
     largest = max(
         tokens * (config.hidden_size + 2 * queries + kv),
         tokens * (config.hidden_size + copies * kv) * (not compression.is_dense),
@@ -101,18 +101,6 @@ def working_nbytes(
     )
     logits = 2 * 4 * batch * config.vocab_size
     return jnp.dtype(dtype).itemsize * (tokens * config.hidden_size + largest) + logits + RESERVE
-
-
-def _is_packed_by_the_kernel(config: ModelConfig, compression: CompressionConfig, dtype: DTypeLike) -> bool:
-    """Whether the kernel can prune and pack, on a GPU as it is here or wherever there may be one."""
-    from mustafar_jax.pallas_kernels import triton  # here, since Pallas takes a while to import
-
-    sides = [(compression.k_sparsity, compression.k_method), (compression.v_sparsity, compression.v_method)]
-    try:
-        triton.check_supported(dtype=jnp.dtype(dtype), head_dim=config.head_dim)
-    except NotImplementedError:
-        return False
-    return all(method == "magnitude" for sparsity, method in sides if sparsity)
 
 
 def abstract_caches(

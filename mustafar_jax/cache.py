@@ -589,6 +589,18 @@ def _all_keys(cache: PackedCache, leaving: _Leaving) -> jax.Array:
     return leaving.key if leaving.head_axis == 2 else cache._to_dense(leaving.start)[0]
 
 
+def kernel_packs(config: CompressionConfig, *, head_dim: int, dtype: DTypeLike) -> bool:
+    """Whether the Pallas kernel prunes and packs such caches, on the GPUs that it runs on and unless told otherwise."""
+    from mustafar_jax.pallas_kernels import cuda
+
+    try:
+        cuda.check_form("Triton", dtype=jnp.dtype(dtype), head_dim=head_dim)
+    except NotImplementedError:
+        return False
+    sides = (config.k_sparsity, config.k_method), (config.v_sparsity, config.v_method)
+    return all(method == "magnitude" for sparsity, method in sides if sparsity)
+
+
 def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = False) -> tuple[Rows, Rows]:
     """By the Pallas kernel that lowers through Triton, in which sequences that have nothing to pack cost nothing."""
     # Imported here, as attention does: Pallas takes a while to import.

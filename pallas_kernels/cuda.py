@@ -52,6 +52,14 @@ def check_supported(
         head_dim: channels of a head.
         queries_per_head: query heads that share a KV head.
     """
+    check_form(kernels, dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head)
+    capability = compute_capability()
+    if capability is not None and not runs_on(capability):
+        raise NotImplementedError(f"the {kernels} kernels need compute capability {needed}; this GPU has {capability}")
+
+
+def check_form(kernels: str, *, dtype: Any, head_dim: int, queries_per_head: int = 1) -> None:
+    """Raise NotImplementedError, with the reason, for what kernels take on no GPU; arguments as `check_supported`."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the {kernels} kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}")
     if head_dim not in (64, 128):
@@ -60,9 +68,6 @@ def check_supported(
         raise NotImplementedError(
             f"the {kernels} kernels take at most 16 query heads per KV head; got {queries_per_head}"
         )
-    capability = compute_capability()
-    if capability is not None and not runs_on(capability):
-        raise NotImplementedError(f"the {kernels} kernels need compute capability {needed}; this GPU has {capability}")
 
 
 def only(x: jax.Array, *, kernels: str, before: Callable[[], None] = lambda: None) -> jax.Array:

@@ -1,9 +1,9 @@
 """Many elementwise operations as one: what a function does to each thread's numbers, as a single inline assembly.
 
-Compiling a Triton kernel takes a time that grows with the product of its loads and stores and the square of its
-operations: for each access, its coalescing pass collects all operations that the access is connected with, and for each
-of those all that come before and after. Straight-line code of thousands of operations so takes minutes, and a second if
-it is a few operations of many instructions.
+Compiling a Triton kernel takes a time that grows with the number of its loads and stores times the square of the number
+of its operations: for each access, the coalescing pass collects all operations that are connected with it, and for each
+of those all that come before and after. Straight-line code of thousands of operations so takes half a minute; as a few
+operations of many instructions each, seconds.
 """
 
 import itertools
@@ -42,10 +42,9 @@ _INSTRUCTIONS = {
     ("shift_right_logical", "int32"): "shr.u32",
     ("population_count", "int32"): "popc.b32",
 }
-"""Of PTX, by a primitive's name and its operands' dtype; rounded one by one, which the assembler may not fuse."""
+"""Of PTX, by a primitive's name and its operands' dtype. Each rounds by itself (.rn), so that none are contracted."""
 _REGISTER = {"int32": "b32", "float32": "f32", "bool": "pred"}
-_LETTER = {"int32": "r", "float32": "f"}
-"""A dtype's register in PTX; and what stands for it in the constraint of an operand."""
+"""A dtype's register in PTX."""
 
 
 def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: jax.Array, interpret: bool) -> jax.Array:
@@ -53,11 +52,10 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
 
     Args:
         function: called with a list for each operand, of its n columns [threads], and with `shared`; returns a list of
-            n columns of one dtype, or one int32 array [threads], which it must without operands. It consists of the
+            n columns of one dtype, or one array [threads], which it must without operands. It consists of the
             operations in `_INSTRUCTIONS`, selections, casts of bits and helpers of `triton`.
-        operands: int32 or float32 [threads, n], a row per thread, n a power of two; made of what was loaded 16 bytes
-            per thread. That is what has the compiler leave a row to one thread: what is made up from shapes, it deals
-            out otherwise.
+        operands: int32 or float32 [threads, n], a row per thread, n a power of two. They must derive from loads of 16
+            bytes per thread: only then does Triton keep a row in one thread, which is relied on.
         *shared: int32 [threads], or a `triton.Memory`, which may also be the result.
         interpret: call the function as it is.
 
@@ -65,23 +63,27 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
         [threads, n], or the one array that the function returned.
 
     Raises:
-        NotImplementedError: an operation that is not among these.
+        TypeError: an operation that is not among these.
+        ValueError: the function returned something else.
     """
     if interpret:
         results = function([triton.unstack(x) for x in operands], *shared)
         return triton.stack(results) if isinstance(results, list) else results
     columns = [[jax.ShapeDtypeStruct((), x.dtype)] * x.shape[1] for x in operands]
-    jaxpr = jax.make_jaxpr(function)(columns, *(jax.ShapeDtypeStruct((), x.dtype) for x in shared))
-    whole, pack = [*operands, *shared], 1
+    scalars = [jax.ShapeDtypeStruct((), x.dtype) for x in shared]
+    jaxpr, results = jax.make_jaxpr(function, return_shape=True)(columns, *scalars)
+    is_row, pack = isinstance(results, list), operands[0].shape[1] if operands else 1
+    if len({x.dtype for x in jaxpr.out_avals}) != 1 or len(jaxpr.out_avals) != (pack if is_row else 1):
+        raise ValueError(f"function returned {results}; wanted one array, or a list of {pack} columns of one dtype")
+    whole = [*operands, *shared]
     if operands:  # all have one shape: the others are repeated, and their first column taken
-        pack = operands[0].shape[1]
         whole[len(operands) :] = [jnp.broadcast_to(x[:, None], operands[0].shape) for x in shared]
     places = [f"${pack * (1 + i) + k}" for i in range(len(operands)) for k in range(pack)]
     places += [f"${pack * (1 + i)}" for i in range(len(operands), len(whole))]
     program = _Program()
     code = program.finish([f"${i}" for i in range(pack)], program.add(jaxpr, places))
     result = triton.packed_assembly(code, whole, jaxpr.out_avals[0].dtype, pack=pack)
-    return triton.unstack(result)[0] if len(jaxpr.out_avals) < pack else result
+    return result if is_row or not operands else triton.unstack(result)[0]
 
 
 class _Program:
@@ -125,12 +127,12 @@ class _Program:
             return operands  # of a number, to the same number
         if name == "bitcast_convert_type":
             return [self._instruction("mov.b32", kinds[0], operands)]
-        if name == "select_n":
+        if name == "select_n" and kinds[0] != "bool":
             where, otherwise, then = operands
             return [self._instruction("selp.b32", kinds[0], [then, otherwise, where])]
         instruction = _INSTRUCTIONS.get((name, _kind(equation.invars[0])))
         if instruction is None:
-            raise NotImplementedError(f"{equation} cannot be fused")
+            raise TypeError(f"{equation} cannot be fused")
         return [self._instruction(instruction, kinds[0], operands)]
 
     def _instruction(self, name: str, kind: str, operands: Sequence[str]) -> str:

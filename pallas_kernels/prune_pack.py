@@ -137,10 +137,10 @@ def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
 
 
 def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
-    """What `_held_and_ranked` reads of a mean: keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
+    """What is read of a mean: keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
 
-    The last is [2, 8, threads, 4], so that threads side by side read what stands side by side. Of frequencies that are
-    known it is a constant, which a decode step need not compute.
+    The last, which `_turns` reads, is [2, 8, threads, 4], so that threads side by side read what stands side by side.
+    Of frequencies that are known it is a constant, which a decode step need not compute.
     """
     if mean is None:
         return []
@@ -251,21 +251,19 @@ def _prune_block(
     words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
     memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
     entries = _load(source_ref, first, plan)
-    if mean_refs:
-        memory, entries = _less_mean(memory, entries, mean_refs, row, plan)
-    ranked = entries if weight_ref is None else _weighed(entries, weight_ref, plan)
+    memory, entries, ranked = _held_and_ranked(memory, entries, mean_refs, weight_ref, row, plan)
     fused = functools.partial(fuse, interpret=plan.interpret)
     mask = fused(functools.partial(_largest, plan=plan), ranked, _part(plan))
-    _store_bitmap(bitmap_ref, mask, row, plan)
-    token = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
-    memory = fused(functools.partial(_append, plan=plan), [*entries, mask], memory, token, _part(plan))
+    _store_bitmap(bitmap_ref, triton.unstack(mask)[:_THREAD_WORDS], row, plan)
+    token_row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
+    memory = fused(functools.partial(_append, plan=plan), [*entries, mask], memory, token_row, _part(plan))
     if plan.rescale:
-        memory = fused(functools.partial(_put_factor, plan=plan), entries, memory, token, _part(plan))
+        memory = fused(functools.partial(_put_factor, plan=plan), entries, memory, token_row, _part(plan))
     _store_values(values_ref, memory, row, plan)
 
 
 def _clear_block(bitmap_ref: triton.Ref, values_ref: triton.Ref, row: jax.Array, plan: _Plan) -> None:
-    _store_bitmap(bitmap_ref, jnp.zeros((plan.threads, 2), jnp.int32), row, plan)
+    _store_bitmap(bitmap_ref, [jnp.zeros(plan.threads, jnp.int32)] * _THREAD_WORDS, row, plan)
     for place, is_piece in _pieces(plan):
         _store_piece(values_ref, jnp.zeros((plan.threads, plan.chunk // 2), jnp.int32), row, place, is_piece, plan)
 
@@ -284,74 +282,105 @@ def _part(plan: _Plan) -> jax.Array:
 
 
 def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
-    """A thread's entries: 8 times int32 [threads, 4], each word two neighbouring channels; half of each bitmap word."""
+    """A thread's entries, eights of channels: int32 [threads, 4] of two neighbours each; four eights a bitmap word."""
     row = (first + _token(plan))[:, None]
-    firsts = (part * plan.head_dim // 2 + start for part in range(_THREAD_WORDS) for start in range(0, WORD, 8))
+    eights = (word * plan.head_dim // 2 + start for word in range(_THREAD_WORDS) for start in range(0, WORD, 8))
     channel = (_part(plan) * WORD)[:, None] + jnp.arange(8, dtype=jnp.int32)[None, :]
-    loaded = (triton.load(ref.at[row, channel + first]) for first in firsts)
+    loaded = (triton.load(ref.at[row, channel + eight]) for eight in eights)
     return [triton.as_words(x, interpret=plan.interpret) for x in loaded]
 
 
-def _less_mean(
+def _held_and_ranked(
     memory: triton.Memory,
     entries: list[jax.Array],
-    refs: tuple[triton.Ref, ...],
+    mean_refs: tuple[triton.Ref, ...],
+    weight_ref: triton.Ref | None,
     row: jax.Array,
     plan: _Plan,
-) -> tuple[triton.Memory, list[jax.Array]]:
-    """The entries, less the mean key rotated to each token's position."""
-    memory = _put_mean(memory, refs, row, plan)
-    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
-    where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
-    held = list(entries)
-    for eight in range(WORD // 8):  # channels of each half
-        turns = [triton.load(refs[-1].at[part, 2 * eight + i, *where]) for part in range(2) for i in range(2)]
+) -> tuple[triton.Memory, list[jax.Array], list[jax.Array]]:
+    """The entries to hold, less the mean key rotated to each token's position; and what they are compared by."""
+    if not (mean_refs or plan.weighed):
+        return memory, entries, entries
+    fused = functools.partial(fuse, interpret=plan.interpret)
+    place = None
+    if mean_refs:
+        memory = _put_mean(memory, mean_refs, row, plan)
+        place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
+    held, ranked = list(entries), list(entries)
+    for eight in range(WORD // 8):  # of pairs of channels; one after the other, so that few numbers are held at a time
+        numbers: list[list[jax.Array]] = [[], []]  # of either half, float32: rounded when all is done
+        for quad in (2 * eight, 2 * eight + 1):
+            turns = _turns(mean_refs[-1], quad, plan) if mean_refs else []
+            for half in range(2):
+                words = entries[eight + half * WORD // 8]
+                if place is None:
+                    numbers[half].append(fused(functools.partial(_four, four=quad % 2, plan=plan), [words]))
+                else:
+                    less = functools.partial(_four_less_mean, quad=quad, half=half, plan=plan)
+                    numbers[half].append(fused(less, [words, *turns], memory, place))
         for half in range(2):
-            less = functools.partial(_less_eight, first=8 * eight, half=half, plan=plan)
             i = eight + half * WORD // 8
-            held[i] = fuse(less, [entries[i], *turns], memory, place, interpret=plan.interpret)
+            if mean_refs:
+                held[i] = ranked[i] = fused(lambda columns: _words(columns[0] + columns[1], plan), numbers[half])
+            if weight_ref is not None:
+                ranked[i] = _weighed(numbers[half], weight_ref, i, plan)
 
     def wait(held: list[list[jax.Array]], memory: triton.Memory) -> triton.Memory:
         return triton.synchronise(memory, [words[0] for words in held], interpret=plan.interpret)
 
-    return fuse(wait, held, memory, interpret=plan.interpret), held
+    return fused(wait, held, memory) if mean_refs else memory, held, ranked
 
 
-def _less_eight(
-    columns: list[list[jax.Array]], memory: triton.Memory, place: jax.Array, *, first: int, half: int, plan: _Plan
+def _four(columns: list[list[jax.Array]], *, four: int, plan: _Plan) -> list[jax.Array]:
+    """The first or the second four of eight entries."""
+    return _floats(columns[0][2 * four : 2 * four + 2], plan)
+
+
+def _four_less_mean(
+    columns: list[list[jax.Array]],
+    memory: triton.Memory,
+    place: jax.Array,
+    *,
+    quad: int,
+    half: int,
+    plan: _Plan,
 ) -> list[jax.Array]:
-    """Eight entries less the mean key's: of the pairs of channels from a thread's `first` on, this half.
+    """Four entries less the mean key's: those of four pairs of channels, each pair's first half or second.
 
     Args:
-        columns: the entries, then cos and sin of the angles from the block's first token to the thread's own, four
-            pairs of channels at a time.
-        memory, place: where `_put_mean` put the mean key, and where in there the thread's channels begin.
-        first, half, plan: see above.
+        columns: the eight entries that have these four, then cos and sin as `_turns` gives them.
+        memory: where `_put_mean` put the mean key.
+        place: where in there that of a thread's channels begins.
+        quad: which four of the thread's pairs.
+        half: which of a pair's two channels.
+        plan: of the kernel.
     """
-    words, cos, more_cos, sin, more_sin = columns
     load = functools.partial(triton.shared_load, memory, place, clear=False, interpret=plan.interpret)
     less = []
-    for i, (x, *turn) in enumerate(zip(_floats(words, plan), cos + more_cos, sin + more_sin, strict=True), first):
+    for i, (x, *turn) in enumerate(zip(_four(columns, four=quad % 2, plan=plan), *columns[1:], strict=True), 4 * quad):
         pair = (load(constant=4 * i), load(constant=4 * i + 2 * plan.head_dim))
         start = (lax.bitcast_convert_type(bits, jnp.float32) for bits in pair)
         less.append(x - rotate_pair(*start, *turn)[half])
-    return _words(less, plan)
+    return less
 
 
-def _weighed(entries: list[jax.Array], ref: triton.Ref, plan: _Plan) -> list[jax.Array]:
-    """The entries times the weights [H] of their channels."""
+def _turns(ref: triton.Ref, quad: int, plan: _Plan) -> list[jax.Array]:
+    """Cos and sin [threads, 4] of the angles from the block's first token to a thread's own, four pairs of channels."""
+    where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
+    return [triton.load(ref.at[i, quad, *where]) for i in range(2)]
+
+
+def _weighed(fours: list[jax.Array], ref: triton.Ref, eight: int, plan: _Plan) -> jax.Array:
+    """Words of eight numbers times the weights [H] of their channels; `eight` counts them in `_load`'s order."""
 
     def weigh(columns: list[list[jax.Array]]) -> list[jax.Array]:
-        words, some, others = columns
-        return _words([x * weight for x, weight in zip(_floats(words, plan), some + others, strict=True)], plan)
+        numbers, weights = columns[0] + columns[1], columns[2] + columns[3]
+        return _words([x * weight for x, weight in zip(numbers, weights, strict=True)], plan)
 
-    weighed = []
-    for i, words in enumerate(entries):
-        word, eight = divmod(i, WORD // 8)
-        first = (_part(plan) * WORD)[:, None] + word * plan.head_dim // 2 + 8 * eight
-        weights = [triton.load(ref.at[first + 4 * k + jnp.arange(4, dtype=jnp.int32)[None, :]]) for k in range(2)]
-        weighed.append(fuse(weigh, [words, *weights], interpret=plan.interpret))
-    return weighed
+    word, start = divmod(8 * eight, WORD)
+    channel = (_part(plan) * WORD)[:, None] + word * plan.head_dim // 2 + start + jnp.arange(4, dtype=jnp.int32)[None]
+    weights = [triton.load(ref.at[channel + 4 * four]) for four in range(2)]
+    return fuse(weigh, [*fours, *weights], interpret=plan.interpret)
 
 
 def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan) -> triton.Memory:
@@ -384,7 +413,9 @@ def _words(floats: list[jax.Array], plan: _Plan) -> list[jax.Array]:
 
 
 def _largest(columns: list[list[jax.Array]], part: jax.Array, plan: _Plan) -> list[jax.Array]:
-    """The bitmap words of the `kept` largest magnitudes, the lowest channel first among equals; then the same again.
+    """The bitmap words of the `kept` largest magnitudes, the lowest channel first among equals.
+
+    They come twice, since a row of four columns is what `fuse` gives for rows of four.
 
     Args:
         columns: a thread's entries.
@@ -456,21 +487,21 @@ def _sum_over_parts(x: jax.Array, plan: _Plan) -> jax.Array:
     return x if plan.parts == 1 else x + triton.from_neighbour(x, interpret=plan.interpret)
 
 
-def _store_bitmap(ref: triton.Ref, mask: jax.Array, row: jax.Array, plan: _Plan) -> None:
+def _store_bitmap(ref: triton.Ref, mask: list[jax.Array], row: jax.Array, plan: _Plan) -> None:
     word = (row + _token(plan)) * (plan.head_dim // WORD) + _part(plan)
-    for i, bits in enumerate(triton.unstack(mask)[:_THREAD_WORDS]):
+    for i, bits in enumerate(mask):
         triton.store(ref.at[word + i * plan.parts], bits.astype(jnp.uint32))
 
 
 def _append(
-    columns: list[list[jax.Array]], memory: triton.Memory, token: jax.Array, part: jax.Array, plan: _Plan
+    columns: list[list[jax.Array]], memory: triton.Memory, token_row: jax.Array, part: jax.Array, plan: _Plan
 ) -> triton.Memory:
     """The kept entries of each token in shared memory, one behind the other.
 
     Args:
         columns: a thread's entries, and its bitmap words.
-        memory: in which row.
-        token: where the row of the thread's token begins.
+        memory: which has a row for each token.
+        token_row: where that of the thread's token begins.
         part: see `_part`.
         plan: of the kernel.
     """
@@ -485,12 +516,12 @@ def _append(
     words = [word for words in entries for word in words]
     for i, (rank, bits) in enumerate(zip(ranks, mask, strict=True)):
         some = words[i * WORD // 2 : (i + 1) * WORD // 2]
-        memory = triton.shared_append(memory, token + 2 * rank, some, bits, interpret=plan.interpret)
+        memory = triton.shared_append(memory, token_row + 2 * rank, some, bits, interpret=plan.interpret)
     return triton.synchronise(memory, interpret=plan.interpret)
 
 
 def _put_factor(
-    columns: list[list[jax.Array]], memory: triton.Memory, token: jax.Array, part: jax.Array, plan: _Plan
+    columns: list[list[jax.Array]], memory: triton.Memory, token_row: jax.Array, part: jax.Array, plan: _Plan
 ) -> triton.Memory:
     """Put what a token's kept entries are to be scaled by behind them in shared memory; 0 where they stay as they are.
 
@@ -498,12 +529,12 @@ def _put_factor(
     """
     share = plan.kept // 2 // plan.parts
     load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
-    held = [load(token + 4 * share * part, constant=4 * i) for i in range(share)]
+    held = [load(token_row + 4 * share * part, constant=4 * i) for i in range(share)]
     whole, kept = (_norm(words, plan) for words in ([word for words in columns for word in words], held))
     usable = (kept > 0) & (whole < jnp.inf)
     factor = jnp.where(usable, whole / jnp.where(usable, kept, 1.0), 0.0)
     bits = lax.bitcast_convert_type(factor, jnp.int32)
-    memory = triton.shared_store_word(memory, token, 2 * plan.kept, bits, interpret=plan.interpret)
+    memory = triton.shared_store_word(memory, token_row, 2 * plan.kept, bits, interpret=plan.interpret)
     return triton.synchronise(memory, interpret=plan.interpret)
 
 
@@ -527,12 +558,14 @@ def _store_values(ref: triton.Ref, memory: triton.Memory, row: jax.Array, plan: 
         _store_piece(ref, words, row, place, is_piece, plan)
 
 
-def _pair(_: Any, memory: triton.Memory, token: jax.Array, chunk: jax.Array, *, place: int, plan: _Plan) -> jax.Array:
-    """Two slots of a chunk, scaled by their token's factor; `token` and `chunk` are where these begin in the memory."""
+def _pair(
+    _: Any, memory: triton.Memory, token_row: jax.Array, chunk_start: jax.Array, *, place: int, plan: _Plan
+) -> jax.Array:
+    """Two slots of a chunk, `place` bytes from its start in the memory, scaled by the factor in their token's row."""
     load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
-    word = load(chunk, constant=place)
+    word = load(chunk_start, constant=place)
     if plan.rescale:
-        factor = lax.bitcast_convert_type(load(token, constant=2 * plan.kept), jnp.float32)
+        factor = lax.bitcast_convert_type(load(token_row, constant=2 * plan.kept), jnp.float32)
         word = _scale(word, factor, plan)
     return word
 

@@ -126,5 +126,19 @@ def test_is_one_assembly(monkeypatch):
 
 
 def test_says_what_it_cannot_fuse():
-    with pytest.raises(NotImplementedError, match=r"sin .* cannot be fused"):
+    with pytest.raises(TypeError, match=r"sin .* cannot be fused"):
         fuse(lambda columns: [jnp.sin(x) for x in columns[0]], [floats(0)], interpret=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "operands"),
+    [
+        (lambda columns: columns[0][:2], [integers(0)]),
+        (lambda columns: [*columns[0][:2], *columns[1][:2]], [integers(0), floats(1)]),
+        (lambda _: [jnp.int32(1)] * 4, []),
+    ],
+    ids=["too few columns", "two dtypes", "a row of nothing loaded"],
+)
+def test_says_what_a_function_must_return(function, operands):
+    with pytest.raises(ValueError, match=r"wanted one array, or a list of \d columns of one dtype"):
+        fuse(function, operands, interpret=False)

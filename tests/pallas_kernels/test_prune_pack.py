@@ -164,7 +164,7 @@ def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, weighed, inter
     one, other = (x.view(jnp.dtype(dtype)).astype(np.float32)[kept & wanted] for x in (entries, expected))
     np.testing.assert_allclose(one, other, rtol=float(jnp.finfo(dtype).eps), atol=3e-5)
     assert (one == other).mean() > 0.95
-    assert (kept == wanted).mean() > 0.999
+    assert (kept == wanted).mean() > (0.9997 if interpret else 0.999)  # 0.9995 if rounded before they are weighed
     ranks = np.zeros(kept.shape, np.int32)
     for b in range(2):
         here, there = slice(START[b], START[b] + 64), slice(FIRST[b], FIRST[b] + 64)
@@ -294,7 +294,7 @@ def operations(jaxpr):
 
 
 def test_compiles_soon():
-    """The compiler takes a time that grows with their square: 2.6 s for 1,500 on one core, 33 s for 5,400."""
+    """The compiler takes a time that grows with the square of the operations: see docs/kernels.md, "Compiling"."""
     (source, target, *_), (_, other, *_) = (specs(8, 8, 4096, 128, kept, BF16, 2) for kept in (40, 44))
     mean = jax.ShapeDtypeStruct((8, 8, 128), jnp.float32)
     ranges = [jax.ShapeDtypeStruct((8,), jnp.int32)] * 3
