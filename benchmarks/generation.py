@@ -515,13 +515,11 @@ def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def plot_memory(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Bytes while decoding against context, a panel for each shape and batch; dotted: weights and caches alone."""
+    """Bytes while decoding against context, a panel for each shape and batch."""
 
     def draw(axes: Any, line: list[dict[str, Any]], **style: Any) -> None:
         contexts = [row["context"] for row in line]
         axes.plot(contexts, [row["decode_bytes"] / 1e9 for row in line], "o-", **style)
-        exact = [(row["weights_bytes"] + row["cache_bytes"]) / 1e9 for row in line]
-        axes.plot(contexts, exact, ":", color=style["color"])
         axes.set(xlabel="tokens of each prompt", ylabel="GB while decoding")
 
     measured = [row for row in rows if not row["largest"] and row.get("decode_bytes")]

@@ -302,33 +302,49 @@ def _held_and_ranked(
     if not (mean_refs or plan.weighed):
         return memory, entries, entries
     fused = functools.partial(fuse, interpret=plan.interpret)
-    place = None
     if mean_refs:
         memory = _put_mean(memory, mean_refs, row, plan)
-        place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
     held, ranked = list(entries), list(entries)
     for eight in range(WORD // 8):  # of pairs of channels; one after the other, so that few numbers are held at a time
-        numbers: list[list[jax.Array]] = [[], []]  # of either half, float32: rounded when all is done
-        for quad in (2 * eight, 2 * eight + 1):
-            turns = _turns(mean_refs[-1], quad, plan) if mean_refs else []
-            for half in range(2):
-                words = entries[eight + half * WORD // 8]
-                if place is None:
-                    numbers[half].append(fused(functools.partial(_four, four=quad % 2, plan=plan), [words]))
-                else:
-                    less = functools.partial(_four_less_mean, quad=quad, half=half, plan=plan)
-                    numbers[half].append(fused(less, [words, *turns], memory, place))
-        for half in range(2):
-            i = eight + half * WORD // 8
+        both = eight, eight + WORD // 8  # the pairs' first channels and their second ones
+        words = [entries[i] for i in both]
+        numbers = _less_mean(memory, words, mean_refs[-1], eight, plan) if mean_refs else _numbers(words, plan)
+        for i, fours in zip(both, numbers, strict=True):
             if mean_refs:
-                held[i] = ranked[i] = fused(lambda columns: _words(columns[0] + columns[1], plan), numbers[half])
+                held[i] = ranked[i] = fused(lambda columns: _words(columns[0] + columns[1], plan), fours)
             if weight_ref is not None:
-                ranked[i] = _weighed(numbers[half], weight_ref, i, plan)
+                ranked[i] = _weighed(fours, weight_ref, i, plan)
 
     def wait(held: list[list[jax.Array]], memory: triton.Memory) -> triton.Memory:
         return triton.synchronise(memory, [words[0] for words in held], interpret=plan.interpret)
 
     return fused(wait, held, memory) if mean_refs else memory, held, ranked
+
+
+def _numbers(eights: list[jax.Array], plan: _Plan) -> list[list[jax.Array]]:
+    """Words of eight entries each as float32 [threads, 4], two for each of them."""
+
+    def number(words: jax.Array, four: int) -> jax.Array:
+        return fuse(functools.partial(_four, four=four, plan=plan), [words], interpret=plan.interpret)
+
+    return [[number(words, four) for four in range(2)] for words in eights]
+
+
+def _less_mean(
+    memory: triton.Memory, eights: list[jax.Array], turn_ref: triton.Ref, eight: int, plan: _Plan
+) -> list[list[jax.Array]]:
+    """The same of either half of eight pairs of channels, less the mean key rotated to each token's position.
+
+    Both halves' numbers are not rounded yet. They share what is loaded: a quad, four of the pairs, is read at a time.
+    """
+    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
+    numbers: list[list[jax.Array]] = [[], []]
+    for quad in (2 * eight, 2 * eight + 1):
+        turns = _turns(turn_ref, quad, plan)
+        for half, words in enumerate(eights):
+            less = functools.partial(_four_less_mean, quad=quad, half=half, plan=plan)
+            numbers[half].append(fuse(less, [words, *turns], memory, place, interpret=plan.interpret))
+    return numbers
 
 
 def _four(columns: list[list[jax.Array]], *, four: int, plan: _Plan) -> list[jax.Array]:
