@@ -44,7 +44,8 @@ _INSTRUCTIONS = {
 }
 """Of PTX, by a primitive's name and its operands' dtype. Each rounds by itself (.rn), so that none are contracted."""
 _REGISTER = {"int32": "b32", "float32": "f32", "bool": "pred"}
-"""A dtype's register in PTX."""
+_LETTER = {"int32": "r", "float32": "f"}
+"""A dtype's register in PTX; and what stands for it in the constraints of an assembly."""
 
 
 def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: jax.Array, interpret: bool) -> jax.Array:
@@ -75,15 +76,22 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
     is_row, pack = isinstance(results, list), operands[0].shape[1] if operands else 1
     if len({x.dtype for x in jaxpr.out_avals}) != 1 or len(jaxpr.out_avals) != (pack if is_row else 1):
         raise ValueError(f"function returned {results}; wanted one array, or a list of {pack} columns of one dtype")
-    whole = [*operands, *shared]
-    if operands:  # all have one shape: the others are repeated, and their first column taken
-        whole[len(operands) :] = [jnp.broadcast_to(x[:, None], operands[0].shape) for x in shared]
-    places = [f"${pack * (1 + i) + k}" for i in range(len(operands)) for k in range(pack)]
-    places += [f"${pack * (1 + i)}" for i in range(len(operands), len(whole))]
-    program = _Program()
-    code = program.finish([f"${i}" for i in range(pack)], program.add(jaxpr, places))
-    result = triton.packed_assembly(code, whole, jaxpr.out_avals[0].dtype, pack=pack)
+    if operands:  # all are to have one shape: these are repeated, and of the repetitions the first is read
+        shared = tuple(jnp.broadcast_to(x[:, None], operands[0].shape) for x in shared)
+    result = _issue(jaxpr, operands, shared, pack)
     return result if is_row or not operands else triton.unstack(result)[0]
+
+
+def _issue(jaxpr: ClosedJaxpr, operands: Sequence[jax.Array], shared: Sequence[jax.Array], pack: int) -> jax.Array:
+    """The jaxpr of `pack` columns of each operand and one of each that is shared, as an assembly."""
+    results, *others = ([f"${pack * i + k}" for k in range(pack)] for i in range(1 + len(operands) + len(shared)))
+    places = [place for columns in others[: len(operands)] for place in columns]
+    places += [columns[0] for columns in others[len(operands) :]]
+    program = _Program()
+    code = program.finish(results, program.add(jaxpr, places))
+    kind, whole = jaxpr.out_avals[0].dtype, [*operands, *shared]
+    constraints = [f"={_LETTER[kind.name]}"] * pack + [_LETTER[x.dtype.name] for x in whole for _ in range(pack)]
+    return triton.assembly(code, whole, ",".join(constraints), dtype=kind, pack=pack)
 
 
 class _Program:

@@ -116,8 +116,9 @@ def float32_pair(word: jax.Array, dtype: Any, *, interpret: bool) -> list[jax.Ar
         return [x.astype(jnp.float32) for x in as_dtype_pairs(word, dtype)]
     if dtype == jnp.bfloat16:
         return [lax.bitcast_convert_type(bits, jnp.float32) for bits in (word << 16, word & np.int32(-1 << 16))]
+    # not by casts, as the twin: what is fused knows no 16-bit types
     code = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {}; }}"
-    return [_assembly(code.format(half), [word], "=f,r", dtype=jnp.float32) for half in "lh"]
+    return [assembly(code.format(half), [word], "=f,r", dtype=jnp.float32) for half in "lh"]
 
 
 def highest_bit(x: jax.Array, *, interpret: bool) -> jax.Array:
@@ -170,7 +171,7 @@ def as_words(x: jax.Array, *, interpret: bool) -> jax.Array:
         low, high = x[..., 0::2].astype(jnp.int32), x[..., 1::2].astype(jnp.int32)
         return (low & 0xFFFF) | (high << 16)
     # a pair comes in one register, and goes to both of its places
-    words = _assembly("mov.b32 $0, $2; mov.b32 $1, $2;", [x], "=r,=r,r", pack=2)
+    words = assembly("mov.b32 $0, $2; mov.b32 $1, $2;", [x], "=r,=r,r", pack=2)
     return split(words.reshape(*x.shape[:-1], -1, 2))[0]
 
 
@@ -276,24 +277,18 @@ def synchronise(memory: Memory, read: Sequence[jax.Array] = (), *, interpret: bo
     return _asm("bar.sync 0; mov.b32 $0, $1;", memory, *read)
 
 
-def packed_assembly(code: str, args: Sequence[jax.Array], dtype: Any, pack: int) -> jax.Array:
-    """Inline assembly on int32 or float32 operands of one shape, `pack` neighbours at a time; its result has a dtype.
-
-    The results are $0, $1, ..., and then come the operands, one after the other.
-    """
-    letters = {jnp.dtype(jnp.int32): "r", jnp.dtype(jnp.float32): "f"}
-    constraints = [f"={letters[jnp.dtype(dtype)]}"] * pack + [letters[x.dtype] for x in args for _ in range(pack)]
-    return _assembly(code, args, ",".join(constraints), dtype=dtype, pack=pack)
-
-
-def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
-    """Inline assembly on operands of one shape, int32 unless `constraints` say otherwise; its result is int32."""
-    return _assembly(code, args, constraints or ",".join(["=r"] + ["r"] * len(args)))
-
-
-def _assembly(
+def assembly(
     code: str, args: Sequence[jax.Array], constraints: str, *, dtype: Any = jnp.int32, pack: int = 1
 ) -> jax.Array:
+    """Inline assembly on operands of one shape, `pack` neighbours at a time; an array of that shape.
+
+    Args:
+        code: PTX; `pack` results are $0, $1, ..., then come each operand's.
+        args: the operands.
+        constraints: of all of these, as LLVM has them: "=r", or "=f" for float32, of results; "r", "f" of operands.
+        dtype: of the results.
+        pack: how many neighbours, which the compiler must have left in one thread.
+    """
     [result] = plgpu.elementwise_inline_asm(
         code,
         args=args,
@@ -302,3 +297,8 @@ def _assembly(
         result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
     )
     return result
+
+
+def _asm(code: str, *args: jax.Array, constraints: str | None = None) -> jax.Array:
+    """The same of int32, one element at a time."""
+    return assembly(code, args, constraints or ",".join(["=r"] + ["r"] * len(args)))

@@ -103,7 +103,7 @@ def test_lowers_for_cuda(name):
 def test_is_one_assembly(monkeypatch):
     """All its instructions, the results after all operands were read."""
     written = []
-    monkeypatch.setattr(triton, "packed_assembly", lambda code, args, dtype, pack: written.append(code) or args[0])
+    monkeypatch.setattr(triton, "assembly", lambda code, args, *_, **__: written.append(code) or args[0])
 
     def function(columns, x):
         return [columns[0][1] & 5, x - columns[0][0]]
