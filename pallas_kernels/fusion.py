@@ -127,7 +127,7 @@ class _Program:
         kinds = [_kind(x) for x in equation.outvars]
         if name in ("jit", "pjit"):
             return self.add(params["jaxpr"], operands)
-        if name == "elementwise_inline_asm_p":
+        if name in ("elementwise_inline_asm_p", "elementwise_inline_asm"):  # until jax 0.11, and since
             results = [self._register(kind) for kind in kinds]
             self._code.append(_with_operands(params["asm"], results + operands))
             return results
