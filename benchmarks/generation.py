@@ -543,9 +543,9 @@ def _panels(rows: list[dict[str, Any]], fields: tuple[str, str], draw: Callable[
         return
     if not combinations:
         return
-    columns = min(3, len(combinations))
-    size = (columns, math.ceil(len(combinations) / columns))
-    figure, grid = pyplot.subplots(size[1], size[0], figsize=(5 * size[0], 4 * size[1]), squeeze=False)
+    wide = min(3, len(combinations))
+    high = math.ceil(len(combinations) / wide)
+    figure, grid = pyplot.subplots(high, wide, figsize=(5 * wide, 4 * high), squeeze=False)
     colours = {name: f"C{i}" for i, name in enumerate(sorted({_cache(row) for row in done}))}  # of all panels
     for axes in grid.flat[len(combinations) :]:
         axes.remove()

@@ -595,10 +595,16 @@ def kernel_packs(config: CompressionConfig, *, head_dim: int, dtype: DTypeLike) 
 
     try:
         cuda.check_form("Triton", dtype=jnp.dtype(dtype), head_dim=head_dim)
+        _check_by_magnitude(config)
     except NotImplementedError:
         return False
-    sides = (config.k_sparsity, config.k_method), (config.v_sparsity, config.v_method)
-    return all(method == "magnitude" for sparsity, method in sides if sparsity)
+    return True
+
+
+def _check_by_magnitude(config: CompressionConfig) -> None:
+    for sparsity, method in ((config.k_sparsity, config.k_method), (config.v_sparsity, config.v_method)):
+        if sparsity and method != "magnitude":
+            raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {method!r}")
 
 
 def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = False) -> tuple[Rows, Rows]:
@@ -608,16 +614,15 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
     from mustafar_jax.pallas_kernels.rows import Mean, Packed
 
     config, mean = cache.config, None
+    _check_by_magnitude(config)
     if cache.key_mean is not None:
         mean = Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), config.sink_tokens)
     prunes = []
-    for packed, method, source, taken_off, rescale, weight in (
-        (cache.keys.packed, config.k_method, leaving.key, mean, False, cache.key_weight),
-        (cache.values.packed, config.v_method, leaving.value, None, config.rescale_values, None),
+    for packed, source, taken_off, rescale, weight in (
+        (cache.keys.packed, leaving.key, mean, False, cache.key_weight),
+        (cache.values.packed, leaving.value, None, config.rescale_values, None),
     ):
         if isinstance(packed, BitmapArray):
-            if method != "magnitude":
-                raise NotImplementedError(f"the Triton kernel prunes by magnitude; got {method!r}")
             prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale, weight))
     if not prunes:
         raise NotImplementedError("the Triton kernel writes bitmap-packed rows; this cache has none")

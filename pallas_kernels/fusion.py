@@ -74,7 +74,8 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
     scalars = [jax.ShapeDtypeStruct((), x.dtype) for x in shared]
     jaxpr, results = jax.make_jaxpr(function, return_shape=True)(columns, *scalars)
     is_row, pack = isinstance(results, list), operands[0].shape[1] if operands else 1
-    if len({x.dtype for x in jaxpr.out_avals}) != 1 or len(jaxpr.out_avals) != (pack if is_row else 1):
+    wanted = (pack if operands else 0) if is_row else 1
+    if len({x.dtype for x in jaxpr.out_avals}) != 1 or len(jaxpr.out_avals) != wanted:
         raise ValueError(f"function returned {results}; wanted one array, or a list of {pack} columns of one dtype")
     if operands:  # all are to have one shape: these are repeated, and of the repetitions the first is read
         shared = tuple(jnp.broadcast_to(x[:, None], operands[0].shape) for x in shared)
@@ -127,7 +128,7 @@ class _Program:
         kinds = [_kind(x) for x in equation.outvars]
         if name in ("jit", "pjit"):
             return self.add(params["jaxpr"], operands)
-        if name in ("elementwise_inline_asm_p", "elementwise_inline_asm"):  # until jax 0.11, and since
+        if name.startswith("elementwise_inline_asm"):  # until jax 0.11 with "_p" behind it
             results = [self._register(kind) for kind in kinds]
             self._code.append(_with_operands(params["asm"], results + operands))
             return results

@@ -10,7 +10,7 @@ kept entries are then appended in shared memory, and leave it in the interleaved
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -252,13 +252,12 @@ def _prune_block(
     memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
     entries = _load(source_ref, first, plan)
     memory, entries, ranked = _held_and_ranked(memory, entries, mean_refs, weight_ref, row, plan)
-    fused = functools.partial(fuse, interpret=plan.interpret)
-    mask = fused(functools.partial(_largest, plan=plan), ranked, _part(plan))
+    mask = _fuse(plan, _largest, ranked, _part(plan))
     _store_bitmap(bitmap_ref, triton.unstack(mask)[:_THREAD_WORDS], row, plan)
     token_row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
-    memory = fused(functools.partial(_append, plan=plan), [*entries, mask], memory, token_row, _part(plan))
+    memory = _fuse(plan, _append, [*entries, mask], memory, token_row, _part(plan))
     if plan.rescale:
-        memory = fused(functools.partial(_put_factor, plan=plan), entries, memory, token_row, _part(plan))
+        memory = _fuse(plan, _put_factor, entries, memory, token_row, _part(plan))
     _store_values(values_ref, memory, row, plan)
 
 
@@ -266,6 +265,13 @@ def _clear_block(bitmap_ref: triton.Ref, values_ref: triton.Ref, row: jax.Array,
     _store_bitmap(bitmap_ref, [jnp.zeros(plan.threads, jnp.int32)] * _THREAD_WORDS, row, plan)
     for place, is_piece in _pieces(plan):
         _store_piece(values_ref, jnp.zeros((plan.threads, plan.chunk // 2), jnp.int32), row, place, is_piece, plan)
+
+
+def _fuse(
+    plan: _Plan, function: Callable[..., Any], operands: Sequence[jax.Array], *shared: jax.Array, **fixed: int
+) -> jax.Array:
+    """`fuse` of one of the functions below, which are given the plan and what is `fixed` by their names."""
+    return fuse(functools.partial(function, plan=plan, **fixed), operands, *shared, interpret=plan.interpret)
 
 
 def _lane(plan: _Plan) -> jax.Array:
@@ -301,7 +307,6 @@ def _held_and_ranked(
     """The entries to hold, less the mean key rotated to each token's position; and what they are compared by."""
     if not (mean_refs or plan.weighed):
         return memory, entries, entries
-    fused = functools.partial(fuse, interpret=plan.interpret)
     if mean_refs:
         memory = _put_mean(memory, mean_refs, row, plan)
     held, ranked = list(entries), list(entries)
@@ -311,23 +316,21 @@ def _held_and_ranked(
         numbers = _less_mean(memory, words, mean_refs[-1], eight, plan) if mean_refs else _numbers(words, plan)
         for i, fours in zip(both, numbers, strict=True):
             if mean_refs:
-                held[i] = ranked[i] = fused(lambda columns: _words(columns[0] + columns[1], plan), fours)
+                held[i] = ranked[i] = _fuse(plan, _rounded, fours)
             if weight_ref is not None:
                 ranked[i] = _weighed(fours, weight_ref, i, plan)
 
-    def wait(held: list[list[jax.Array]], memory: triton.Memory) -> triton.Memory:
-        return triton.synchronise(memory, [words[0] for words in held], interpret=plan.interpret)
+    return _fuse(plan, _wait, held, memory) if mean_refs else memory, held, ranked
 
-    return fused(wait, held, memory) if mean_refs else memory, held, ranked
+
+def _wait(columns: list[list[jax.Array]], memory: triton.Memory, plan: _Plan) -> triton.Memory:
+    """Until the mean key in shared memory has been read for all that is held."""
+    return triton.synchronise(memory, [words[0] for words in columns], interpret=plan.interpret)
 
 
 def _numbers(eights: list[jax.Array], plan: _Plan) -> list[list[jax.Array]]:
     """Words of eight entries each as float32 [threads, 4], two for each of them."""
-
-    def number(words: jax.Array, four: int) -> jax.Array:
-        return fuse(functools.partial(_four, four=four, plan=plan), [words], interpret=plan.interpret)
-
-    return [[number(words, four) for four in range(2)] for words in eights]
+    return [[_fuse(plan, _four, [words], four=four) for four in range(2)] for words in eights]
 
 
 def _less_mean(
@@ -342,8 +345,8 @@ def _less_mean(
     for quad in (2 * eight, 2 * eight + 1):
         turns = _turns(turn_ref, quad, plan)
         for half, words in enumerate(eights):
-            less = functools.partial(_four_less_mean, quad=quad, half=half, plan=plan)
-            numbers[half].append(fuse(less, [words, *turns], memory, place, interpret=plan.interpret))
+            four = _fuse(plan, _four_less_mean, [words, *turns], memory, place, quad=quad, half=half)
+            numbers[half].append(four)
     return numbers
 
 
@@ -388,15 +391,22 @@ def _turns(ref: triton.Ref, quad: int, plan: _Plan) -> list[jax.Array]:
 
 def _weighed(fours: list[jax.Array], ref: triton.Ref, eight: int, plan: _Plan) -> jax.Array:
     """Words of eight numbers times the weights [H] of their channels; `eight` counts them in `_load`'s order."""
-
-    def weigh(columns: list[list[jax.Array]]) -> list[jax.Array]:
-        numbers, weights = columns[0] + columns[1], columns[2] + columns[3]
-        return _words([x * weight for x, weight in zip(numbers, weights, strict=True)], plan)
-
     word, start = divmod(8 * eight, WORD)
     channel = (_part(plan) * WORD)[:, None] + word * plan.head_dim // 2 + start + jnp.arange(4, dtype=jnp.int32)[None]
     weights = [triton.load(ref.at[channel + 4 * four]) for four in range(2)]
-    return fuse(weigh, [*fours, *weights], interpret=plan.interpret)
+    return _fuse(plan, _weigh, [*fours, *weights])
+
+
+def _weigh(columns: list[list[jax.Array]], plan: _Plan) -> list[jax.Array]:
+    """Words of eight numbers, in two fours, times as many weights."""
+    fours, weights = columns[:2], columns[2:]
+    weighed = [[x * weight for x, weight in zip(*pair, strict=True)] for pair in zip(fours, weights, strict=True)]
+    return _rounded(weighed, plan)
+
+
+def _rounded(columns: list[list[jax.Array]], plan: _Plan) -> list[jax.Array]:
+    """Words of eight numbers, in two fours."""
+    return _words(columns[0] + columns[1], plan)
 
 
 def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan) -> triton.Memory:
@@ -569,8 +579,8 @@ def _store_values(ref: triton.Ref, memory: triton.Memory, row: jax.Array, plan: 
         token, chunk = place % _BLOCK, jnp.where(is_piece, place // _BLOCK, 0)
         start = triton.shared_offset(memory, token * np.int32(4 * plan.row_words), interpret=plan.interpret)
         first = start + chunk * np.int32(2 * plan.chunk)
-        pairs = (functools.partial(_pair, place=4 * i, plan=plan) for i in range(plan.chunk // 2))
-        words = triton.stack([fuse(pair, [], memory, start, first, interpret=plan.interpret) for pair in pairs])
+        places = range(0, 2 * plan.chunk, 4)
+        words = triton.stack([_fuse(plan, _pair, [], memory, start, first, place=place) for place in places])
         _store_piece(ref, words, row, place, is_piece, plan)
 
 

@@ -99,8 +99,9 @@ def test_greedy_text(setting):
     assert "".join(pieces) == " Paris."
 
 
-def test_with_every_entry_kept_the_packed_cache_predicts_as_well_as_the_dense_one(setting):
-    config = CompressionConfig(k_sparsity=0.001, v_sparsity=0.001, center_keys=True)
+@pytest.mark.parametrize("center_keys", [False, True])
+def test_with_every_entry_kept_the_packed_cache_predicts_as_well_as_the_dense_one(setting, center_keys):
+    config = CompressionConfig(k_sparsity=0.001, v_sparsity=0.001, center_keys=center_keys)
     scores = mj.log_likelihoods(setting.model, setting.tokens, prompt_length=PROMPT, config=config)[0]
     dense = setting.dense[PROMPT - 1 :]
     assert scores.shape == dense.shape == (SCORED,)

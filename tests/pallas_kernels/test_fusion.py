@@ -136,8 +136,9 @@ def test_says_what_it_cannot_fuse():
         (lambda columns: columns[0][:2], [integers(0)]),
         (lambda columns: [*columns[0][:2], *columns[1][:2]], [integers(0), floats(1)]),
         (lambda _: [jnp.int32(1)] * 4, []),
+        (lambda _: [jnp.int32(1)], []),
     ],
-    ids=["too few columns", "two dtypes", "a row of nothing loaded"],
+    ids=["too few columns", "two dtypes", "a row of nothing loaded", "a row of one"],
 )
 def test_says_what_a_function_must_return(function, operands):
     with pytest.raises(ValueError, match=r"wanted one array, or a list of \d columns of one dtype"):
