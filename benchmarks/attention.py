@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -334,7 +335,8 @@ def plot_ratios(rows: list[Row], path: pathlib.Path) -> None:
         if row["sparsity"] == 0.7 and row["shape"] in dense:
             of_rule, ratio = ratios[row["rule"]], row["us"] / dense[row["shape"]]
             of_rule[row["shape"]] = min(ratio, of_rule.get(row["shape"], ratio))
-    shapes = [name for name in dense if name in ratios["published"]]
+    names = [shape.name for shapes in SETS.values() for shape in shapes]
+    shapes = [name for name in names if name in dense and name in ratios["published"]]
     if not shapes:
         return
     figure, axes = pyplot.subplots(figsize=(9, 4))
@@ -342,8 +344,8 @@ def plot_ratios(rows: list[Row], path: pathlib.Path) -> None:
         places = [place + 0.4 * i - 0.2 for place in range(len(shapes))]
         axes.bar(places, [of_rule.get(shape, 0) for shape in shapes], 0.38, label=f"{rule} rule, 0.7")
     axes.axhline(1, color="black", linewidth=1, linestyle="--", label="dense, cuDNN")
-    axes.set_xticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes], fontsize="small")
-    axes.set(ylabel="time of attention, relative to dense", xlabel="batch x tokens; A, B: docs/kernels.md")
+    axes.set_xticks(range(len(shapes)), [re.sub(", | (?=x )", "\n", shape) for shape in shapes], fontsize="small")
+    axes.set(ylabel="time of attention, relative to dense", xlabel="batch x tokens; A, B, C: docs/kernels.md")
     axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -509,7 +509,7 @@ def plot_speed(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         if stars:
             place = [row["batch"] for row in stars], [row["tokens_per_s"] for row in stars]
             axes.plot(*place, "*", markersize=14, color=style["color"])
-        axes.set(xlabel="batch", ylabel="tokens/s")
+        axes.set(xlabel="batch (star: as many as fit)", ylabel="tokens/s while decoding")
 
     _panels(rows, ("shape", "context"), draw, path)
 
