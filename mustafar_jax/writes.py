@@ -28,9 +28,9 @@ def _by_slices(axis: int, array: jax.Array, update: jax.Array, start: jax.Array)
     first_written = jnp.argsort(~written)  # only these are visited: to write back what was read would cost a copy
 
     def write_one(i: jax.Array, array: jax.Array) -> jax.Array:
-        b = first_written[i]
+        b = first_written[i].astype(jnp.int32)  # as the others are, also where integers are of 64 bits
         origin = [jnp.int32(0)] * array.ndim
-        origin[0], origin[axis] = b, start[b]
+        origin[0], origin[axis] = b, start[b].astype(jnp.int32)
         return lax.dynamic_update_slice(array, lax.dynamic_index_in_dim(update, b), origin)
 
     return lax.fori_loop(0, written.sum(), write_one, array)

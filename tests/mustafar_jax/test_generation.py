@@ -575,6 +575,31 @@ def test_a_cache_that_overflows_is_told_of(tokens, overflow):
     assert steps.value.tolist() == overflow
 
 
+def test_log_likelihoods_raise_where_a_cache_overflows():
+    model = Overflowing(counting().table, Context(100, 100), (Flagging(40), Flagging(7)))
+    texts = [[3, 10, 4], [3, 7, 4], [3, 10, 7]]  # the last token is given to no cache
+    with pytest.raises(ValueError, match=r"v_slots=None holds fewer entries than values of texts \[1\] need"):
+        mj.log_likelihoods(model, texts, prompt_length=1)
+
+
+@pytest.mark.parametrize("run", [mj.generate, mj.stream, mj.log_likelihoods])
+@pytest.mark.parametrize(("config", "implementation"), [(None, "triton"), (CONFIGS["published"], "cudnn")])
+def test_who_cannot_attend_is_refused_before_any_work(llama, run, config, implementation):
+    length = {"prompt_length": 1} if run is mj.log_likelihoods else {"max_new_tokens": 3}
+    progress = functools.partial(pytest.fail, "work was done")
+    with pytest.raises(NotImplementedError, match=f"implementation='{implementation}' .*attend"):
+        run(llama, [[3, 10, 4]], **length, config=config, implementation=implementation, progress=progress)
+
+
+@compressed
+def test_where_integers_have_64_bits_tokens_are_the_same(llama, config):
+    expected = mj.generate(llama, PROMPTS[:2], max_new_tokens=40, config=config)
+    with jax.enable_x64(True):
+        result = mj.generate(llama, PROMPTS[:2], max_new_tokens=40, config=config)
+    assert result.tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(result.tokens, expected.tokens)
+
+
 # Who packs
 
 
@@ -604,7 +629,8 @@ def test_the_implementation_reaches_every_layer(run):
     if run is mj.stream:
         assert len(list(result)) == 3
     for layer in layers:
-        assert layer.prefills == layer.decodes == [("triton", "xla")]
+        assert layer.prefills == [("triton", "xla")]
+        assert set(layer.decodes) == {("triton", "xla")}  # the first is asked whether it can, before
 
 
 @pytest.mark.parametrize(
