@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +14,14 @@ from jax import lax
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows, to_array
-from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, on_cuda
+from mustafar_jax.implementations import (
+    Implementation,
+    Names,
+    check_implementation,
+    first_that_runs,
+    kernels,
+    on_cuda,
+)
 
 TILE = 128
 """Tokens that the XLA implementation unpacks at a time; a multiple of 32."""
@@ -276,26 +282,20 @@ def _attend_packed_kernels(
     interpret: bool = False,
 ) -> jax.Array:
     """Attention over a packed cache by Pallas kernels, those of the module `mustafar_jax.pallas_kernels.<module>`."""
-    # Imported here: Pallas takes a while to import, and most who import this package attend through XLA.
-    from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
-
-    try:
-        kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
-    except (ImportError, AttributeError) as error:  # Pallas's backends are experimental: a version of jax may lack one
-        raise NotImplementedError(f"the kernels of {module} cannot be imported: {error}") from error
+    rows = kernels("rows")
 
     def kernel_rows(packed: Rows) -> Any:
-        return Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
+        return rows.Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
 
     sinks = min(cache.config.sink_tokens, cache.capacity)
     mean = None
     if cache.key_mean is not None:
-        mean = Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), sinks)
-    out: jax.Array = kernels.decode_attention(
+        mean = rows.Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), sinks)
+    out: jax.Array = kernels(module).decode_attention(
         query,
         kernel_rows(cache.keys.packed),
         kernel_rows(cache.values.packed),
-        Tail(cache.keys.dense, cache.values.dense, sinks),
+        rows.Tail(cache.keys.dense, cache.values.dense, sinks),
         cache.lengths,
         cache.packed_lengths,
         scale=scale,
@@ -365,8 +365,8 @@ def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | Non
     _check_window(sliding_window)
 
 
-def _check_window(sliding_window: int | None) -> None:
-    if sliding_window is not None and (sliding_window != int(sliding_window) or sliding_window < 1):
+def _check_window(sliding_window: Any) -> None:
+    if sliding_window is not None and (not isinstance(sliding_window, int | np.integer) or sliding_window < 1):
         raise ValueError(f"{sliding_window=} must be an integer of at least 1, or None")
 
 

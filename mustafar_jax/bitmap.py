@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mustafar_jax.implementations import Implementation, check_implementation, first_that_runs, kernels_or_xla
+from mustafar_jax.implementations import Implementation, check_implementation, first_that_runs, kernels, kernels_or_xla
 from mustafar_jax.writes import write_rows
 
 WORD = 32
@@ -185,19 +185,18 @@ def _product_xla(product: str, x: jax.Array, packed: BitmapArray) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 @functools.partial(jax.jit, static_argnums=(0, 3))  # so that a call outside jit does not compile each time
 def _product_triton(product: str, x: jax.Array, packed: BitmapArray, interpret: bool = False) -> jax.Array:
-    # Imported here, as attention does: Pallas takes a while to import.
-    from mustafar_jax.pallas_kernels import spmv
-    from mustafar_jax.pallas_kernels.rows import Packed
-
+    spmv = kernels("spmv")
     if x.dtype != packed.dtype:
         raise NotImplementedError(f"the kernels take one dtype; got {x.dtype} and rows of {packed.dtype}")
     leading, rows = x.shape[:-2], packed.bitmap.shape[-2]
     if rows == 0:
         raise NotImplementedError("the kernels take at least one row; got none")
-    by_head = Packed(*(y.reshape(-1, 1, *y.shape[len(leading) :]) for y in (packed.bitmap, packed.values)))
+    by_head = kernels("rows").Packed(
+        *(y.reshape(-1, 1, *y.shape[len(leading) :]) for y in (packed.bitmap, packed.values))
+    )
     x = x.reshape(-1, 1, *x.shape[-2:])
     if product == "key_spmv":
-        out = spmv.key_spmv(x, by_head, interpret=interpret)[..., : packed.length]
+        out: jax.Array = spmv.key_spmv(x, by_head, interpret=interpret)[..., : packed.length]
     else:
         x = jnp.pad(x, [(0, 0)] * 3 + [(0, rows - packed.length)])
         out = spmv.value_spmv(x, by_head, interpret=interpret)

@@ -15,7 +15,14 @@ from jax.typing import ArrayLike, DTypeLike
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.implementations import Implementation, Names, check_implementation, first_that_runs, kernels_or_xla
+from mustafar_jax.implementations import (
+    Implementation,
+    Names,
+    check_implementation,
+    first_that_runs,
+    kernels,
+    kernels_or_xla,
+)
 from mustafar_jax.pruning import RECENT, WEIGHING, Context, Method, query_weight, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.writes import write_rows
@@ -146,7 +153,8 @@ def prefill(
     Args:
         cache: the cache; what its sequences (those in `rows`) held is replaced.
         key, value: [B, S, K, H] in the cache's dtype, keys after RoPE at positions 0 .. S - 1; padded on the right.
-        lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None.
+        lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None. Under jit, one outside of that counts as
+            the nearest, and sets the sequence's `overflow`.
         query: [B, S, N, H] after RoPE, needed (and read) where keys are weighed, or a method scores with the most
             recent queries. Where it scores with their attention, that is over all earlier tokens, whatever sliding
             window the model has.
@@ -169,10 +177,13 @@ def prefill(
     _check_weighing_query(cache, query, key.shape[:2])
     if key.shape[1] > cache.capacity:
         raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
-    lengths = check_lengths(lengths, batch, key.shape[1])
+    given = check_lengths(lengths, batch, key.shape[1])
+    lengths = jnp.clip(given, 0, key.shape[1])  # under jit they are not known to lie there
+    part = cache if rows is None else jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)
+    part = part._prefill(key, value, lengths, query, names)
+    part = dataclasses.replace(part, overflow=part.overflow | (given != lengths))
     if rows is None:
-        return cache._prefill(key, value, lengths, query, names)
-    part = jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)._prefill(key, value, lengths, query, names)
+        return part
     return jax.tree.map(lambda whole, new: whole.at[jnp.asarray(rows)].set(new), cache, part)
 
 
@@ -609,25 +620,23 @@ def _check_by_magnitude(config: CompressionConfig) -> None:
 
 def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = False) -> tuple[Rows, Rows]:
     """By the Pallas kernel that lowers through Triton, in which sequences that have nothing to pack cost nothing."""
-    # Imported here, as attention does: Pallas takes a while to import.
-    from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
-    from mustafar_jax.pallas_kernels.rows import Mean, Packed
-
+    kernel, rows = kernels("prune_pack"), kernels("rows")
     config, mean = cache.config, None
     _check_by_magnitude(config)
     if cache.key_mean is not None:
-        mean = Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), config.sink_tokens)
+        mean = rows.Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), config.sink_tokens)
     prunes = []
     for packed, source, taken_off, rescale, weight in (
         (cache.keys.packed, leaving.key, mean, False, cache.key_weight),
         (cache.values.packed, leaving.value, None, config.rescale_values, None),
     ):
         if isinstance(packed, BitmapArray):
-            prunes.append(Prune(source, Packed(packed.bitmap, packed.values), taken_off, rescale, weight))
+            prunes.append(kernel.Prune(source, rows.Packed(packed.bitmap, packed.values), taken_off, rescale, weight))
     if not prunes:
         raise NotImplementedError("the Triton kernel writes bitmap-packed rows; this cache has none")
     ranges = leaving.first, leaving.start, leaving.held
-    written = iter(prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret))
+    options = {"rows": leaving.rows, "head_axis": leaving.head_axis, "interpret": interpret}
+    written = iter(kernel.prune_pack(prunes, *ranges, **options))
 
     def place(packed: Rows, source: jax.Array) -> Rows:
         if isinstance(packed, BitmapArray):

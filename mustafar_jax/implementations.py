@@ -1,7 +1,8 @@
 """Who computes what: names of implementations, and which of them is taken."""
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -41,12 +42,32 @@ def first_that_runs(names: Names, run: Callable[[str], T]) -> T:
 
 
 def on_cuda() -> bool:
-    """Whether jax computes on an NVIDIA GPU unless told otherwise."""
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+    """Whether jax computes on an NVIDIA GPU unless told otherwise, as by `jax.default_device`."""
+    device = _default_device()
+    return device.platform == "gpu" and "cuda" in device.client.platform_version
+
+
+def _default_device() -> jax.Device:
+    given = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(given, str):
+        return jax.devices(given)[0]
+    return jax.devices()[0] if given is None else given
+
+
+def kernels(module: str) -> Any:
+    """The module `mustafar_jax.pallas_kernels.<module>`, imported when first used: Pallas takes a while to import.
+
+    Raises:
+        NotImplementedError: it cannot be imported. Pallas's backends are experimental: a version of jax may lack one.
+    """
+    try:
+        return importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(f"the kernels of {module} cannot be imported: {error}") from error
 
 
 def kernels_or_xla() -> tuple[str, ...]:
-    """What None tries on the default backend where there are Triton kernels for it, best first."""
+    """What None tries on the default device where there are Triton kernels for it, best first."""
     return ("triton", "xla") if on_cuda() else ("xla",)
 
 
@@ -54,5 +75,5 @@ def _check_present(name: str) -> None:
     """Raise NotImplementedError for what only lowering would find out: a backend named alone may be for elsewhere."""
     if name != "xla" and not on_cuda():
         raise NotImplementedError(
-            f"implementation={name!r} needs an NVIDIA GPU; the default backend is {jax.default_backend()}"
+            f"implementation={name!r} needs an NVIDIA GPU; the default device is {_default_device()}"
         )

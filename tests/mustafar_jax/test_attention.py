@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from mustafar_jax import (
     attention,
     decode_attention,
     implementations,
+    key_spmv,
+    pack,
     prefill,
     prefill_attention,
 )
@@ -238,6 +241,7 @@ def test_implementations_of_prefill_fall_through():
         (r"query has shape \(3, 1, 6, 64\)", {"query": jnp.ones((3, 1, 6, 64))}),
         ("query has 5 heads; wanted a multiple of the cache's 2", {"query": jnp.ones((3, 5, 64))}),
         ("sliding_window=0 must be an integer of at least 1", {"sliding_window": 0}),
+        ("sliding_window=48.0 must be an integer", {"sliding_window": 48.0}),
         ("implementation='pallas' must be one of", {"implementation": "pallas"}),
         ("implementation='pallas' must be one of", {"implementation": ("xla", "pallas")}),
         (r"implementation=\(\) names none", {"implementation": ()}),
@@ -268,6 +272,30 @@ def test_none_tries_the_fastest_kernel_first(monkeypatch):
     cache = empty(CompressionConfig(), batch=1, num_kv_heads=1)
     jax.eval_shape(decode_attention, jnp.zeros((1, 9, HEAD_DIM)), cache)
     assert seen == ["mosaic_gpu", "triton"]
+
+
+def test_a_jax_without_pallas_s_backends_attends_packs_and_multiplies_through_xla(monkeypatch):
+    """On a GPU."""
+    for module in (attention, implementations):
+        monkeypatch.setattr(module, "on_cuda", lambda: True)
+    for name in ("rows", "spmv", "prune_pack"):
+        monkeypatch.setitem(sys.modules, f"mustafar_jax.pallas_kernels.{name}", None)
+    rng = np.random.default_rng(7)
+    cache, query = filled(CompressionConfig(), jnp.array([90, 70, 3]), rng), normal(rng, BATCH, 2, HEAD_DIM)
+    packed = pack(normal(rng, 1, 2, 32, HEAD_DIM), jnp.ones((1, 2, 32, HEAD_DIM), bool))
+    for run, arguments in (
+        (decode_attention, (query, cache)),
+        (append, (cache, query, query)),
+        (key_spmv, (query[:1, :, None], packed)),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, run(*arguments), run(*arguments, implementation="xla"))
+
+
+def test_only_a_default_device_with_cuda_gets_kernels():
+    for device in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(device):
+            assert not implementations.on_cuda()
+    assert implementations.on_cuda() == (jax.default_backend() == "gpu")
 
 
 def test_a_kernel_that_cannot_be_imported_is_one_that_cannot_run():

@@ -151,6 +151,17 @@ def test_without_lengths_a_prompt_is_whole():
     assert cache.lengths.tolist() == [40, 40]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_lengths_out_of_range_under_jit_count_as_the_nearest_and_are_flagged(name):
+    key, value = (x[:, :80] for x in sequences(5))
+    cache = prefill_jit(empty(CONFIGS[name]), key, value, jnp.array([200, -5]))
+    expected = prefill_jit(empty(CONFIGS[name]), key, value, jnp.array([80, 0]))
+    assert cache.overflow.tolist() == [True, True]
+    assert not expected.overflow.any()
+    cache = dataclasses.replace(cache, overflow=expected.overflow)
+    jax.tree.map(np.testing.assert_array_equal, cache, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes(dtype):
     """At head_dim 128 in 16 bits the packed part takes at most 0.40 of dense at 0.7, 0.58 at 0.5; all leaves count."""
