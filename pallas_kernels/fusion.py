@@ -64,7 +64,8 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
         [threads, n], or the one array that the function returned.
 
     Raises:
-        TypeError: an operation that is not among these.
+        TypeError: an operation that is not among these, numbers of another dtype, or what the function uses without
+            being given it; not where it is interpreted.
         ValueError: the function returned something else.
     """
     if interpret:
@@ -77,6 +78,8 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
     wanted = (pack if operands else 0) if is_row else 1
     if len({x.dtype for x in jaxpr.out_avals}) != 1 or len(jaxpr.out_avals) != wanted:
         raise ValueError(f"function returned {results}; wanted one array, or a list of {pack} columns of one dtype")
+    if jaxpr.out_avals[0].dtype.name not in _LETTER or any(isinstance(x, jax.core.Tracer) for x in jaxpr.consts):
+        raise TypeError(f"function returned {results}, from its operands and {jaxpr.consts}, which cannot be fused")
     if operands:  # all are to have one shape: these are repeated, and of the repetitions the first is read
         shared = tuple(jnp.broadcast_to(x[:, None], operands[0].shape) for x in shared)
     result = _issue(jaxpr, operands, shared, pack)
@@ -152,6 +155,8 @@ class _Program:
 
     def _register(self, kind: str) -> str:
         """A new one of a dtype."""
+        if kind not in _REGISTER:
+            raise TypeError(f"{kind} cannot be fused; wanted one of {[*_REGISTER]}")
         name = next(self._names)
         self._code.append(f".reg .{_REGISTER[kind]} {name};")
         return name

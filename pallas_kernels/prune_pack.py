@@ -79,17 +79,17 @@ def prune_pack(
 
     Raises:
         NotImplementedError: see `triton.check_supported`.
-        ValueError: a weight that is not float32 [B, K, H].
+        ValueError: rows that are no multiple of 32, sources of several shapes, a target of another dtype than its
+            source's, a weight that is not float32 [B, K, H].
     """
     source = prunes[0].source
     batch, head_dim = source.shape[0], source.shape[3]
     kv_heads = source.shape[head_axis]
     triton.check_supported(dtype=source.dtype, head_dim=head_dim)
-    for weight in (prune.weight for prune in prunes if prune.weight is not None):
-        if weight.shape != (batch, kv_heads, head_dim) or weight.dtype != jnp.float32:
-            raise ValueError(
-                f"weight is {weight.dtype}{list(weight.shape)}; wanted float32 {[batch, kv_heads, head_dim]}"
-            )
+    if rows % _BLOCK:
+        raise ValueError(f"{rows=} must be a multiple of {_BLOCK}")
+    for prune in prunes:
+        _check(prune, source, (batch, kv_heads, head_dim))
     plans = tuple(_Plan.of(prune, interpret) for prune in prunes)
     # not stacked: that would be a kernel of its own in every decode step
     of_sequence = pl.BlockSpec((None, 1), lambda head, block, sequence, side: (sequence, 0))
@@ -124,6 +124,18 @@ def prune_pack(
 def _bits(x: jax.Array) -> jax.Array:
     """Entries are moved as integers: every NaN stays as it is, also where XLA has no 16-bit floating point."""
     return lax.bitcast_convert_type(x, jnp.int16)
+
+
+def _check(prune: Prune, source: jax.Array, per_head: tuple[int, int, int]) -> None:
+    """Raise ValueError unless arrays are of the first source's shape and dtype, and a weight of float32 `per_head`."""
+    of_target, of_weight = prune.target.values.dtype, prune.weight
+    if prune.source.shape != source.shape or not prune.source.dtype == of_target == source.dtype:
+        raise ValueError(
+            f"source is {prune.source.dtype}{list(prune.source.shape)} and its target {of_target}; "
+            f"wanted {source.dtype}{list(source.shape)}, as the first source is"
+        )
+    if of_weight is not None and (of_weight.shape != per_head or of_weight.dtype != jnp.float32):
+        raise ValueError(f"weight is {of_weight.dtype}{list(of_weight.shape)}; wanted float32 {list(per_head)}")
 
 
 def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:

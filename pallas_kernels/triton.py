@@ -188,7 +188,7 @@ def shared_buffer(words: int, lane: jax.Array, *, interpret: bool) -> Memory:
     if words * 4 > SHARED_BYTES:
         raise ValueError(f"{words=} must be at most {SHARED_BYTES // 4}")
     if interpret:
-        return jnp.zeros(2 * words, jnp.int16)
+        return jnp.full(2 * words, 0x7FC1, jnp.int16)  # NaN of either 16-bit dtype
     return _asm(f"{{ .shared .align 16 .b8 buffer[{words * 4}]; mov.u32 $0, buffer; }}", lane)
 
 

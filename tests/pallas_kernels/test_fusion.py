@@ -125,9 +125,26 @@ def test_is_one_assembly(monkeypatch):
     ]
 
 
-def test_says_what_it_cannot_fuse():
-    with pytest.raises(TypeError, match=r"sin .* cannot be fused"):
-        fuse(lambda columns: [jnp.sin(x) for x in columns[0]], [floats(0)], interpret=False)
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (jnp.sin, "sin .* cannot be fused"),
+        (lambda x: x.view(jnp.uint32).view(jnp.float32), "uint32 cannot be fused"),
+        (lambda x: x > 0, "function returned .*bool.* cannot be fused"),
+    ],
+    ids=["an operation", "a dtype", "a result"],
+)
+def test_says_what_it_cannot_fuse(function, message):
+    with pytest.raises(TypeError, match=message):
+        fuse(lambda columns: [function(x) for x in columns[0]], [floats(0)], interpret=False)
+
+
+def test_says_that_a_function_uses_what_it_is_not_given():
+    def run(x):
+        return fuse(lambda columns: [column + x for column in columns[0]], [floats(0)], interpret=False)
+
+    with pytest.raises(TypeError, match=r"Tracer.* cannot be fused"):
+        jax.eval_shape(run, jnp.float32(1))
 
 
 @pytest.mark.parametrize(

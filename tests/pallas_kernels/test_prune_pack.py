@@ -143,6 +143,23 @@ def test_weights_of_another_form_are_refused(shape, dtype):
         pruned(x, target, weight=jnp.ones(shape, dtype), interpret=True)
 
 
+@pytest.mark.parametrize(
+    ("rows", "shape", "dtype", "message"),
+    [
+        (48, (2, 2, 72, 64), F16, "rows=48 must be a multiple of 32"),
+        (64, (2, 2, 40, 64), F16, r"source is float16\[2, 2, 40, 64\] .*; wanted float16\[2, 2, 72, 64\]"),
+        (64, (2, 2, 72, 64), jnp.bfloat16, "source is float16.* and its target bfloat16; wanted float16"),
+    ],
+)
+def test_sources_and_targets_that_do_not_go_together_are_refused(rows, shape, dtype, message):
+    rng = np.random.default_rng(12)
+    target = poisoned(rng, 2, 2, 96, 64, 16, F16)
+    other = target._replace(values=target.values.astype(dtype))
+    prunes = [Prune(data(rng, (2, 2, 72, 64), F16), target), Prune(data(rng, shape, F16), other)]
+    with pytest.raises(ValueError, match=message):
+        prune_pack(prunes, FIRST, START, HELD, rows=rows, head_axis=1, interpret=True)
+
+
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
 def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, weighed, interpret):

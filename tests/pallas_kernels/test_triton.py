@@ -110,7 +110,7 @@ def test_from_neighbour():
 
 def test_shared_append():
     lane = jnp.arange(2, dtype=jnp.int32)
-    memory = triton.shared_buffer(8, lane, interpret=True)
+    memory = triton.shared_zeros(8, lane, interpret=True)
     entries = [jnp.asarray([i | (i + 1) << 16] * 2, jnp.int32) for i in range(1, 33, 2)]  # half b is b + 1
     kept = jnp.asarray([1 - 2**31 + (1 << 4), 0b1010], jnp.int32)
     appended = triton.shared_append(memory, lane * 16 + 2, entries, kept, interpret=True)
