@@ -235,7 +235,7 @@ class Llama(nnx.Module):
         return self.logits(hidden)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Integer tokens [...] -> hidden [..., D]; a token outside the vocabulary gives NaN."""
+        """Integer tokens [...], 0 .. vocab_size - 1 -> hidden [..., D]; tokens from vocab_size on give NaN."""
         return self.embed_tokens(tokens)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

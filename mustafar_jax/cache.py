@@ -542,7 +542,7 @@ class PackedCache(LayerCache):
             return Context(valid)
         queries = self.queries.astype(jnp.float32)
         queries = queries.reshape(self.batch, self.num_kv_heads, -1, self.head_dim)
-        if not (self.config.v_sparsity and self.config.value_method.needs_attention):
+        if not self.config.needs_attention:
             return Context(valid, queries)
         attention = _attention_received(queries, self._query_positions(), all_keys())
         return Context(valid, queries, jnp.take_along_axis(attention, positions[:, None], axis=2))

@@ -66,6 +66,9 @@ class CompressionConfig:
         for name in ("residual_length", "group", "sink_tokens"):
             if not isinstance(getattr(self, name), int | np.integer):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be an integer")
+        for name in ("center_keys", "weigh_keys", "rescale_values"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a bool")
         for name in ("residual_length", "sink_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
@@ -129,9 +132,18 @@ class CompressionConfig:
 
     @property
     def needs_queries(self) -> bool:
-        """Whether keys or values are pruned by a rule that scores with queries."""
-        keys = self.k_sparsity > 0 and self.key_method.needs_queries
-        return keys or (self.v_sparsity > 0 and self.value_method.needs_attention)
+        """Whether keys or values are pruned by a rule that scores with queries, or with their attention."""
+        return self.needs_attention or any(method.needs_queries for method in self._methods())
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether keys or values are pruned by a rule that scores with the attention that tokens receive."""
+        return any(method.needs_attention for method in self._methods())
+
+    def _methods(self) -> list[Method]:
+        """The rules that are in use."""
+        pairs = (self.k_sparsity, self.key_method), (self.v_sparsity, self.value_method)
+        return [method for sparsity, method in pairs if sparsity > 0]
 
     def slots(self, head_dim: int) -> tuple[int, int]:
         """Entries that a packed key and a packed value have room for."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention, keep_count, magnitude_mask, prefill
 from mustafar_jax.cache import DenseCache, PackedCache
-from mustafar_jax.pruning import Context, query_weight, rescale_to_norm
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Context, query_weight, rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import CONFIGS, DTYPES, rope_frequencies
 from tests.quick import AS_USERS
@@ -273,11 +273,32 @@ def test_config_sparsity(field, sparsity):
         ("v_slots=8.5 must be an integer or None", {"v_slots": 8.5, "v_method": "channel_magnitude"}),
         ("v_method='random' must be one of", {"v_method": "random"}),
         ("weigh_keys=True must be False for k_method='think'", {"weigh_keys": True, "k_method": "think"}),
+        ("center_keys='false' must be a bool", {"center_keys": "false"}),
+        ("rescale_values=1 must be a bool", {"rescale_values": 1}),
+        (r"weigh_keys=array\(True\) must be a bool", {"weigh_keys": np.array(True)}),
     ],
 )
 def test_config_fields(message, fields):
     with pytest.raises((ValueError, TypeError), match=message):
         CompressionConfig(**fields)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_keys_and_values_may_be_pruned_by_what_either_needs(side, monkeypatch):
+    """A method of the other kind of vectors: by queries, or by the attention that tokens receive."""
+    methods, names = {"k": (KEY_METHODS, VALUE_METHODS), "v": (VALUE_METHODS, KEY_METHODS)}[side], []
+    for name, method in methods[1].items():
+        if method.needs_queries or method.needs_attention:
+            monkeypatch.setitem(methods[0], f"other {name}", method)
+            names.append(f"other {name}")
+    assert names
+    key, value = sequences(9)
+    query = jnp.asarray(np.random.default_rng(8).standard_normal((BATCH, PROMPT, HEADS, HEAD_DIM)), jnp.float32)
+    for name in names:
+        config = CompressionConfig(**{f"{side}_method": name})
+        assert config.needs_queries
+        cache = prefill(empty(config, num_heads=HEADS), key[:, :PROMPT], value[:, :PROMPT], query=query)
+        assert cache.packed_lengths.tolist() == [96, 96]
 
 
 def test_recommended():
