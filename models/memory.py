@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mustafar_jax import generation
+from mustafar_jax.attention import PREFILL_CHUNK
 from mustafar_jax.cache import LayerCache, kernel_packs
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import llama
@@ -82,20 +83,22 @@ def num_weights(config: ModelConfig) -> int:
 def working_nbytes(
     config: ModelConfig, compression: CompressionConfig, *, batch: int, length: int, dtype: DTypeLike
 ) -> int:
-    """An allowance for what prefill through cuDNN holds beside weights and caches; decoding holds less.
+    """An allowance for what prefill holds beside weights and caches on an NVIDIA GPU; decoding holds less.
 
     Of the tokens that are prefilled at a time (`generation.PREFILL_TOKENS`, or one prompt where that is longer), the
     hidden states, and the largest of what follows one another: attention (hidden states, queries, outputs, and keys and
-    values once), compression, unless the cache is dense (hidden states, and keys and values: twice where a
-    kernel packs them on GPUs, else four times), and the feed-forward network on the tokens that it takes at a time
-    (three inner activations of `llama.FEED_FORWARD_TOKENS`). Two float32 logits per sequence, and `RESERVE`.
+    values once; in float32, which cuDNN does not take, also the scores of some queries, three times),
+    compression, unless the cache is dense (hidden states, and keys and values: twice where a kernel packs them on GPUs,
+    else four times), and the feed-forward network on the tokens that it takes at a time (three inner activations of
+    `llama.FEED_FORWARD_TOKENS`). Two float32 logits per sequence, and `RESERVE`.
     """
     total = batch * length
     tokens, chunk = min(total, max(generation.PREFILL_TOKENS, length)), min(total, llama.FEED_FORWARD_TOKENS)
     queries, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     copies = 2 if kernel_packs(compression, head_dim=config.head_dim, dtype=dtype) else 4
+    scores = 0 if jnp.dtype(dtype).itemsize == 2 else 3 * config.num_heads * min(length, PREFILL_CHUNK)
     largest = max(
-        tokens * (config.hidden_size + 2 * queries + kv),
+        tokens * (config.hidden_size + 2 * queries + kv + scores),
         tokens * (config.hidden_size + copies * kv) * (not compression.is_dense),
         chunk * 3 * config.intermediate_size,
     )

@@ -1,11 +1,12 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from mustafar_jax import CompressionConfig, generation
+from mustafar_jax import CompressionConfig, generation, prefill_attention
 from mustafar_jax.models import Llama, ModelConfig, memory
 
 TINY = ModelConfig(
@@ -63,11 +64,23 @@ def test_the_allowance_stops_growing_where_prompts_are_prefilled_some_at_a_time(
         ({}, CompressionConfig(0.7, 0, v_method="think"), "bfloat16", 2),
     ],
 )
-def test_what_compression_holds_depends_on_who_packs(change, compression, dtype, copies):
+def test_what_compression_holds_depends_on_who_packs(change, compression, dtype, copies, monkeypatch):
     """Keys and values that outweigh all else: each copy is as large as the whole."""
+    monkeypatch.setattr(memory, "PREFILL_CHUNK", 1)
     wide = dataclasses.replace(TINY, head_dim=64, num_heads=64, num_kv_heads=64, hidden_size=8, intermediate_size=8)
     config = dataclasses.replace(wide, **change)
     tokens = 1024
     kv = 2 * config.num_kv_heads * config.head_dim * tokens * jnp.dtype(dtype).itemsize
     held = memory.working_nbytes(config, compression, batch=1, length=tokens, dtype=dtype) - memory.RESERVE
     assert held == pytest.approx(copies * kv, rel=0.02)
+
+
+def test_in_float32_the_scores_of_a_prompt_are_counted():
+    """Prompts are then attended through XLA, which holds those of some queries: here more than all else."""
+    config = dataclasses.replace(TINY, num_heads=8)
+    batch, length = 2, 2048
+    shapes = [jax.ShapeDtypeStruct((batch, length, heads, config.head_dim), jnp.float32) for heads in (8, 2, 2)]
+    run = functools.partial(prefill_attention, implementation="xla")
+    held = jax.jit(run).lower(*shapes, jnp.full(batch, length)).compile().memory_analysis().temp_size_in_bytes
+    planned = memory.working_nbytes(config, generation.DENSE, batch=batch, length=length, dtype="float32")
+    assert held < planned - memory.RESERVE < 1.5 * held
