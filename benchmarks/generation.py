@@ -210,7 +210,7 @@ def run_all(
         folder: of the results.
         device: where it is run, as `describe` says.
         ask: a `Launcher`.
-        check_plan: at the end, try largest batches 5 % larger than planned, where what was planned did fit.
+        check_plan: at the end, try largest batches 5 % larger than planned, rounded up, where what was planned did fit.
         resume: leave out cases that a row of the same commit already tells about.
     """
     table = Table(folder / "generation.json", _identity)
@@ -232,17 +232,18 @@ def run_all(
 
 
 def _row_of(case: Case, device: dict[str, Any], rows: list[Row]) -> Row | None:
-    """The row of a case that ran, on this device and at this commit."""
+    """The row of a case that ran, on this device and at this commit, and tells as much."""
     wanted = _identity(dataclasses.asdict(case) | device)
     commit = device["where"]["commit"]
     for row in rows:
-        if _identity(row) == wanted and row["status"] == "ok" and row["where"]["commit"] == commit:
+        same = _identity(row) == wanted and row["where"]["commit"] == commit
+        if same and row["status"] == "ok" and row["split"] >= case.split:
             return row
     return None
 
 
 def run_larger(case: Case, ask: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
-    """Whether 5 % more sequences than planned fit; if not, the plan is true within 5 %."""
+    """Whether 5 % more sequences than planned, rounded up, fit; if not, the plan is true within that."""
     larger = dataclasses.replace(case, batch=math.ceil(1.05 * case.batch))
     print(f"does the plan leave room? {larger}", flush=True)
     answer = ask(["--one", json.dumps(dataclasses.asdict(larger)), "--complete"])
@@ -530,7 +531,7 @@ def _cache(row: dict[str, Any]) -> str:
     """What a line of a plot is of."""
     if not row["sparsity"]:
         return "dense"
-    return f"packed {row['sparsity']}" + (f", {row['implementation']}" if row["implementation"] else "")
+    return f"{row['rule']} {row['sparsity']}" + (f", {row['implementation']}" if row["implementation"] else "")
 
 
 def _panels(rows: list[dict[str, Any]], fields: tuple[str, str], draw: Callable[..., None], path: pathlib.Path) -> None:

@@ -95,9 +95,13 @@ def test_what_ran_at_this_commit_is_not_run_again_and_the_plan_is_checked(tmp_pa
     assert asked[2:] == [(42, "--complete")]
     [row] = [row for row in json.loads((tmp_path / "generation.json").read_text())["rows"] if row["largest"]]
     assert (row["larger_batch"], row["larger_fits"]) == (42, False)
+    brief = dataclasses.replace(LLAMA, split=False)
+    generation.run_all([brief], tmp_path, device, ask, resume=True)  # the row that is there tells more
+    assert not asked[3:]
     other = device | {"where": {"device": "here", "commit": "other"}}
-    generation.run_all(cases[:1], tmp_path, other, ask, resume=True)
-    assert asked[3:] == [(8,)]
+    for case in (brief, brief, LLAMA, LLAMA):
+        generation.run_all([case], tmp_path, other, ask, resume=True)
+    assert asked[3:] == [(8,), (8,)]
 
 
 def test_flatness_is_what_a_straight_line_leaves():
