@@ -288,9 +288,6 @@ def _attend_packed_kernels(
         return rows.Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
 
     sinks = min(cache.config.sink_tokens, cache.capacity)
-    mean = None
-    if cache.key_mean is not None:
-        mean = rows.Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), sinks)
     out: jax.Array = kernels(module).decode_attention(
         query,
         kernel_rows(cache.keys.packed),
@@ -300,7 +297,7 @@ def _attend_packed_kernels(
         cache.packed_lengths,
         scale=scale,
         window=window,
-        mean=mean,
+        mean=cache.kernels_mean(),
         interpret=interpret,
     )
     return out

@@ -367,6 +367,13 @@ class PackedCache(LayerCache):
         assert self.key_mean is not None
         return rotate(self.key_mean[:, :, None], positions[:, None], jnp.asarray(self.inv_freq))
 
+    def kernels_mean(self) -> Any:
+        """The mean key as the kernels take it, a `rows.Mean`; None where there is none."""
+        if self.key_mean is None:
+            return None
+        inv_freq = np.asarray(self.inv_freq, np.float32)
+        return kernels("rows").Mean(self.key_mean, inv_freq, self.config.sink_tokens)
+
     def unpack_keys(self, packed: Rows, positions: jax.Array) -> jax.Array:
         """Packed keys [B, K, n, H] at positions [B or 1, n] as attention sees them; float32 where they are centred."""
         if self.key_mean is None or not isinstance(packed, BitmapArray):
@@ -621,13 +628,11 @@ def _check_by_magnitude(config: CompressionConfig) -> None:
 def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = False) -> tuple[Rows, Rows]:
     """By the Pallas kernel that lowers through Triton, in which sequences that have nothing to pack cost nothing."""
     kernel, rows = kernels("prune_pack"), kernels("rows")
-    config, mean = cache.config, None
+    config = cache.config
     _check_by_magnitude(config)
-    if cache.key_mean is not None:
-        mean = rows.Mean(cache.key_mean, np.asarray(cache.inv_freq, np.float32), config.sink_tokens)
     prunes = []
     for packed, source, taken_off, rescale, weight in (
-        (cache.keys.packed, leaving.key, mean, False, cache.key_weight),
+        (cache.keys.packed, leaving.key, cache.kernels_mean(), False, cache.key_weight),
         (cache.values.packed, leaving.value, None, config.rescale_values, None),
     ):
         if isinstance(packed, BitmapArray):
