@@ -72,7 +72,7 @@ def load(
         ValueError: an unsupported or damaged checkpoint, or tensors that do not fit the model (all of them named).
     """
     dtype = None if dtype is None else _check_dtype(dtype)
-    path = Path(source)
+    path = _local(source)
     if path.is_file():
         return _load_gguf(path, dtype, mesh, progress)
     folder = path if path.is_dir() else _download(source, ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"])
@@ -95,13 +95,21 @@ def load_config(source: str | os.PathLike[str]) -> ModelConfig:
         FileNotFoundError: nothing is there, or no config.json.
         ValueError: an unsupported or damaged description.
     """
-    path = Path(source)
+    path = _local(source)
     if path.is_file():
         from mustafar_jax.models.gguf import open_gguf  # imported here since gguf imports this module
 
         return open_gguf(path)[0]
     folder = path if path.is_dir() else _download(source, ["config.json", "generation_config.json"])
     return _read_config(folder, _read_json(folder / "config.json"))[1]
+
+
+def _local(source: str | os.PathLike[str]) -> Path:
+    """Where a source would lie, were it no hub id; FileNotFoundError for what can be nothing but a file, and is not."""
+    path = Path(source)
+    if path.suffix == ".gguf" and not path.exists():
+        raise FileNotFoundError(f"source={str(source)!r}: there is no such file")
+    return path
 
 
 def load_weights(
@@ -280,10 +288,10 @@ def _check_mesh(mesh: Mesh) -> Mesh:
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"dtype={dtype.name!r} must be bfloat16, float16 or float32")
-    return dtype
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype={name!r} must be bfloat16, float16 or float32")
+    return jnp.dtype(name)
 
 
 def _read_config(folder: Path, fields: Mapping[str, Any]) -> tuple[type[Llama], ModelConfig]:

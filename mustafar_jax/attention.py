@@ -13,7 +13,7 @@ from jax import lax
 
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
-from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows, to_array
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows, check_cache, to_array
 from mustafar_jax.implementations import (
     Implementation,
     Names,
@@ -353,6 +353,7 @@ _DENSE: dict[str, Callable[[jax.Array, DenseCache, float, int | None], jax.Array
 
 
 def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | None) -> None:
+    check_cache(cache)
     if query.ndim != 3 or query.shape[0] != cache.batch or query.shape[2] != cache.head_dim:
         raise ValueError(f"query has shape {query.shape}; the cache wants [{cache.batch}, N, {cache.head_dim}]")
     if query.shape[1] % cache.num_kv_heads or query.shape[1] == 0:

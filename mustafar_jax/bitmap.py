@@ -106,7 +106,9 @@ def pack(x: jax.Array, mask: jax.Array | np.ndarray, *, slots: int | None = None
 
 
 def unpack(packed: BitmapArray) -> jax.Array:
-    """The dense array [..., S, H]: every held entry in its channel, zero elsewhere."""
+    """The dense array [..., S, H]: every held entry in its channel, zero elsewhere; TypeError for anything else."""
+    if not isinstance(packed, BitmapArray):
+        raise TypeError(f"packed is of type {type(packed).__name__}; wanted a BitmapArray")
     below = packed.bitmap[..., None] & ((jnp.uint32(1) << jnp.arange(WORD, dtype=jnp.uint32)) - 1)
     counts = lax.population_count(packed.bitmap).astype(jnp.int32)
     before = jnp.cumsum(counts, axis=-1) - counts

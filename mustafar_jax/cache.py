@@ -89,7 +89,7 @@ class LayerCache:
 
         Raises:
             ValueError: an argument out of its range.
-            TypeError: an unsupported dtype.
+            TypeError: an argument of another type, an unsupported dtype.
         """
         if not isinstance(config, CompressionConfig):
             raise TypeError(f"{config=} must be a CompressionConfig")
@@ -99,9 +99,7 @@ class LayerCache:
                 raise TypeError(f"{name}={size!r} must be an integer")
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
-        dtype = jnp.dtype(dtype)
-        if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-            raise TypeError(f"dtype={dtype} must be bfloat16, float16 or float32")
+        dtype = _check_dtype(dtype)
         if head_dim % bitmap.WORD and not config.is_dense:
             raise ValueError(f"{head_dim=} must be a multiple of {bitmap.WORD} where keys or values are pruned")
         frequencies = None if config.is_dense else _frequencies(config, inv_freq, head_dim)
@@ -167,9 +165,10 @@ def prefill(
     Raises:
         ValueError: shapes, lengths or rows that do not fit the cache or each other, S above the capacity, an unknown
             implementation.
-        TypeError: another dtype than the cache's.
+        TypeError: another dtype than the cache's; no cache.
         NotImplementedError: no implementation that was named can run this.
     """
+    check_cache(cache)
     names = check_implementation(implementation) or kernels_or_xla()
     batch = cache.batch if rows is None else _check_rows(rows, cache.batch)
     check_kv(cache, key, value, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
@@ -205,9 +204,10 @@ def append(
 
     Raises:
         ValueError: shapes that do not fit the cache, an unknown implementation.
-        TypeError: another dtype than the cache's.
+        TypeError: another dtype than the cache's; no cache.
         NotImplementedError: no implementation that was named can run this.
     """
+    check_cache(cache)
     check_kv(cache, key, value, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
     check_query(cache, query, key.shape[:1], "[B, N, H]")
     names = check_implementation(implementation) or kernels_or_xla()
@@ -688,6 +688,12 @@ def _check_rows(rows: ArrayLike | Sequence[int], batch: int) -> int:
     return given.shape[0]
 
 
+def check_cache(cache: Any) -> None:
+    """Raise TypeError for what is no cache, such as the argument that is to come before or after it."""
+    if not isinstance(cache, LayerCache):
+        raise TypeError(f"cache is of type {type(cache).__name__}; wanted a LayerCache")
+
+
 def check_kv(cache: LayerCache, key: jax.Array, value: jax.Array, wanted: tuple[int | None, ...], letters: str) -> None:
     """Raise ValueError for keys and values of another shape than `wanted`, TypeError for another dtype."""
     for name, x in (("key", key), ("value", value)):
@@ -725,12 +731,24 @@ def _check_weighing_query(cache: LayerCache, query: jax.Array | None, leading: t
         raise ValueError(f"query has shape {query.shape}; the cache wants [B, S, N, H] = {sizes}")
 
 
+def _check_dtype(given: DTypeLike) -> np.dtype[Any]:
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:  # no dtype at all
+        dtype = None
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(f"dtype={given if dtype is None else dtype.name} must be bfloat16, float16 or float32")
+    return dtype
+
+
 def _frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim: int) -> tuple[float, ...] | None:
     """The RoPE frequencies as a static tuple where keys are centred, else None."""
     if not (config.center_keys and config.k_sparsity):
         return None
     if inv_freq is None:
         raise ValueError("inv_freq=None: center_keys=True needs the model's RoPE frequencies, [head_dim / 2]")
+    if isinstance(inv_freq, jax.core.Tracer):
+        raise TypeError("inv_freq is traced; wanted numbers: compute it outside of jit, or with numpy")
     if np.shape(inv_freq) != (head_dim // 2,):
         raise ValueError(f"inv_freq has shape {np.shape(inv_freq)}; wanted [{head_dim // 2}]")
     return tuple(np.asarray(inv_freq, np.float32).tolist())

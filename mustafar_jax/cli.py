@@ -92,6 +92,8 @@ def generate(options: argparse.Namespace) -> None:
         pieces = iter(returned)
         first = next(pieces)
     rate = _print_pieces(first, pieces, flush=options.stream)
+    if not first and rate is None and not options.chat and tokenizer.chat_template is not None:
+        print("mustafar generate: the model has nothing to add; --chat asks it for an answer", file=sys.stderr)
     if returned.value.any():
         what = f"a value needed more than --v-slots {config.v_slots} and lost entries"
         print(f"mustafar generate: {what}", file=sys.stderr)
@@ -391,6 +393,8 @@ def _prompt(options: argparse.Namespace) -> str:
             return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file {options.prompt_file} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"--prompt-file {options.prompt_file} cannot be read: {error.strerror}") from error
 
 
 def _progress() -> Progress:
@@ -428,10 +432,10 @@ def _summary(rate: float | None, caches: Sequence[LayerCache], config: Compressi
     held, dense = (sum(getattr(cache, name) for cache in caches) for name in ("nbytes", "dense_nbytes"))
     speed = "too few tokens to time" if rate is None else f"{rate:.1f} tokens/s"
     keys, values = config.true_sparsity(head_dim)
-    return (
-        f"{speed} · cache {_bytes(held)}, dense {_bytes(dense)} ({held / dense:.1%}) · "
-        f"sparsity of packed keys {keys:.4g}, of packed values {values:.4g}"
-    )
+    sparsity = f"sparsity of packed keys {keys:.4g}, of packed values {values:.4g}"
+    if not config.packed_tokens(caches[0].capacity):
+        sparsity = "too few tokens to pack any"
+    return f"{speed} · cache {_bytes(held)}, dense {_bytes(dense)} ({held / dense:.1%}) · {sparsity}"
 
 
 def _shape_table(name: str, config: "ModelConfig") -> Table:
@@ -500,7 +504,9 @@ def _metrics_table(task: str, metrics: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("examples", "metric") else "right")
     for group, scores in metrics.items():
         for name, score in scores.items():
-            numbers = (f"{score[part]:.4f}" for part in ("mean", "low", "high"))
+            numbers = [f"{score[part]:.4f}" for part in ("mean", "low", "high")]
+            if score["n"] == 1:
+                numbers[1:] = "-", "-"  # one number has no interval
             table.add_row(Text(group), name, *numbers, str(score["n"]))
     return table
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -540,7 +540,12 @@ def _check_caches(model: Model, config: CompressionConfig, batch: int, capacity:
 
 
 def _check_tokens(model: Model, tokens: ArrayLike) -> jax.Array:
-    given = np.asarray(tokens)
+    if isinstance(tokens, Mapping):
+        raise ValueError(f"tokens is a {type(tokens).__name__}; wanted integers [B, S], such as its 'input_ids'")
+    try:
+        given = np.asarray(tokens)
+    except ValueError as error:
+        raise ValueError("tokens has rows of several lengths; wanted [B, S]: pad them, and pass lengths") from error
     if given.ndim != 2 or not np.issubdtype(given.dtype, np.integer):
         raise ValueError(f"tokens is {given.dtype}{list(given.shape)}; wanted integers [B, S]")
     if given.size == 0:

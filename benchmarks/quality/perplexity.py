@@ -34,7 +34,8 @@ def examples(
         ids = np.asarray(tokens_of(tokenizer, read_text(file)), np.int32)
         if len(ids) < windows * length:
             raise ValueError(f"{file} has {len(ids)} tokens; {windows} windows of {length} need {windows * length}")
-        starts = np.linspace(0, len(ids) - length, windows).astype(int)
+        last = len(ids) - length
+        starts = np.linspace(0, last, windows).astype(int) if windows > 1 else [last // 2]  # books begin with titles
         for start in starts:
             window = np.concatenate([before, ids[start : start + length - len(before)]]).astype(np.int32)
             found.append(Example(f"{file.stem}:{start}", window[:prompt], file.stem, gold=window[prompt:]))

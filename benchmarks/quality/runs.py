@@ -58,7 +58,7 @@ class Run:
         changed = [name for name in {**old, **settings} if old.get(name) != settings.get(name)]
         if changed:
             differences = "; ".join(f"{name}: {old.get(name)!r}, now {settings.get(name)!r}" for name in changed)
-            raise ValueError(f"{file} is of a run with other settings ({differences}); choose another folder")
+            raise ValueError(f"{file} is of a run with other settings ({differences}); take another --output")
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

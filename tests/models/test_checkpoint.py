@@ -259,7 +259,7 @@ def test_a_source_that_is_nothing(tmp_path, monkeypatch):
 
 
 def test_a_missing_path_is_not_looked_up(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no folder, no .gguf file, and no hub id"):
+    with pytest.raises(FileNotFoundError, match=r"model\.gguf': there is no such file"):
         models.load(tmp_path / "absent" / "model.gguf")
 
 

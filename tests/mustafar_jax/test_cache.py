@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention, keep_count, magnitude_mask, prefill
+from mustafar_jax import (
+    CompressionConfig,
+    LayerCache,
+    append,
+    decode_attention,
+    keep_count,
+    magnitude_mask,
+    prefill,
+    unpack,
+)
 from mustafar_jax.cache import DenseCache, PackedCache
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Context, query_weight, rescale_to_norm
 from mustafar_jax.rope import rotate
@@ -35,7 +44,7 @@ append_jit = jax.jit(append, donate_argnums=0)
 
 def empty(config, dtype=jnp.float32, **sizes):
     sizes = {"batch": BATCH, "capacity": CAPACITY, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM} | sizes
-    return LayerCache.init(config, **sizes, dtype=dtype, inv_freq=INV_FREQ)
+    return LayerCache.init(config, **{"dtype": dtype, "inv_freq": INV_FREQ} | sizes)
 
 
 def sequences(seed, dtype=jnp.float32, length=CAPACITY + 8):
@@ -318,6 +327,7 @@ def test_recommended():
         (ValueError, "head_dim=80 must be a multiple of 32 where keys or values are pruned", {"head_dim": 80}),
         (TypeError, "capacity=8.0 must be an integer", {"capacity": 8.0}),
         (TypeError, "dtype=int32 must be bfloat16, float16 or float32", {"dtype": jnp.int32}),
+        (TypeError, "dtype=fp16 must be bfloat16, float16 or float32", {"dtype": "fp16"}),
         (ValueError, "inv_freq=None: center_keys=True needs the model's RoPE frequencies", {"inv_freq": None}),
         (ValueError, r"inv_freq has shape \(64,\); wanted \[32\]", {"inv_freq": np.ones(64)}),
     ],
@@ -326,6 +336,24 @@ def test_bad_sizes(error, message, changed):
     sizes = {"batch": 1, "capacity": 8, "num_kv_heads": 1, "head_dim": 64, "dtype": jnp.float32, "inv_freq": INV_FREQ}
     with pytest.raises(error, match=message):
         LayerCache.init(CONFIGS["recommended"], **(sizes | changed))
+
+
+def test_frequencies_that_are_traced_are_refused():
+    def run(inv_freq):
+        return empty(CONFIGS["recommended"], inv_freq=inv_freq)
+
+    with pytest.raises(TypeError, match="inv_freq is traced; wanted numbers"):
+        jax.eval_shape(run, jnp.ones(32))
+
+
+def test_what_is_no_cache_is_named():
+    x = jnp.ones((1, 2, 64))
+    for run in (decode_attention, append, prefill):
+        cache = {"cache": x} if run is decode_attention else {"cache": x, "value": x}
+        with pytest.raises(TypeError, match="cache is of type ArrayImpl; wanted a LayerCache"):
+            run(**cache, **{"query" if run is decode_attention else "key": x})
+    with pytest.raises(TypeError, match="packed is of type ArrayImpl; wanted a BitmapArray"):
+        unpack(x)
 
 
 # Rules that look at more than a token's vector.

@@ -160,6 +160,7 @@ def test_two_tokens_are_too_few_to_time(run):
     status, _, err = run("generate", "--model", "tiny", "--prompt", "w1 w2", "--max-new-tokens", "2")
     assert status == 0
     assert err.startswith("too few tokens to time · cache ")
+    assert err.endswith(" · too few tokens to pack any\n")
 
 
 def test_sampling_is_that_of_the_library(run, tiny):
@@ -185,14 +186,15 @@ def test_the_prompt_can_come_from_a_file_or_from_standard_input(run, tiny, tmp_p
     [
         (["--prompt", PROMPT, "--chat"], "chat=True needs a chat template, and this tokenizer has none"),
         (["--prompt", ""], "prompt='' is empty; wanted some text"),
-        (["--prompt-file", "missing.txt"], r".*No such file.*'missing.txt'"),
-        (["--prompt-file", "tiny"], r".*Is a directory: 'tiny'"),
+        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read: No such file or directory"),
+        (["--prompt-file", "tiny"], "--prompt-file tiny cannot be read: Is a directory"),
         (["--prompt", PROMPT, "--k-sparsity", "1"], r"k_sparsity=1.0 must .*"),
         (["--prompt", PROMPT, "--residual-length", "-1"], "residual_length=-1 must be at least 0"),
-        (["--prompt", PROMPT, "--max-new-tokens", "187"], "70 tokens of prompt and max_new_tokens=187 .* of 256"),
+        (["--prompt", PROMPT, "--max-new-tokens", "187"], "70 tokens of prompt and max_new_tokens=187 .* of 256; .*"),
         (["--prompt", PROMPT, "--temperature", "-1"], "temperature=-1.0 must be finite and at least 0"),
         (["--prompt", PROMPT, "--implementation", "cuda"], "implementation='cuda' must be one of .*"),
         (["--prompt", PROMPT, "--model", "/no such/model"], "source='/no such/model' is no folder, .*"),
+        (["--prompt", PROMPT, "--model", "absent.gguf"], "source='absent.gguf': there is no such file"),
     ],
     ids=lambda value: " ".join(value).replace(PROMPT, "...") if isinstance(value, list) else "",
 )

@@ -728,6 +728,8 @@ BAD_TOKENS: dict[str, tuple[Any, str]] = {
     "rank 1": ([1, 2], r"tokens is int64\[2\]; wanted integers \[B, S\]"),
     "rank 3": (np.ones((1, 1, 1), np.int32), r"tokens is int32\[1, 1, 1\]; wanted integers \[B, S\]"),
     "floats": ([[1.0, 2.0]], r"tokens is float64\[1, 2\]; wanted integers \[B, S\]"),
+    "several lengths": ([[1, 2], [3]], r"tokens has rows of several lengths; wanted \[B, S\]: pad them"),
+    "a tokenizer's answer": ({"input_ids": [[1]]}, r"tokens is a dict; wanted integers \[B, S\], such as its"),
     "no token": (np.ones((2, 0), int), r"tokens has shape \(2, 0\): an empty prompt; wanted at least one token"),
     "no sequence": (np.ones((0, 2), int), r"tokens has shape \(0, 2\): an empty prompt; wanted at least one token"),
     "above the vocabulary": ([[1, 10]], r"tokens holds 1 \.\. 10; the vocabulary is 0 \.\. 9"),

@@ -57,6 +57,8 @@ def test_windows_lie_at_even_distances(byte_tokenizer, text):
         assert example.prompt[0] == byte_tokenizer.bos_token_id
         whole = byte_tokenizer.decode(np.concatenate([example.prompt[1:], example.gold]))
         assert whole == SENTENCES[start : start + 69]
+    [middle] = perplexity.examples(byte_tokenizer, [text], windows=1, prompt=50, continuation=20)
+    assert middle.id == found[1].id
     with pytest.raises(ValueError, match=r"text.txt has \d+ tokens; 3 windows of 5500 need 16500"):
         perplexity.examples(byte_tokenizer, [text], windows=3, prompt=5000, continuation=500)
 
