@@ -43,8 +43,7 @@ def first_that_runs(names: Names, run: Callable[[str], T]) -> T:
 
 def on_cuda() -> bool:
     """Whether jax computes on an NVIDIA GPU unless told otherwise, as by `jax.default_device`."""
-    device = _default_device()
-    return device.platform == "gpu" and "cuda" in device.client.platform_version
+    return "cuda" in _default_device().client.platform_version
 
 
 def _default_device() -> jax.Device:
