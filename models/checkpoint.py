@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from mustafar_jax.cache import check_dtype
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
@@ -288,10 +289,10 @@ def _check_mesh(mesh: Mesh) -> Mesh:
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    if name not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype={name!r} must be bfloat16, float16 or float32")
-    return jnp.dtype(name)
+    try:
+        return check_dtype(dtype)
+    except TypeError as error:
+        raise ValueError(*error.args) from None
 
 
 def _read_config(folder: Path, fields: Mapping[str, Any]) -> tuple[type[Llama], ModelConfig]:

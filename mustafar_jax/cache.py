@@ -99,7 +99,7 @@ class LayerCache:
                 raise TypeError(f"{name}={size!r} must be an integer")
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
-        dtype = _check_dtype(dtype)
+        dtype = check_dtype(dtype)
         if head_dim % bitmap.WORD and not config.is_dense:
             raise ValueError(f"{head_dim=} must be a multiple of {bitmap.WORD} where keys or values are pruned")
         frequencies = None if config.is_dense else _frequencies(config, inv_freq, head_dim)
@@ -609,10 +609,8 @@ def _all_keys(cache: PackedCache, leaving: _Leaving) -> jax.Array:
 
 def kernel_packs(config: CompressionConfig, *, head_dim: int, dtype: DTypeLike) -> bool:
     """Whether the Pallas kernel prunes and packs such caches, on the GPUs that it runs on and unless told otherwise."""
-    from mustafar_jax.pallas_kernels import cuda
-
     try:
-        cuda.check_form("Triton", dtype=jnp.dtype(dtype), head_dim=head_dim)
+        kernels("cuda").check_form("Triton", dtype=jnp.dtype(dtype), head_dim=head_dim)
         _check_by_magnitude(config)
     except NotImplementedError:
         return False
@@ -640,8 +638,8 @@ def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = Fal
     if not prunes:
         raise NotImplementedError("the Triton kernel writes bitmap-packed rows; this cache has none")
     ranges = leaving.first, leaving.start, leaving.held
-    options = {"rows": leaving.rows, "head_axis": leaving.head_axis, "interpret": interpret}
-    written = iter(kernel.prune_pack(prunes, *ranges, **options))
+    new_rows = kernel.prune_pack(prunes, *ranges, rows=leaving.rows, head_axis=leaving.head_axis, interpret=interpret)
+    written = iter(new_rows)
 
     def place(packed: Rows, source: jax.Array) -> Rows:
         if isinstance(packed, BitmapArray):
@@ -731,10 +729,11 @@ def _check_weighing_query(cache: LayerCache, query: jax.Array | None, leading: t
         raise ValueError(f"query has shape {query.shape}; the cache wants [B, S, N, H] = {sizes}")
 
 
-def _check_dtype(given: DTypeLike) -> np.dtype[Any]:
+def check_dtype(given: DTypeLike) -> np.dtype[Any]:
+    """The dtype of a cache, or of a model and its cache; TypeError for another, or for none at all."""
     try:
         dtype = jnp.dtype(given)
-    except TypeError:  # no dtype at all
+    except TypeError:
         dtype = None
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise TypeError(f"dtype={given if dtype is None else dtype.name} must be bfloat16, float16 or float32")

@@ -92,8 +92,6 @@ def generate(options: argparse.Namespace) -> None:
         pieces = iter(returned)
         first = next(pieces)
     rate = _print_pieces(first, pieces, flush=options.stream)
-    if not first and rate is None and not options.chat and tokenizer.chat_template is not None:
-        print("mustafar generate: the model has nothing to add; --chat asks it for an answer", file=sys.stderr)
     if returned.value.any():
         what = f"a value needed more than --v-slots {config.v_slots} and lost entries"
         print(f"mustafar generate: {what}", file=sys.stderr)

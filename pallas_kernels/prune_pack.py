@@ -128,14 +128,14 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _check(prune: Prune, source: jax.Array, per_head: tuple[int, int, int]) -> None:
     """Raise ValueError unless arrays are of the first source's shape and dtype, and a weight of float32 `per_head`."""
-    of_target, of_weight = prune.target.values.dtype, prune.weight
-    if prune.source.shape != source.shape or not prune.source.dtype == of_target == source.dtype:
+    own, target, weight = prune.source, prune.target.values, prune.weight
+    if own.shape != source.shape or not own.dtype == target.dtype == source.dtype:
         raise ValueError(
-            f"source is {prune.source.dtype}{list(prune.source.shape)} and its target {of_target}; "
+            f"source is {own.dtype}{list(own.shape)} and its target {target.dtype}; "
             f"wanted {source.dtype}{list(source.shape)}, as the first source is"
         )
-    if of_weight is not None and (of_weight.shape != per_head or of_weight.dtype != jnp.float32):
-        raise ValueError(f"weight is {of_weight.dtype}{list(of_weight.shape)}; wanted float32 {list(per_head)}")
+    if weight is not None and (weight.shape != per_head or weight.dtype != jnp.float32):
+        raise ValueError(f"weight is {weight.dtype}{list(weight.shape)}; wanted float32 {list(per_head)}")
 
 
 def _of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:

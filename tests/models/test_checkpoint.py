@@ -134,7 +134,7 @@ def test_dtype_is_the_asked_one_else_the_stated_one_else_the_stored_one(tmp_path
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float64, "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float64, "float8_e4m3fn", "fp16"])
 def test_an_unsupported_dtype_is_refused(dtype, tmp_path):
     with pytest.raises(ValueError, match=r"dtype=.* must be bfloat16, float16 or float32"):
         models.load(write_small(tmp_path), dtype=dtype)

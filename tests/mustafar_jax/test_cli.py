@@ -190,7 +190,10 @@ def test_the_prompt_can_come_from_a_file_or_from_standard_input(run, tiny, tmp_p
         (["--prompt-file", "tiny"], "--prompt-file tiny cannot be read: Is a directory"),
         (["--prompt", PROMPT, "--k-sparsity", "1"], r"k_sparsity=1.0 must .*"),
         (["--prompt", PROMPT, "--residual-length", "-1"], "residual_length=-1 must be at least 0"),
-        (["--prompt", PROMPT, "--max-new-tokens", "187"], "70 tokens of prompt and max_new_tokens=187 .* of 256; .*"),
+        (
+            ["--prompt", PROMPT, "--max-new-tokens", "187"],
+            "70 tokens of prompt and max_new_tokens=187 .* of 256; tokens has .*, padding included",
+        ),
         (["--prompt", PROMPT, "--temperature", "-1"], "temperature=-1.0 must be finite and at least 0"),
         (["--prompt", PROMPT, "--implementation", "cuda"], "implementation='cuda' must be one of .*"),
         (["--prompt", PROMPT, "--model", "/no such/model"], "source='/no such/model' is no folder, .*"),
@@ -493,7 +496,9 @@ def test_eval_writes_records_and_metrics_and_goes_on(run, folder):
         "--batch",
         "1",
     ]
-    assert run(*arguments, "--limit", "1")[0] == 0
+    status, out, _ = run(*arguments, "--limit", "1")
+    assert status == 0
+    assert re.search(r"\bperplexity +│ +[\d.]+ +│ +- +│ +- +│ +1\b", out)  # one number has no interval
     begun = (folder / "out" / "records.jsonl").read_text()
     assert len(begun.splitlines()) == 1
     status, out, err = run(*arguments)  # of the same run, though of more examples
