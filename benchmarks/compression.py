@@ -28,8 +28,8 @@ from benchmarks.origin import where
 from benchmarks.synthetic import DTYPE, Shape
 from benchmarks.table import Row, Table, attempt, folder_of
 from mustafar_jax import bitmap
-from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
 from mustafar_jax.pallas_kernels.rows import Mean, Packed
+from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 from mustafar_jax.pruning import keep_count, magnitude_mask, rescale_to_norm
 from mustafar_jax.rope import rotate
 

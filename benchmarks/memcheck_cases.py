@@ -18,10 +18,13 @@ import numpy as np
 
 import mustafar_jax as mj
 from benchmarks import cupti, device_time
-from mustafar_jax.pallas_kernels import decode_attention, mosaic_decode_attention, mosaic_gpu, spmv, triton
 from mustafar_jax.pallas_kernels.launch import DecodeParams, MosaicParams
-from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
+from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
+from mustafar_jax.pallas_kernels.mosaic import lowering
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail
+from mustafar_jax.pallas_kernels.triton import decode_attention, spmv
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 LENGTHS = [0, 63, 200, 41]
@@ -153,7 +156,7 @@ def prepare(folder: pathlib.Path, only: str) -> int:
 @contextlib.contextmanager
 def spied(recorder: cupti.Recorder, folder: pathlib.Path, name: str) -> Iterator[None]:
     """Record what is launched through Triton and Mosaic GPU meanwhile."""
-    pallas_call, kernel_call = triton.pallas_call, mosaic_gpu.kernel_call
+    pallas_call, kernel_call = tl.pallas_call, lowering.kernel_call
 
     def triton_call(kernel: Any, **options: Any) -> Callable[..., Any]:
         call = pallas_call(kernel, **options)
@@ -166,8 +169,8 @@ def spied(recorder: cupti.Recorder, folder: pathlib.Path, name: str) -> Iterator
         return record(recorder, folder / label, functools.partial(kernel_call, body, **options), operands, {})
 
     with (
-        mock.patch.object(triton, "pallas_call", triton_call),
-        mock.patch.object(mosaic_gpu, "kernel_call", mosaic_call),
+        mock.patch.object(tl, "pallas_call", triton_call),
+        mock.patch.object(lowering, "kernel_call", mosaic_call),
     ):
         yield
 

@@ -31,8 +31,8 @@ SIZES = ["8x32", "8x128", "8x512", "8x1024", "32x128", "64x32", "64x128", "64x25
 SPLITS = (1, 2, 3, 4, 6, 8, 11, 16, 24, 32, 64, 66, 128)
 CONFIG = mj.CompressionConfig(0.7, 0.7)
 KERNELS: dict[str, tuple[str, Any]] = {
-    "triton": ("decode_attention", launch.DecodeParams),
-    "mosaic_gpu": ("mosaic_decode_attention", launch.MosaicParams),
+    "triton": ("triton.decode_attention", launch.DecodeParams),
+    "mosaic_gpu": ("mosaic.decode_attention", launch.MosaicParams),
 }
 
 

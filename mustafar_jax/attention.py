@@ -303,8 +303,8 @@ def _attend_packed_kernels(
     return out
 
 
-_attend_packed_triton = functools.partial(_attend_packed_kernels, module="decode_attention")
-_attend_packed_mosaic_gpu = functools.partial(_attend_packed_kernels, module="mosaic_decode_attention")
+_attend_packed_triton = functools.partial(_attend_packed_kernels, module="triton.decode_attention")
+_attend_packed_mosaic_gpu = functools.partial(_attend_packed_kernels, module="mosaic.decode_attention")
 
 
 def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:

@@ -187,7 +187,7 @@ def _product_xla(product: str, x: jax.Array, packed: BitmapArray) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 @functools.partial(jax.jit, static_argnums=(0, 3))  # so that a call outside jit does not compile each time
 def _product_triton(product: str, x: jax.Array, packed: BitmapArray, interpret: bool = False) -> jax.Array:
-    spmv = kernels("spmv")
+    spmv = kernels("triton.spmv")
     if x.dtype != packed.dtype:
         raise NotImplementedError(f"the kernels take one dtype; got {x.dtype} and rows of {packed.dtype}")
     leading, rows = x.shape[:-2], packed.bitmap.shape[-2]

@@ -625,7 +625,7 @@ def _check_by_magnitude(config: CompressionConfig) -> None:
 
 def _pack_triton(cache: PackedCache, leaving: _Leaving, *, interpret: bool = False) -> tuple[Rows, Rows]:
     """By the Pallas kernel that lowers through Triton, in which sequences that have nothing to pack cost nothing."""
-    kernel, rows = kernels("prune_pack"), kernels("rows")
+    kernel, rows = kernels("triton.prune_pack"), kernels("rows")
     config = cache.config
     _check_by_magnitude(config)
     prunes = []

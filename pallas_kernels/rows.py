@@ -1,15 +1,10 @@
-"""Rows of tokens as the kernels take them, packed or dense, and how a tile of them is loaded."""
+"""Rows of tokens as the kernels take them, packed or dense."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import pallas as pl
-
-from mustafar_jax.pallas_kernels import triton
-from mustafar_jax.pallas_kernels.tile import Entries
 
 WORD = 32
 """Channels per bitmap word, and tokens that one block of values interleaves."""
@@ -82,57 +77,3 @@ def check_rows(key: Rows, value: Rows, dtype: Any) -> None:
         check_dtype(rows, dtype)
     if row_count(key) != row_count(value):
         raise ValueError(f"there are {row_count(key)} rows of keys and {row_count(value)} of values; wanted as many")
-
-
-def flat(rows: Rows) -> list[jax.Array]:
-    """Arrays with one flat row per KV head, which keeps a kernel's addresses cheap.
-
-    Packed: bitmap int32 [B * K, S * H / 32] and values int32 [B * K, S * slots / 2], two neighbouring slots to a word,
-    the first in its low half: their bits are what is moved.
-    """
-    if not isinstance(rows, Packed):
-        return [rows.reshape(rows.shape[0] * rows.shape[1], -1)]
-    bitmap = lax.bitcast_convert_type(rows.bitmap, jnp.int32)
-    pairs = rows.values.reshape(*rows.values.shape[:-1], rows.values.shape[-1] // 2, 2)
-    values = lax.bitcast_convert_type(pairs, jnp.int32)
-    return [x.reshape(x.shape[0] * x.shape[1], -1) for x in (bitmap, values)]
-
-
-def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
-    """The block of one KV head, all of it; the grid's `axis` counts heads."""
-    return pl.BlockSpec((None, *array.shape[1:]), lambda *ids: (ids[axis],) + (0,) * (array.ndim - 1))
-
-
-_AHEAD = 1
-"""Chunks of slots that are on their way while one is stored."""
-_ONCE = "evict_first"
-"""Attention reads packed rows once: they need not push out of the first-level cache what is read again."""
-
-
-def load_tile(
-    bitmap_ref: triton.Ref, values_ref: triton.Ref, tokens: jax.Array, seen: jax.Array, *, head_dim: int, rows: int
-) -> Entries:
-    """Begin to load a tile of packed rows, a row per thread.
-
-    Args:
-        bitmap_ref: int32 [S * H / 32].
-        values_ref: int32 [S * slots / 2].
-        tokens: int32 [n], the rows.
-        seen: bool [n]; the words of rows that are not seen come as 0, whatever they hold.
-        head_dim: H.
-        rows: S.
-    """
-    row_words, slots = head_dim // WORD, values_ref.shape[0] // rows  # words of slots, two to a word
-    chunk = 4 if slots % 4 == 0 else 2
-    word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
-    mask = jnp.broadcast_to(seen[:, None], word.shape)
-    words = triton.load(bitmap_ref.at[word], mask=mask, other=0, eviction_policy=_ONCE)
-    # rows past the end are not seen; the last block is read in their place
-    block = jnp.minimum(tokens // WORD, rows // WORD - 1) * (slots * WORD) + tokens % WORD * chunk
-    place = block[:, None] + jnp.arange(chunk)[None, :]
-
-    def load(i: Any) -> jax.Array:
-        return triton.load(values_ref.at[place + i * (WORD * chunk)], eviction_policy=_ONCE)
-
-    chunks = slots // chunk
-    return Entries(triton.unstack(words), [load(min(i, chunks - 1)) for i in range(_AHEAD)], load, chunks)

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import memcheck, memcheck_cases, spills
 from benchmarks.cupti import Launch
-from mustafar_jax.pallas_kernels import mosaic_gpu, triton
+from mustafar_jax.pallas_kernels.mosaic import lowering
+from mustafar_jax.pallas_kernels.triton import language as tl
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 
@@ -101,7 +102,7 @@ LOWERED = ["triton, centred, all held", "mosaic, dense keys", "products, 3 query
 
 @pytest.mark.parametrize("name", LOWERED)
 def test_cases_are_what_kernels_take(name, monkeypatch):
-    pallas_call, kernel_call = triton.pallas_call, mosaic_gpu.kernel_call
+    pallas_call, kernel_call = tl.pallas_call, lowering.kernel_call
     lowered = []
 
     def lower(call, operands):
@@ -114,8 +115,8 @@ def test_cases_are_what_kernels_take(name, monkeypatch):
     def mosaic_call(body, *operands, **options):
         return lower(functools.partial(kernel_call, body, **options), operands)
 
-    monkeypatch.setattr(triton, "pallas_call", triton_call)
-    monkeypatch.setattr(mosaic_gpu, "kernel_call", mosaic_call)
+    monkeypatch.setattr(tl, "pallas_call", triton_call)
+    monkeypatch.setattr(lowering, "kernel_call", mosaic_call)
     memcheck_cases.CASES[name]()
     assert lowered
     assert all("custom_call" in x for x in lowered)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mustafar_jax.pallas_kernels import triton
-from mustafar_jax.pallas_kernels.fusion import fuse
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.fusion import fuse
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 THREADS, N = 128, 4
@@ -25,9 +25,7 @@ def apply(function, operands, *shared, interpret):
         refs[-1][...] = call(*(ref[...] for ref in refs[:-1]), interpret=interpret)
 
     result = jax.eval_shape(functools.partial(call, interpret=True), *operands, *shared)
-    return triton.pallas_call(kernel, name="fused", num_warps=4, interpret=interpret, out_shape=result)(
-        *operands, *shared
-    )
+    return tl.pallas_call(kernel, name="fused", num_warps=4, interpret=interpret, out_shape=result)(*operands, *shared)
 
 
 def integers(seed, shape=(THREADS, N)):
@@ -44,8 +42,8 @@ def on_integers(columns, x, *, interpret):
     mixed = [(p & ~q | x) ^ (q << 3) for p, q in zip(a, b, strict=True)]
     shifted = [p * 7 - (q >> 5) + lax.shift_right_logical(-p, 9) for p, q in zip(a, reversed(mixed), strict=True)]
     counted = [p + lax.population_count(q) for p, q in zip(shifted, mixed, strict=True)]
-    beside = triton.from_neighbour(counted[1], interpret=interpret)
-    return [triton.merge_bits(p, beside, 0x0F0F0F0F, interpret=interpret) for p in counted]
+    beside = tl.from_neighbour(counted[1], interpret=interpret)
+    return [tl.merge_bits(p, beside, 0x0F0F0F0F, interpret=interpret) for p in counted]
 
 
 def on_floats(columns, x, *, interpret):
@@ -61,8 +59,8 @@ def on_floats(columns, x, *, interpret):
 def on_halves(columns, *, dtype, interpret):
     """Halves of words as numbers, none of them NaN or infinite, and back."""
     columns = [[word & np.int32(-0x40004001) for word in columns[0]]]
-    pairs = [triton.float32_pair(word, dtype, interpret=interpret) for word in columns[0]]
-    return [triton.pack_pair(high, low, dtype, interpret=interpret) for low, high in pairs]
+    pairs = [tl.float32_pair(word, dtype, interpret=interpret) for word in columns[0]]
+    return [tl.pack_pair(high, low, dtype, interpret=interpret) for low, high in pairs]
 
 
 def to_one(columns, x, *, interpret):
@@ -103,7 +101,7 @@ def test_lowers_for_cuda(name):
 def test_is_one_assembly(monkeypatch):
     """All its instructions, the results after all operands were read."""
     written = []
-    monkeypatch.setattr(triton, "assembly", lambda code, args, *_, **__: written.append(code) or args[0])
+    monkeypatch.setattr(tl, "assembly", lambda code, args, *_, **__: written.append(code) or args[0])
 
     def function(columns, x):
         return [columns[0][1] & 5, x - columns[0][0]]

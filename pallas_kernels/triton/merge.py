@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels import triton
-from mustafar_jax.pallas_kernels.rows import Tail, per_head
+from mustafar_jax.pallas_kernels.rows import Tail
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.rows import per_head
 
 _TILE = 64
 """Recent tokens, or splits, that a block takes at a time, at most."""
@@ -53,7 +54,7 @@ def merge(
         count = splits[0].shape[1]
         specs.append(pl.BlockSpec((None, count, None, head_dim), lambda g, head: (head, 0, g, 0)))
         specs += [pl.BlockSpec((None, count, None), lambda g, head: (head, 0, g))] * 2
-    out = triton.pallas_call(
+    out = tl.pallas_call(
         functools.partial(_kernel, sinks=tail.sinks, scale=scale, window=window),
         name="merge",
         num_warps=4,
@@ -67,12 +68,12 @@ def merge(
 
 
 def _kernel(
-    length_ref: triton.Ref,  # [1]
-    packed_ref: triton.Ref,  # [1]
-    q_ref: triton.Ref,  # [H]
-    key_ref: triton.Ref,  # [slots, H]
-    value_ref: triton.Ref,  # [slots, H]
-    *refs: triton.Ref,  # out [splits, H], m [splits] and l [splits], if any; the result [H]
+    length_ref: tl.Ref,  # [1]
+    packed_ref: tl.Ref,  # [1]
+    q_ref: tl.Ref,  # [H]
+    key_ref: tl.Ref,  # [slots, H]
+    value_ref: tl.Ref,  # [slots, H]
+    *refs: tl.Ref,  # out [splits, H], m [splits] and l [splits], if any; the result [H]
     sinks: int,
     scale: float,
     window: int | None,
@@ -92,7 +93,7 @@ def _kernel(
         if window is not None:
             visible &= position >= length - window
         mask = jnp.broadcast_to(visible[:, None], (size, head_dim))
-        key, value = (triton.load(ref.at[slot[:, None], channel], mask=mask, other=0) for ref in (key_ref, value_ref))
+        key, value = (tl.load(ref.at[slot[:, None], channel], mask=mask, other=0) for ref in (key_ref, value_ref))
 
         def parts() -> _Parts:
             scores = jnp.where(visible, jnp.sum(key.astype(jnp.float32) * query[None, :], axis=1), -jnp.inf)
@@ -105,10 +106,10 @@ def _kernel(
         out_ref, m_ref, l_ref = split_refs
         split = first + jnp.arange(size)
         there = split < end
-        m = triton.load(m_ref.at[split], mask=there, other=-jnp.inf)
-        l = triton.load(l_ref.at[split], mask=there, other=0)  # noqa: E741
+        m = tl.load(m_ref.at[split], mask=there, other=-jnp.inf)
+        l = tl.load(l_ref.at[split], mask=there, other=0)  # noqa: E741
         mask = jnp.broadcast_to(there[:, None], (size, head_dim))
-        out = triton.load(out_ref.at[split[:, None], channel], mask=mask, other=0)
+        out = tl.load(out_ref.at[split[:, None], channel], mask=mask, other=0)
         return lambda: (m, l, out)
 
     zero = jnp.zeros((), jnp.float32)

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels import launch, tile, triton
-from mustafar_jax.pallas_kernels.rows import WORD, Packed, check_dtype, flat, load_tile, per_head
-from mustafar_jax.pallas_kernels.tile import COLUMNS, ROWS, TOKENS, TileReader
+from mustafar_jax.pallas_kernels import launch
+from mustafar_jax.pallas_kernels.rows import WORD, Packed, check_dtype
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton import tile
+from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
+from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, TileReader
 
 
 def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.Array:
@@ -26,17 +29,17 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
         float32 [B, K, G, S].
 
     Raises:
-        NotImplementedError: see `triton.check_supported`.
+        NotImplementedError: see `language.check_supported`.
     """
     batch, kv_heads, group, head_dim = query.shape
     rows = key.bitmap.shape[2]
-    triton.check_supported(dtype=query.dtype, head_dim=head_dim)
+    tl.check_supported(dtype=query.dtype, head_dim=head_dim)
     check_dtype(key, query.dtype)
     reader = TileReader(head_dim, query.dtype, interpret)
     operands = [_pad(query, axis=2, multiple=ROWS), *flat(key)]
     parts = operands[0].shape[2] // ROWS
     operands[0] = operands[0].reshape(-1, parts, ROWS, head_dim)
-    scores = triton.pallas_call(
+    scores = tl.pallas_call(
         functools.partial(_key_kernel, reader=reader, rows=rows, group=group),
         name="key_spmv",
         num_warps=tile.NUM_WARPS,
@@ -53,10 +56,10 @@ def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.A
 
 
 def _key_kernel(
-    q_ref: triton.Ref,  # [ROWS, H]
-    bitmap_ref: triton.Ref,  # [S * H / 32]
-    values_ref: triton.Ref,  # [S * slots / 2]
-    out_ref: triton.Ref,  # [G, S]
+    q_ref: tl.Ref,  # [ROWS, H]
+    bitmap_ref: tl.Ref,  # [S * H / 32]
+    values_ref: tl.Ref,  # [S * slots / 2]
+    out_ref: tl.Ref,  # [G, S]
     *,
     reader: TileReader,
     rows: int,
@@ -67,11 +70,11 @@ def _key_kernel(
     tokens = start + jnp.arange(TOKENS, dtype=jnp.int32)
     entries = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
     channel = tile.channel_of_row(jnp.arange(reader.head_dim), reader.head_dim)
-    query = triton.load(q_ref.at[jnp.arange(ROWS)[:, None], channel[None, :]])
+    query = tl.load(q_ref.at[jnp.arange(ROWS)[:, None], channel[None, :]])
     _, scores = reader.times_keys(reader.scatter(reader.zeros(), entries), query, reader.no_scores())
     head = pl.program_id(2) * ROWS + jnp.arange(ROWS)[:, None]
     column = tile.token_of_column(tokens)
-    triton.store(out_ref.at[head, column[None, :]], scores, mask=(head < group) & (column < rows)[None, :])
+    tl.store(out_ref.at[head, column[None, :]], scores, mask=(head < group) & (column < rows)[None, :])
 
 
 def value_spmv(
@@ -91,12 +94,12 @@ def value_spmv(
         float32 [B, K, G, H].
 
     Raises:
-        NotImplementedError: see `triton.check_supported`.
+        NotImplementedError: see `language.check_supported`.
     """
     batch, kv_heads, group, rows = probabilities.shape
     heads, head_dim = batch * kv_heads, value.bitmap.shape[-1] * WORD
     weights = probabilities.astype(value.values.dtype)
-    triton.check_supported(dtype=weights.dtype, head_dim=head_dim)
+    tl.check_supported(dtype=weights.dtype, head_dim=head_dim)
     weights = _pad(_pad(weights, axis=2, multiple=ROWS), axis=3, multiple=TOKENS)
     parts = weights.shape[2] // ROWS
     params = params or launch.decode_params(heads=heads * parts, rows=rows)
@@ -108,7 +111,7 @@ def value_spmv(
         group=group,
         tiles_per_split=-(-rows // (TOKENS * params.splits)),
     )
-    out = triton.pallas_call(
+    out = tl.pallas_call(
         kernel,
         name="value_spmv",
         num_warps=tile.NUM_WARPS,
@@ -125,10 +128,10 @@ def value_spmv(
 
 
 def _value_kernel(
-    p_ref: triton.Ref,  # [ROWS, S padded to whole tiles]
-    bitmap_ref: triton.Ref,  # [S * H / 32]
-    values_ref: triton.Ref,  # [S * slots / 2]
-    out_ref: triton.Ref,  # [G, H]
+    p_ref: tl.Ref,  # [ROWS, S padded to whole tiles]
+    bitmap_ref: tl.Ref,  # [S * H / 32]
+    values_ref: tl.Ref,  # [S * slots / 2]
+    out_ref: tl.Ref,  # [G, H]
     *,
     reader: TileReader,
     rows: int,
@@ -139,12 +142,12 @@ def _value_kernel(
     begin = pl.program_id(0) * tiles_per_split
     end = jnp.minimum(begin + tiles_per_split, -(-rows // TOKENS))
 
-    def add(i: jax.Array, carry: tuple[list[jax.Array], triton.Memory]) -> tuple[list[jax.Array], triton.Memory]:
+    def add(i: jax.Array, carry: tuple[list[jax.Array], tl.Memory]) -> tuple[list[jax.Array], tl.Memory]:
         out, memory = carry
         tokens = i * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
         entries = load_tile(bitmap_ref, values_ref, tokens, tokens < rows, head_dim=reader.head_dim, rows=rows)
         column = tile.token_of_column(tokens, "tokens")
-        weights = triton.load(p_ref.at[jnp.arange(ROWS)[:, None], column[None, :]])
+        weights = tl.load(p_ref.at[jnp.arange(ROWS)[:, None], column[None, :]])
         memory, out = reader.times_values(reader.scatter(memory, entries), weights, out, order="tokens")
         return out, memory
 
@@ -153,7 +156,7 @@ def _value_kernel(
     head = pl.program_id(2) * ROWS + jnp.arange(ROWS)[:, None]
     for i, part in enumerate(out):
         channel = i * COLUMNS + jnp.arange(COLUMNS)[None, :]
-        triton.store(out_ref.at[head, channel], part, mask=jnp.broadcast_to(head < group, part.shape))
+        tl.store(out_ref.at[head, channel], part, mask=jnp.broadcast_to(head < group, part.shape))
 
 
 def _pad(x: jax.Array, *, axis: int, multiple: int) -> jax.Array:

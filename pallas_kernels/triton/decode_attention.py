@@ -11,10 +11,13 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels import launch, tile, triton
-from mustafar_jax.pallas_kernels.merge import merge
-from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, flat, load_tile, per_head, row_count
-from mustafar_jax.pallas_kernels.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader, rotate_pair
+from mustafar_jax.pallas_kernels import launch
+from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton import tile
+from mustafar_jax.pallas_kernels.triton.merge import merge
+from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
+from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader, rotate_pair
 
 _MEAN_UNIT = 64
 """What an entry of `_mean_query` counts in: float16 ends at 65504, products of queries and means may not."""
@@ -57,12 +60,12 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `triton.check_supported`; also for values or keys of another dtype than the query's.
+        NotImplementedError: see `language.check_supported`; also for values or keys of another dtype than the query's.
         ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
-    triton.check_supported(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2])
+    tl.check_supported(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2])
     check_rows(key, value, query.dtype)
     check_rows(tail.key, tail.value, query.dtype)
     splits = []
@@ -120,7 +123,7 @@ def attend_rows(
         operands += [mean.key.astype(jnp.float32).reshape(heads, head_dim), *tables]
         specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
     shapes = [(head_dim,), (), ()]
-    return triton.pallas_call(
+    return tl.pallas_call(
         functools.partial(_kernel, plan=plan, packed=(isinstance(key, Packed), isinstance(value, Packed))),
         name="decode_attention",
         num_warps=tile.NUM_WARPS,
@@ -153,10 +156,10 @@ class _Plan:
 
 
 def _kernel(
-    first_ref: triton.Ref,  # [1]
-    last_ref: triton.Ref,  # [1]
-    q_ref: triton.Ref,  # [G, H]
-    *refs: triton.Ref,
+    first_ref: tl.Ref,  # [1]
+    last_ref: tl.Ref,  # [1]
+    q_ref: tl.Ref,  # [G, H]
+    *refs: tl.Ref,
     plan: _Plan,
     packed: tuple[bool, bool],
 ) -> None:
@@ -191,7 +194,7 @@ def _kernel(
                 of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.rotations)
             memory, scores = reader.times_keys(memory, query, of_mean)
         else:
-            scores = triton.dot(query, _dense_keys(key_refs[0], columns, plan))
+            scores = tl.dot(query, _dense_keys(key_refs[0], columns, plan))
         scores = jnp.where(seen_columns[None, :], scores * to_log2, -jnp.inf)
         m_new = jnp.maximum(m, scores.max(axis=1))
         decay = jnp.exp2(m - m_new)[:, None]
@@ -199,13 +202,13 @@ def _kernel(
         values = load(*value_refs) if packed[1] else None
         weights = jnp.exp2(scores - m_new[:, None])
         weights, out = weights.astype(reader.dtype), [o * decay for o in out]
-        total = total * decay + triton.dot(weights, ones)
+        total = total * decay + tl.dot(weights, ones)
         if values:
             memory = reader.scatter(memory, values)
             memory, out = reader.times_values(memory, weights, out, order="columns")
         else:
             parts = _dense_values(value_refs[0], columns, seen_columns, plan)
-            out = [o + triton.dot(weights, v) for o, v in zip(out, parts, strict=True)]
+            out = [o + tl.dot(weights, v) for o, v in zip(out, parts, strict=True)]
         return m_new, total, out, memory
 
     lowest = float(np.finfo(np.float32).min)
@@ -216,14 +219,12 @@ def _kernel(
     head = jnp.arange(ROWS)
     for group, part in enumerate(out):
         channel = group * COLUMNS + jnp.arange(COLUMNS)
-        triton.store(out_ref.at[head[:, None], channel[None, :]], part, mask=(head < plan.group)[:, None])
-    triton.store(m_ref.at[head], jnp.maximum(m * math.log(2), lowest), mask=head < plan.group)
-    triton.store(l_ref.at[head], total.max(axis=1), mask=head < plan.group)
+        tl.store(out_ref.at[head[:, None], channel[None, :]], part, mask=(head < plan.group)[:, None])
+    tl.store(m_ref.at[head], jnp.maximum(m * math.log(2), lowest), mask=head < plan.group)
+    tl.store(l_ref.at[head], total.max(axis=1), mask=head < plan.group)
 
 
-def _operands(
-    q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan, *, paired: bool
-) -> tuple[jax.Array, jax.Array]:
+def _operands(q_ref: tl.Ref, mean_refs: list[tl.Ref], plan: _Plan, *, paired: bool) -> tuple[jax.Array, jax.Array]:
     """What multiplies keys, and what multiplies the mean's table: one operand where its rows suffice.
 
     The compiler keeps one in registers; two it would read from shared memory for every tile.
@@ -239,27 +240,27 @@ def _operands(
     return both, both
 
 
-def _load_query(ref: triton.Ref, plan: _Plan, *, paired: bool) -> jax.Array:
+def _load_query(ref: tl.Ref, plan: _Plan, *, paired: bool) -> jax.Array:
     """Queries [ROWS, H], rows from G on zero; the columns in the order of `tile.channel_of_row` if paired."""
     head, channel = jnp.arange(ROWS)[:, None], jnp.arange(plan.reader.head_dim)
     channel = tile.channel_of_row(channel, plan.reader.head_dim) if paired else channel
     mask = jnp.broadcast_to(head < plan.group, (ROWS, plan.reader.head_dim))
-    return triton.load(ref.at[head, channel[None, :]], mask=mask, other=0)
+    return tl.load(ref.at[head, channel[None, :]], mask=mask, other=0)
 
 
-def _dense_keys(ref: triton.Ref, tokens: jax.Array, plan: _Plan) -> jax.Array:
+def _dense_keys(ref: tl.Ref, tokens: jax.Array, plan: _Plan) -> jax.Array:
     """Keys [H, TOKENS] from dense rows [S * H]."""
     channel = jnp.arange(plan.reader.head_dim, dtype=jnp.int32)[:, None]
     # rows past the end are not seen; the last one is read in their place
-    return triton.load(ref.at[jnp.minimum(tokens, plan.rows - 1)[None, :] * plan.reader.head_dim + channel])
+    return tl.load(ref.at[jnp.minimum(tokens, plan.rows - 1)[None, :] * plan.reader.head_dim + channel])
 
 
-def _dense_values(ref: triton.Ref, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> list[jax.Array]:
+def _dense_values(ref: tl.Ref, tokens: jax.Array, seen: jax.Array, plan: _Plan) -> list[jax.Array]:
     """Values [TOKENS, COLUMNS] for each COLUMNS channels, from dense rows [S * H]; zero where not seen."""
     mask = jnp.broadcast_to(seen[:, None], (TOKENS, COLUMNS))
     place = tokens[:, None] * plan.reader.head_dim + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
     groups = range(plan.reader.head_dim // COLUMNS)
-    return [triton.load(ref.at[place + group * COLUMNS], mask=mask, other=0) for group in groups]
+    return [tl.load(ref.at[place + group * COLUMNS], mask=mask, other=0) for group in groups]
 
 
 def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.Array]:
@@ -282,7 +283,7 @@ def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.A
     return of_rotation.reshape(-1), words
 
 
-def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> jax.Array:
+def _mean_query(q_ref: tl.Ref, mean_refs: list[tl.Ref], plan: _Plan) -> jax.Array:
     """What multiplies the table for the mean's scores, [ROWS, H], in rows as `Rotations` has them.
 
     With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to some token and then by
@@ -296,9 +297,9 @@ def _mean_query(q_ref: triton.Ref, mean_refs: list[triton.Ref], plan: _Plan) -> 
     head, rotation = plan.rotations.place(row)
     turns = (pl.program_id(0) * plan.rotations.count + rotation) * (2 * pairs)
     mask = jnp.broadcast_to(head < plan.group, (ROWS, 2 * pairs))
-    x, y = (triton.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
-    mean = (triton.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
-    turn = (triton.load(turns_ref.at[turns + pair + half]) for half in (0, pairs))
+    x, y = (tl.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
+    mean = (tl.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
+    turn = (tl.load(turns_ref.at[turns + pair + half]) for half in (0, pairs))
     real, imaginary = rotate_pair(*rotate_pair(*mean, *turn), x, -y)
     return jnp.where(column & 1, -imaginary, real).astype(plan.reader.dtype)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mustafar_jax.pallas_kernels.warp import LANES
+from mustafar_jax.pallas_kernels.mosaic.warp import LANES
 
 Register = np.ndarray
 _LANE = np.arange(LANES)

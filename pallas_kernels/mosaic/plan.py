@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
 from mustafar_jax.pallas_kernels.rows import WORD, Packed, Rows, row_count
-from mustafar_jax.pallas_kernels.warp import LANES, Register, Warp
 
 TOKENS = LANES
 """Tokens of a unit, one per lane."""

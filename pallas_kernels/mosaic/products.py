@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mustafar_jax.pallas_kernels.mosaic_mean import read_table, read_turned
-from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Places, Plan, State
-from mustafar_jax.pallas_kernels.warp import LANES, Register, Warp
+from mustafar_jax.pallas_kernels.mosaic.mean import read_table, read_turned
+from mustafar_jax.pallas_kernels.mosaic.plan import ROW, TOKENS, Places, Plan, State
+from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
 
 LOWEST = float(np.finfo(np.float32).min)
 _SLACK = 8.0

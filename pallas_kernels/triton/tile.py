@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels.triton import language as tl
 
 TOKENS = 128
 """Tokens of a tile; threads of a block."""
-NUM_WARPS = TOKENS // triton.WARP
+NUM_WARPS = TOKENS // tl.WARP
 HALF = TOKENS // 2
 ROWS = 16
 """Rows of a matrix product, the fewest that there are; query heads are padded to a multiple."""
@@ -115,13 +115,13 @@ class TileReader:
         """Pairs of channels."""
         return self.head_dim // 2
 
-    def zeros(self) -> triton.Memory:
+    def zeros(self) -> tl.Memory:
         """An empty tile."""
-        return triton.shared_zeros(self.pairs * _STRIDE // 4, _lane(), interpret=self.interpret)
+        return tl.shared_zeros(self.pairs * _STRIDE // 4, _lane(), interpret=self.interpret)
 
-    def scatter(self, memory: triton.Memory, entries: Entries) -> triton.Memory:
+    def scatter(self, memory: tl.Memory, entries: Entries) -> tl.Memory:
         """Store a tile's entries over what it holds."""
-        start = triton.shared_offset(memory, 4 * _lane(), interpret=self.interpret)
+        start = tl.shared_offset(memory, 4 * _lane(), interpret=self.interpret)
         starts = [32 * word % self.pairs * _STRIDE + 32 * word // self.pairs * 2 for word in range(len(entries.words))]
         words, places = _skip_empty(entries.words, [start + np.int32(offset) for offset in starts])
 
@@ -129,20 +129,18 @@ class TileReader:
             memory, words, places, (chunk, *ahead) = carry
             # in flight while the chunks before it are stored
             ahead.append(entries.load(jnp.minimum(i + len(entries.ahead), entries.chunks - 1)))
-            for pair, half in itertools.product(triton.unstack(chunk), range(2)):
+            for pair, half in itertools.product(tl.unstack(chunk), range(2)):
                 lowest = words[0] & -words[0]
-                channel = triton.highest_bit(lowest, interpret=self.interpret)
+                channel = tl.highest_bit(lowest, interpret=self.interpret)
                 place = channel * np.int32(_STRIDE) + places[0]
-                memory = triton.shared_store_half(memory, place, pair, half, lowest, interpret=self.interpret)
+                memory = tl.shared_store_half(memory, place, pair, half, lowest, interpret=self.interpret)
                 words, places = _next_word([words[0] ^ lowest, *words[1:]], places)
             return memory, words, places, ahead
 
         memory, *_ = lax.fori_loop(0, entries.chunks, walk, (memory, words, places, entries.ahead))
-        return triton.synchronise(memory, interpret=self.interpret)
+        return tl.synchronise(memory, interpret=self.interpret)
 
-    def times_keys(
-        self, memory: triton.Memory, query: jax.Array, scores: list[jax.Array]
-    ) -> tuple[triton.Memory, jax.Array]:
+    def times_keys(self, memory: tl.Memory, query: jax.Array, scores: list[jax.Array]) -> tuple[tl.Memory, jax.Array]:
         """Add the product of queries with a tile of keys to `scores`, and empty the tile.
 
         Args:
@@ -155,21 +153,21 @@ class TileReader:
         """
         column, lane = _lane() >> 2, _lane() & 3
         place = lane * np.int32(_STRIDE) + 4 * token_of_column(2 * column)
-        start = triton.shared_offset(memory, place, interpret=self.interpret)
+        start = tl.shared_offset(memory, place, interpret=self.interpret)
         sums, read = [], []
         for first, score in zip(_PRODUCTS, scores, strict=True):
             offsets = [4 * i * _STRIDE + 4 * first for i in range(self.pairs // 4)]
-            words = [triton.shared_load(memory, start, offset, interpret=self.interpret) for offset in offsets]
-            sums.append(score + triton.dot(query, self._keys(words)))
+            words = [tl.shared_load(memory, start, offset, interpret=self.interpret) for offset in offsets]
+            sums.append(score + tl.dot(query, self._keys(words)))
             read += words
         halves = [jnp.stack(sums[i : i + 2], axis=-1).reshape(query.shape[0], HALF) for i in (0, 2)]
-        return triton.synchronise(memory, read, interpret=self.interpret), join_halves(*halves)
+        return tl.synchronise(memory, read, interpret=self.interpret), join_halves(*halves)
 
     def no_scores(self) -> list[jax.Array]:
         """Zeros for `times_keys` to add to."""
         return [jnp.zeros((ROWS, COLUMNS), jnp.float32) for _ in _PRODUCTS]
 
-    def times_table(self, query: jax.Array, ref: triton.Ref, index: jax.Array, rotations: Rotations) -> list[jax.Array]:
+    def times_table(self, query: jax.Array, ref: tl.Ref, index: jax.Array, rotations: Rotations) -> list[jax.Array]:
         """Multiply with a tile of a table in global memory, which is dense and the same for all heads.
 
         Args:
@@ -189,9 +187,9 @@ class TileReader:
             words = []
             for chunk in range(product * chunks, (product + 1) * chunks):
                 # kept in the first-level cache, since the blocks of a multiprocessor read the same
-                loaded = triton.load(ref.at[place + 4 * TOKENS * chunk], eviction_policy="evict_last")
-                words += triton.unstack(loaded)
-            scores.append(rotations.of_rows(triton.dot(query, self._keys(words))))
+                loaded = tl.load(ref.at[place + 4 * TOKENS * chunk], eviction_policy="evict_last")
+                words += tl.unstack(loaded)
+            scores.append(rotations.of_rows(tl.dot(query, self._keys(words))))
         return [rotated[i] for i in range(rotations.count) for rotated in scores]
 
     def table_order(self, rotations: Rotations) -> tuple[np.ndarray, np.ndarray]:
@@ -210,8 +208,8 @@ class TileReader:
         return _operand([words[i : i + 2] for i in range(0, len(words), 2)], self.dtype, "tokens")
 
     def times_values(
-        self, memory: triton.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order
-    ) -> tuple[triton.Memory, list[jax.Array]]:
+        self, memory: tl.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order
+    ) -> tuple[tl.Memory, list[jax.Array]]:
         """Add the product of weights [ROWS, TOKENS] with a tile of values to `out`.
 
         Args:
@@ -222,7 +220,7 @@ class TileReader:
                 another product, else "tokens".
         """
         column, lane = _lane() >> 2, _lane() & 3
-        start = triton.shared_offset(memory, column * np.int32(_STRIDE) + lane * 4, interpret=self.interpret)
+        start = tl.shared_offset(memory, column * np.int32(_STRIDE) + lane * 4, interpret=self.interpret)
         groups = self.pairs // COLUMNS
         sums, read = list(out), []
         for group in range(groups):
@@ -232,15 +230,15 @@ class TileReader:
                 for i, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
                     token = 32 * (step // 2) + 16 * i + 8 * (step % 2) + 4 * h
                     offset = _STRIDE * COLUMNS * group + 4 * token
-                    words.append(triton.shared_load(memory, start, offset, interpret=self.interpret))
+                    words.append(tl.shared_load(memory, start, offset, interpret=self.interpret))
                 read += words
                 for half in range(2):
                     pairs = ((words[0], words[1]), (words[2], words[3]))
-                    steps[half].append([triton.pick_halves(*pair, half, interpret=self.interpret) for pair in pairs])
+                    steps[half].append([tl.pick_halves(*pair, half, interpret=self.interpret) for pair in pairs])
             for half, of_half in enumerate(steps):
                 place = half * groups + group
-                sums[place] = out[place] + triton.dot(weights, _operand(of_half, self.dtype, order))
-        return triton.synchronise(memory, read, interpret=self.interpret), sums
+                sums[place] = out[place] + tl.dot(weights, _operand(of_half, self.dtype, order))
+        return tl.synchronise(memory, read, interpret=self.interpret), sums
 
 
 def rotate_pair(x: jax.Array, y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -296,7 +294,7 @@ def _operand(steps: list[list[jax.Array]], dtype: Any, order: Order) -> jax.Arra
     "columns". These are the two layouts that the compiler gives a product's operands (2 and 4 neighbouring rows per
     thread), so no data moves. It takes the second where the other operand comes from a product of such operands.
     """
-    parts = [triton.as_dtype_pairs(word, dtype) for step in steps for word in step]  # [step, i][h]
+    parts = [tl.as_dtype_pairs(word, dtype) for step in steps for word in step]  # [step, i][h]
     stacked = _stack([half for part in parts for half in part])  # [4 * COLUMNS, 2, ..., 2]: bits of step, then i, h
     count = len(steps)
     stacked = stacked.reshape(COLUMNS, 4, *stacked.shape[1:])

@@ -9,8 +9,8 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax import bitmap, cache
-from mustafar_jax.pallas_kernels.prune_pack import Prune, prune_pack
 from mustafar_jax.pallas_kernels.rows import Mean, Packed
+from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 from mustafar_jax.pruning import rescale_to_norm
 from mustafar_jax.rope import rotate
 from tests.helpers import adversarial, bits, rope_frequencies

@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from mustafar_jax.pallas_kernels import cuda, ptx, simt
+from mustafar_jax.pallas_kernels import cuda
+from mustafar_jax.pallas_kernels.mosaic import ptx, simt
 
 COMPUTE_CAPABILITY = 9.0
 SHARED_BYTES = 227 * 1024

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from mustafar_jax.pallas_kernels.mosaic_plan import ROW, TOKENS, Layout, Places, Plan
-from mustafar_jax.pallas_kernels.scatter import scatter
-from mustafar_jax.pallas_kernels.warp import Register, Warp
+from mustafar_jax.pallas_kernels.mosaic.plan import ROW, TOKENS, Layout, Places, Plan
+from mustafar_jax.pallas_kernels.mosaic.scatter import scatter
+from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 
 
 class PackedSource:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mustafar_jax.pallas_kernels import mosaic_gpu, ptx, simt
-from mustafar_jax.pallas_kernels.warp import LANES, Warp
+from mustafar_jax.pallas_kernels.mosaic import lowering, ptx, simt
+from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Warp
 from tests.helpers import bits
 from tests.pallas_kernels.lowering import lower_for_cuda
 
@@ -157,7 +157,7 @@ def apply(name, dtype, words, *, interpret):
         for i, x in enumerate(BOTH[name](w, shared, a, b, c)):
             w.store(out, (thread * results + i) << 2, x, where=thread < threads)
 
-    [out] = mosaic_gpu.kernel_call(
+    [out] = lowering.kernel_call(
         body,
         words,
         out_shape=[jax.ShapeDtypeStruct((threads, results), jnp.uint32)],

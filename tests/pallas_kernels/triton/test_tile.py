@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mustafar_jax.pallas_kernels import tile, triton
-from mustafar_jax.pallas_kernels.tile import TOKENS, Rotations, TileReader
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton import tile
+from mustafar_jax.pallas_kernels.triton.tile import TOKENS, Rotations, TileReader
 from tests.helpers import rms_error_ratio
 from tests.pallas_kernels.data import WHERE, jit
 from tests.pallas_kernels.lowering import lower_for_cuda
@@ -36,15 +37,15 @@ def times_table(query, tiles, *, rotations, interpret):
 
     def kernel(query_ref, table_ref, out_ref):
         head, row = jnp.arange(16)[:, None], jnp.arange(reader.head_dim)[None, :]
-        scores = reader.times_table(triton.load(query_ref.at[head, row]), table_ref, last, rotations)
+        scores = reader.times_table(tl.load(query_ref.at[head, row]), table_ref, last, rotations)
         empty = jnp.zeros((16, reader.head_dim), reader.dtype)
         _, scores = reader.times_keys(reader.zeros(), empty, scores)  # puts them together
         column = tile.token_of_column(jnp.arange(TOKENS))
         mask = jnp.broadcast_to(head < rows, (16, TOKENS))
-        triton.store(out_ref.at[head, column[None, :]], scores, mask=mask)
+        tl.store(out_ref.at[head, column[None, :]], scores, mask=mask)
 
     shape = jax.ShapeDtypeStruct((rows, TOKENS), jnp.float32)
-    call = triton.pallas_call(kernel, name="table", num_warps=tile.NUM_WARPS, interpret=interpret, out_shape=shape)
+    call = tl.pallas_call(kernel, name="table", num_warps=tile.NUM_WARPS, interpret=interpret, out_shape=shape)
     return call(query, table_words(reader, tiles, rotations))
 
 

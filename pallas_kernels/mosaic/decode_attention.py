@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.pallas_kernels import launch, mosaic_gpu
-from mustafar_jax.pallas_kernels.merge import merge
-from mustafar_jax.pallas_kernels.mosaic_mean import MeanKey, turns
-from mustafar_jax.pallas_kernels.mosaic_plan import TOKENS, Places, Plan, State, layout
-from mustafar_jax.pallas_kernels.mosaic_products import LOWEST, clear_tile, merge_warps, products
+from mustafar_jax.pallas_kernels import launch
+from mustafar_jax.pallas_kernels.mosaic import lowering
+from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
+from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State, layout
+from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
+from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
+from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
-from mustafar_jax.pallas_kernels.sources import smaller, source
-from mustafar_jax.pallas_kernels.warp import Register, Warp
+from mustafar_jax.pallas_kernels.triton.merge import merge
 
 
 def decode_attention(
@@ -54,7 +55,7 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `mosaic_gpu.check_supported`; also for dense keys with dense values, and for
+        NotImplementedError: see `lowering.check_supported`; also for dense keys with dense values, and for
             rows of another dtype than the query's.
         ValueError: keys and values of which there are not as many.
 
@@ -92,7 +93,7 @@ def attend_rows(
         rows.
     """
     batch, kv_heads, group, head_dim = query.shape
-    mosaic_gpu.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
+    lowering.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
     check_rows(key, value, query.dtype)
     if not isinstance(key, Packed) and not isinstance(value, Packed):
         raise NotImplementedError("the Mosaic GPU kernels want packed keys or packed values; both are dense")
@@ -119,7 +120,7 @@ def attend_rows(
         assert mean is not None
         arrays += [mean.key.astype(jnp.float32), turns(mean, plan)]
     shapes = [(head_dim,), (), ()]
-    return mosaic_gpu.kernel_call(
+    return lowering.kernel_call(
         functools.partial(attend_split, plan=plan),
         *(x.reshape(-1) for x in arrays),
         out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
-from mustafar_jax.pallas_kernels import triton
+from mustafar_jax.pallas_kernels.triton import language as tl
 
 _INSTRUCTIONS = {
     ("add", "int32"): "add.s32",
@@ -57,7 +57,7 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
             operations in `_INSTRUCTIONS`, selections, casts of bits and helpers of `triton`.
         operands: int32 or float32 [threads, n], a row per thread, n a power of two. They must derive from loads of 16
             bytes per thread: only then does Triton keep a row in one thread, which is relied on.
-        *shared: int32 [threads], or a `triton.Memory`, which may also be the result.
+        *shared: int32 [threads], or a `language.Memory`, which may also be the result.
         interpret: call the function as it is.
 
     Returns:
@@ -69,8 +69,8 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
         ValueError: the function returned something else.
     """
     if interpret:
-        results = function([triton.unstack(x) for x in operands], *shared)
-        return triton.stack(results) if isinstance(results, list) else results
+        results = function([tl.unstack(x) for x in operands], *shared)
+        return tl.stack(results) if isinstance(results, list) else results
     columns = [[jax.ShapeDtypeStruct((), x.dtype)] * x.shape[1] for x in operands]
     scalars = [jax.ShapeDtypeStruct((), x.dtype) for x in shared]
     jaxpr, results = jax.make_jaxpr(function, return_shape=True)(columns, *scalars)
@@ -83,7 +83,7 @@ def fuse(function: Callable[..., Any], operands: Sequence[jax.Array], *shared: j
     if operands:  # all are to have one shape: these are repeated, and of the repetitions the first is read
         shared = tuple(jnp.broadcast_to(x[:, None], operands[0].shape) for x in shared)
     result = _issue(jaxpr, operands, shared, pack)
-    return result if is_row or not operands else triton.unstack(result)[0]
+    return result if is_row or not operands else tl.unstack(result)[0]
 
 
 def _issue(jaxpr: ClosedJaxpr, operands: Sequence[jax.Array], shared: Sequence[jax.Array], pack: int) -> jax.Array:
@@ -95,7 +95,7 @@ def _issue(jaxpr: ClosedJaxpr, operands: Sequence[jax.Array], shared: Sequence[j
     code = program.finish(results, program.add(jaxpr, places))
     kind, whole = jaxpr.out_avals[0].dtype, [*operands, *shared]
     constraints = [f"={_LETTER[kind.name]}"] * pack + [_LETTER[x.dtype.name] for x in whole for _ in range(pack)]
-    return triton.assembly(code, whole, ",".join(constraints), dtype=kind, pack=pack)
+    return tl.assembly(code, whole, ",".join(constraints), dtype=kind, pack=pack)
 
 
 class _Program:

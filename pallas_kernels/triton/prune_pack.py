@@ -19,10 +19,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels import triton
-from mustafar_jax.pallas_kernels.fusion import fuse
 from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed
-from mustafar_jax.pallas_kernels.tile import rotate_pair
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.fusion import fuse
+from mustafar_jax.pallas_kernels.triton.tile import rotate_pair
 
 _BLOCK = 32
 """Tokens of a program: those that one block of values interleaves."""
@@ -78,14 +78,14 @@ def prune_pack(
         The targets with the rows in them: the same buffers, where they are donated.
 
     Raises:
-        NotImplementedError: see `triton.check_supported`.
+        NotImplementedError: see `language.check_supported`.
         ValueError: rows that are no multiple of 32, sources of several shapes, a target of another dtype than its
             source's, a weight that is not float32 [B, K, H].
     """
     source = prunes[0].source
     batch, head_dim = source.shape[0], source.shape[3]
     kv_heads = source.shape[head_axis]
-    triton.check_supported(dtype=source.dtype, head_dim=head_dim)
+    tl.check_supported(dtype=source.dtype, head_dim=head_dim)
     if rows % _BLOCK:
         raise ValueError(f"{rows=} must be a multiple of {_BLOCK}")
     for prune in prunes:
@@ -103,10 +103,10 @@ def prune_pack(
             aliases[len(operands)] = len(targets)
             targets.append(_of_head(array.reshape(batch, kv_heads, -1)))
             operands.append(targets[-1])
-    outs = triton.pallas_call(
+    outs = tl.pallas_call(
         functools.partial(_kernel, plans=plans),
         name="prune_pack",
-        num_warps=plans[0].threads // triton.WARP,
+        num_warps=plans[0].threads // tl.WARP,
         interpret=interpret,
         grid=(kv_heads, rows // _BLOCK, batch, len(prunes)),
         in_specs=[spec for _, spec in operands],
@@ -223,10 +223,10 @@ class _Plan:
 
 
 def _kernel(
-    first_ref: triton.Ref,  # [1]
-    start_ref: triton.Ref,  # [1]
-    held_ref: triton.Ref,  # [1]
-    *refs: triton.Ref,
+    first_ref: tl.Ref,  # [1]
+    start_ref: tl.Ref,  # [1]
+    held_ref: tl.Ref,  # [1]
+    *refs: tl.Ref,
     plans: tuple[_Plan, ...],
 ) -> None:
     """32 tokens of one head.
@@ -251,29 +251,29 @@ def _kernel(
 
 
 def _prune_block(
-    source_ref: triton.Ref,
-    mean_refs: tuple[triton.Ref, ...],
-    weight_ref: triton.Ref | None,
-    bitmap_ref: triton.Ref,
-    values_ref: triton.Ref,
+    source_ref: tl.Ref,
+    mean_refs: tuple[tl.Ref, ...],
+    weight_ref: tl.Ref | None,
+    bitmap_ref: tl.Ref,
+    values_ref: tl.Ref,
     first: jax.Array,
     row: jax.Array,
     plan: _Plan,
 ) -> None:
     words = max(_BLOCK * plan.row_words, plan.head_dim)  # room for the block's kept entries, and for a mean key
-    memory = triton.shared_buffer(words, _lane(plan), interpret=plan.interpret)
+    memory = tl.shared_buffer(words, _lane(plan), interpret=plan.interpret)
     entries = _load(source_ref, first, plan)
     memory, entries, ranked = _held_and_ranked(memory, entries, mean_refs, weight_ref, row, plan)
     mask = _fuse(plan, _largest, ranked, _part(plan))
-    _store_bitmap(bitmap_ref, triton.unstack(mask)[:_THREAD_WORDS], row, plan)
-    token_row = triton.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
+    _store_bitmap(bitmap_ref, tl.unstack(mask)[:_THREAD_WORDS], row, plan)
+    token_row = tl.shared_offset(memory, _token(plan) * np.int32(4 * plan.row_words), interpret=plan.interpret)
     memory = _fuse(plan, _append, [*entries, mask], memory, token_row, _part(plan))
     if plan.rescale:
         memory = _fuse(plan, _put_factor, entries, memory, token_row, _part(plan))
     _store_values(values_ref, memory, row, plan)
 
 
-def _clear_block(bitmap_ref: triton.Ref, values_ref: triton.Ref, row: jax.Array, plan: _Plan) -> None:
+def _clear_block(bitmap_ref: tl.Ref, values_ref: tl.Ref, row: jax.Array, plan: _Plan) -> None:
     _store_bitmap(bitmap_ref, [jnp.zeros(plan.threads, jnp.int32)] * _THREAD_WORDS, row, plan)
     for place, is_piece in _pieces(plan):
         _store_piece(values_ref, jnp.zeros((plan.threads, plan.chunk // 2), jnp.int32), row, place, is_piece, plan)
@@ -299,23 +299,23 @@ def _part(plan: _Plan) -> jax.Array:
     return _lane(plan) % plan.parts
 
 
-def _load(ref: triton.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
+def _load(ref: tl.Ref, first: jax.Array, plan: _Plan) -> list[jax.Array]:
     """A thread's entries, eights of channels: int32 [threads, 4] of two neighbours each; four eights a bitmap word."""
     row = (first + _token(plan))[:, None]
     eights = (word * plan.head_dim // 2 + start for word in range(_THREAD_WORDS) for start in range(0, WORD, 8))
     channel = (_part(plan) * WORD)[:, None] + jnp.arange(8, dtype=jnp.int32)[None, :]
-    loaded = (triton.load(ref.at[row, channel + eight]) for eight in eights)
-    return [triton.as_words(x, interpret=plan.interpret) for x in loaded]
+    loaded = (tl.load(ref.at[row, channel + eight]) for eight in eights)
+    return [tl.as_words(x, interpret=plan.interpret) for x in loaded]
 
 
 def _held_and_ranked(
-    memory: triton.Memory,
+    memory: tl.Memory,
     entries: list[jax.Array],
-    mean_refs: tuple[triton.Ref, ...],
-    weight_ref: triton.Ref | None,
+    mean_refs: tuple[tl.Ref, ...],
+    weight_ref: tl.Ref | None,
     row: jax.Array,
     plan: _Plan,
-) -> tuple[triton.Memory, list[jax.Array], list[jax.Array]]:
+) -> tuple[tl.Memory, list[jax.Array], list[jax.Array]]:
     """The entries to hold, less the mean key rotated to each token's position; and what they are compared by."""
     if not (mean_refs or plan.weighed):
         return memory, entries, entries
@@ -335,9 +335,9 @@ def _held_and_ranked(
     return _fuse(plan, _wait, held, memory) if mean_refs else memory, held, ranked
 
 
-def _wait(columns: list[list[jax.Array]], memory: triton.Memory, plan: _Plan) -> triton.Memory:
+def _wait(columns: list[list[jax.Array]], memory: tl.Memory, plan: _Plan) -> tl.Memory:
     """Until the mean key in shared memory has been read for all that is held."""
-    return triton.synchronise(memory, [words[0] for words in columns], interpret=plan.interpret)
+    return tl.synchronise(memory, [words[0] for words in columns], interpret=plan.interpret)
 
 
 def _numbers(eights: list[jax.Array], plan: _Plan) -> list[list[jax.Array]]:
@@ -346,13 +346,13 @@ def _numbers(eights: list[jax.Array], plan: _Plan) -> list[list[jax.Array]]:
 
 
 def _less_mean(
-    memory: triton.Memory, eights: list[jax.Array], turn_ref: triton.Ref, eight: int, plan: _Plan
+    memory: tl.Memory, eights: list[jax.Array], turn_ref: tl.Ref, eight: int, plan: _Plan
 ) -> list[list[jax.Array]]:
     """The same of either half of eight pairs of channels, less the mean key rotated to each token's position.
 
     Both halves' numbers are not rounded yet. They share what is loaded: a quad, four of the pairs, is read at a time.
     """
-    place = triton.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
+    place = tl.shared_offset(memory, 4 * WORD * _part(plan), interpret=plan.interpret)
     numbers: list[list[jax.Array]] = [[], []]
     for quad in (2 * eight, 2 * eight + 1):
         turns = _turns(turn_ref, quad, plan)
@@ -369,7 +369,7 @@ def _four(columns: list[list[jax.Array]], *, four: int, plan: _Plan) -> list[jax
 
 def _four_less_mean(
     columns: list[list[jax.Array]],
-    memory: triton.Memory,
+    memory: tl.Memory,
     place: jax.Array,
     *,
     quad: int,
@@ -386,7 +386,7 @@ def _four_less_mean(
         half: which of a pair's two channels.
         plan: of the kernel.
     """
-    load = functools.partial(triton.shared_load, memory, place, clear=False, interpret=plan.interpret)
+    load = functools.partial(tl.shared_load, memory, place, clear=False, interpret=plan.interpret)
     less = []
     for i, (x, *turn) in enumerate(zip(_four(columns, four=quad % 2, plan=plan), *columns[1:], strict=True), 4 * quad):
         pair = (load(constant=4 * i), load(constant=4 * i + 2 * plan.head_dim))
@@ -395,17 +395,17 @@ def _four_less_mean(
     return less
 
 
-def _turns(ref: triton.Ref, quad: int, plan: _Plan) -> list[jax.Array]:
+def _turns(ref: tl.Ref, quad: int, plan: _Plan) -> list[jax.Array]:
     """Cos and sin [threads, 4] of the angles from the block's first token to a thread's own, four pairs of channels."""
     where = _lane(plan)[:, None], jnp.arange(4, dtype=jnp.int32)[None, :]
-    return [triton.load(ref.at[i, quad, *where]) for i in range(2)]
+    return [tl.load(ref.at[i, quad, *where]) for i in range(2)]
 
 
-def _weighed(fours: list[jax.Array], ref: triton.Ref, eight: int, plan: _Plan) -> jax.Array:
+def _weighed(fours: list[jax.Array], ref: tl.Ref, eight: int, plan: _Plan) -> jax.Array:
     """Words of eight numbers times the weights [H] of their channels; `eight` counts them in `_load`'s order."""
     word, start = divmod(8 * eight, WORD)
     channel = (_part(plan) * WORD)[:, None] + word * plan.head_dim // 2 + start + jnp.arange(4, dtype=jnp.int32)[None]
-    weights = [triton.load(ref.at[channel + 4 * four]) for four in range(2)]
+    weights = [tl.load(ref.at[channel + 4 * four]) for four in range(2)]
     return _fuse(plan, _weigh, [*fours, *weights])
 
 
@@ -421,7 +421,7 @@ def _rounded(columns: list[list[jax.Array]], plan: _Plan) -> list[jax.Array]:
     return _words(columns[0] + columns[1], plan)
 
 
-def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Array, plan: _Plan) -> triton.Memory:
+def _put_mean(memory: tl.Memory, refs: tuple[tl.Ref, ...], row: jax.Array, plan: _Plan) -> tl.Memory:
     """Put the mean key, rotated to the position of the block's first token, into shared memory, by pair of channels.
 
     R_{s + j} m = R_j R_s m: a thread rotates one pair of channels to the position s of the block's first token, and
@@ -432,22 +432,22 @@ def _put_mean(memory: triton.Memory, refs: tuple[triton.Ref, ...], row: jax.Arra
     pair, half = _lane(plan), plan.head_dim // 2
     angle = (row + plan.offset).astype(jnp.float32) * inv_freq_ref[pair]
     start = rotate_pair(mean_ref[pair], mean_ref[pair + half], jnp.cos(angle), jnp.sin(angle))
-    place = triton.shared_offset(memory, 4 * pair, interpret=plan.interpret)
+    place = tl.shared_offset(memory, 4 * pair, interpret=plan.interpret)
     for i, x in enumerate(start):
         bits = lax.bitcast_convert_type(x, jnp.int32)
-        memory = triton.shared_store_word(memory, place, 4 * half * i, bits, interpret=plan.interpret)
-    return triton.synchronise(memory, interpret=plan.interpret)
+        memory = tl.shared_store_word(memory, place, 4 * half * i, bits, interpret=plan.interpret)
+    return tl.synchronise(memory, interpret=plan.interpret)
 
 
 def _floats(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
     """The entries of words, the low and the high one of each, as float32."""
-    return [x for word in words for x in triton.float32_pair(word, plan.dtype, interpret=plan.interpret)]
+    return [x for word in words for x in tl.float32_pair(word, plan.dtype, interpret=plan.interpret)]
 
 
 def _words(floats: list[jax.Array], plan: _Plan) -> list[jax.Array]:
     """The inverse of `_floats`."""
     pairs = zip(floats[0::2], floats[1::2], strict=True)
-    return [triton.pack_pair(*pair, plan.dtype, interpret=plan.interpret) for pair in pairs]
+    return [tl.pack_pair(*pair, plan.dtype, interpret=plan.interpret) for pair in pairs]
 
 
 def _largest(columns: list[list[jax.Array]], part: jax.Array, plan: _Plan) -> list[jax.Array]:
@@ -460,7 +460,7 @@ def _largest(columns: list[list[jax.Array]], part: jax.Array, plan: _Plan) -> li
         part: see `_part`.
         plan: of the kernel.
     """
-    merge = functools.partial(triton.merge_bits, interpret=plan.interpret)
+    merge = functools.partial(tl.merge_bits, interpret=plan.interpret)
     ahead = [jnp.zeros_like(part)] * _THREAD_WORDS  # kept for sure
     level = [jnp.full_like(part, -1)] * _THREAD_WORDS  # equal to each other in all planes so far
     for plane in _planes([word for words in columns for word in words], part, plan):
@@ -500,7 +500,7 @@ def _bit_planes(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
     """32 entries in 16 words -> 16 words, word b holding the entries' bits b in the channels' order."""
     low: list[jax.Array] = []
     high: list[jax.Array] = []
-    pick = functools.partial(triton.permute_bytes, interpret=plan.interpret)
+    pick = functools.partial(tl.permute_bytes, interpret=plan.interpret)
     for a, b, c, d in (words[i::4] for i in range(4)):
         for of_channel in (0x5140, 0x7362):  # two channels' bytes: low, low, high, high
             front, back = pick(a, b, of_channel), pick(c, d, of_channel)
@@ -512,7 +512,7 @@ def _bit_planes(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
 def _transpose_bits(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
     """8 words -> 8 words: bit i of every byte of word j becomes bit j of that byte of word i."""
     words = list(words)
-    merge = functools.partial(triton.merge_bits, interpret=plan.interpret)
+    merge = functools.partial(tl.merge_bits, interpret=plan.interpret)
     for distance, mask in ((4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
         for i in (i for i in range(8) if not i & distance):
             a, b = words[i], words[i + distance]
@@ -522,18 +522,18 @@ def _transpose_bits(words: list[jax.Array], plan: _Plan) -> list[jax.Array]:
 
 def _sum_over_parts(x: jax.Array, plan: _Plan) -> jax.Array:
     """Sums over a token's threads, in each of them."""
-    return x if plan.parts == 1 else x + triton.from_neighbour(x, interpret=plan.interpret)
+    return x if plan.parts == 1 else x + tl.from_neighbour(x, interpret=plan.interpret)
 
 
-def _store_bitmap(ref: triton.Ref, mask: list[jax.Array], row: jax.Array, plan: _Plan) -> None:
+def _store_bitmap(ref: tl.Ref, mask: list[jax.Array], row: jax.Array, plan: _Plan) -> None:
     word = (row + _token(plan)) * (plan.head_dim // WORD) + _part(plan)
     for i, bits in enumerate(mask):
-        triton.store(ref.at[word + i * plan.parts], bits.astype(jnp.uint32))
+        tl.store(ref.at[word + i * plan.parts], bits.astype(jnp.uint32))
 
 
 def _append(
-    columns: list[list[jax.Array]], memory: triton.Memory, token_row: jax.Array, part: jax.Array, plan: _Plan
-) -> triton.Memory:
+    columns: list[list[jax.Array]], memory: tl.Memory, token_row: jax.Array, part: jax.Array, plan: _Plan
+) -> tl.Memory:
     """The kept entries of each token in shared memory, one behind the other.
 
     Args:
@@ -548,59 +548,59 @@ def _append(
     counts = [lax.population_count(bits) for bits in mask]
     ranks = [jnp.zeros_like(counts[0]), counts[0]]
     if plan.parts == 2:  # the order of the words: 0 here, 0 beside, 1 here, 1 beside
-        beside = triton.from_neighbour(counts[0], interpret=plan.interpret)
+        beside = tl.from_neighbour(counts[0], interpret=plan.interpret)
         is_second = -part
         ranks = [beside & is_second, counts[0] + beside + (plan.kept - counts[0] - beside - counts[1] & is_second)]
     words = [word for words in entries for word in words]
     for i, (rank, bits) in enumerate(zip(ranks, mask, strict=True)):
         some = words[i * WORD // 2 : (i + 1) * WORD // 2]
-        memory = triton.shared_append(memory, token_row + 2 * rank, some, bits, interpret=plan.interpret)
-    return triton.synchronise(memory, interpret=plan.interpret)
+        memory = tl.shared_append(memory, token_row + 2 * rank, some, bits, interpret=plan.interpret)
+    return tl.synchronise(memory, interpret=plan.interpret)
 
 
 def _put_factor(
-    columns: list[list[jax.Array]], memory: triton.Memory, token_row: jax.Array, part: jax.Array, plan: _Plan
-) -> triton.Memory:
+    columns: list[list[jax.Array]], memory: tl.Memory, token_row: jax.Array, part: jax.Array, plan: _Plan
+) -> tl.Memory:
     """Put what a token's kept entries are to be scaled by behind them in shared memory; 0 where they stay as they are.
 
     See `rescale_to_norm`. The norm of what is kept is taken from there, which is less than all. Arguments as `_append`.
     """
     share = plan.kept // 2 // plan.parts
-    load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
+    load = functools.partial(tl.shared_load, memory, clear=False, interpret=plan.interpret)
     held = [load(token_row + 4 * share * part, constant=4 * i) for i in range(share)]
     whole, kept = (_norm(words, plan) for words in ([word for words in columns for word in words], held))
     usable = (kept > 0) & (whole < jnp.inf)
     factor = jnp.where(usable, whole / jnp.where(usable, kept, 1.0), 0.0)
     bits = lax.bitcast_convert_type(factor, jnp.int32)
-    memory = triton.shared_store_word(memory, token_row, 2 * plan.kept, bits, interpret=plan.interpret)
-    return triton.synchronise(memory, interpret=plan.interpret)
+    memory = tl.shared_store_word(memory, token_row, 2 * plan.kept, bits, interpret=plan.interpret)
+    return tl.synchronise(memory, interpret=plan.interpret)
 
 
 def _norm(words: list[jax.Array], plan: _Plan) -> jax.Array:
     """The L2 norm of the entries that a token's threads hold."""
     total = functools.reduce(jnp.add, (x * x for x in _floats(words, plan)))
     if plan.parts == 2:
-        beside = triton.from_neighbour(lax.bitcast_convert_type(total, jnp.int32), interpret=plan.interpret)
+        beside = tl.from_neighbour(lax.bitcast_convert_type(total, jnp.int32), interpret=plan.interpret)
         total += lax.bitcast_convert_type(beside, jnp.float32)
     return jnp.sqrt(total)
 
 
-def _store_values(ref: triton.Ref, memory: triton.Memory, row: jax.Array, plan: _Plan) -> None:
+def _store_values(ref: tl.Ref, memory: tl.Memory, row: jax.Array, plan: _Plan) -> None:
     """Move a block of values from shared memory to its place."""
     for place, is_piece in _pieces(plan):
         token, chunk = place % _BLOCK, jnp.where(is_piece, place // _BLOCK, 0)
-        start = triton.shared_offset(memory, token * np.int32(4 * plan.row_words), interpret=plan.interpret)
+        start = tl.shared_offset(memory, token * np.int32(4 * plan.row_words), interpret=plan.interpret)
         first = start + chunk * np.int32(2 * plan.chunk)
         places = range(0, 2 * plan.chunk, 4)
-        words = triton.stack([_fuse(plan, _pair, [], memory, start, first, place=place) for place in places])
+        words = tl.stack([_fuse(plan, _pair, [], memory, start, first, place=place) for place in places])
         _store_piece(ref, words, row, place, is_piece, plan)
 
 
 def _pair(
-    _: Any, memory: triton.Memory, token_row: jax.Array, chunk_start: jax.Array, *, place: int, plan: _Plan
+    _: Any, memory: tl.Memory, token_row: jax.Array, chunk_start: jax.Array, *, place: int, plan: _Plan
 ) -> jax.Array:
     """Two slots of a chunk, `place` bytes from its start in the memory, scaled by the factor in their token's row."""
-    load = functools.partial(triton.shared_load, memory, clear=False, interpret=plan.interpret)
+    load = functools.partial(tl.shared_load, memory, clear=False, interpret=plan.interpret)
     word = load(chunk_start, constant=place)
     if plan.rescale:
         factor = lax.bitcast_convert_type(load(token_row, constant=2 * plan.kept), jnp.float32)
@@ -623,10 +623,10 @@ def _pieces(plan: _Plan) -> Iterator[tuple[jax.Array, jax.Array]]:
 
 
 def _store_piece(
-    ref: triton.Ref, words: jax.Array, row: jax.Array, place: jax.Array, is_piece: jax.Array, plan: _Plan
+    ref: tl.Ref, words: jax.Array, row: jax.Array, place: jax.Array, is_piece: jax.Array, plan: _Plan
 ) -> None:
     """Store a chunk of slots, as words [threads, chunk / 2], at its place within the block of values."""
-    halves = jnp.stack(triton.as_dtype_pairs(words, jnp.int16), axis=-1).reshape(-1, plan.chunk)
+    halves = jnp.stack(tl.as_dtype_pairs(words, jnp.int16), axis=-1).reshape(-1, plan.chunk)
     slot = jnp.arange(plan.chunk, dtype=jnp.int32)[None, :]
     where = (row * plan.kept + place * plan.chunk)[:, None] + slot
-    triton.store(ref.at[where], halves, mask=jnp.broadcast_to(is_piece[:, None], where.shape))
+    tl.store(ref.at[where], halves, mask=jnp.broadcast_to(is_piece[:, None], where.shape))

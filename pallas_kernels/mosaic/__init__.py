@@ -1,0 +1,1 @@
+"""Kernels that Pallas lowers through Mosaic GPU, for Hopper GPUs (compute capability 9.0)."""
