@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import mustafar_jax as mj
@@ -27,11 +28,11 @@ from benchmarks.attention import CALLS, REPEATS, RULES, TOLERANCE, A, B, copy_ba
 from benchmarks.origin import where
 from benchmarks.synthetic import DTYPE, Shape
 from benchmarks.table import Row, Table, attempt, folder_of
-from mustafar_jax import bitmap
-from mustafar_jax.pallas_kernels.rows import Mean, Packed
+from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
-from mustafar_jax.pruning import keep_count, magnitude_mask, rescale_to_norm
+from mustafar_jax.pruning import magnitude_mask, rescale_to_norm
 from mustafar_jax.rope import rotate
+from mustafar_jax.rows import Rows
 
 SHAPES = {"A": A, "B": B, "tiny": Shape("tiny", 2, 2, 2, 192, 64)}
 SCOPES = ["append", "decode_attention"]
@@ -68,12 +69,11 @@ class Prompt:
         """Of the cache that they would be for."""
         return RULES[self.rule](self.sparsity, self.sparsity)
 
-    def targets(self) -> list[Packed]:
+    def targets(self) -> list[Rows]:
         """Packed keys and values that hold nothing."""
         leading = (self.shape.batch, self.shape.kv_heads)
-        sizes = (self.shape.tokens, self.shape.head_dim, keep_count(self.shape.head_dim, self.sparsity))
-        both = (bitmap.empty(leading, *sizes, jnp.dtype(DTYPE)) for _ in range(2))
-        return [Packed(rows.bitmap, rows.values) for rows in both]
+        formats = self.config.formats(self.shape.head_dim, np.dtype(DTYPE))
+        return [how.empty(leading, self.shape.tokens) for how in formats]
 
     def tokens(self) -> list[jax.Array]:
         """Random keys and values [B, S, K, H]."""
@@ -92,7 +92,7 @@ class Prompt:
         """Targets, tokens, and what keys are ranked with, as shapes."""
         return jax.eval_shape(lambda: (self.targets(), self.tokens(), self.ranking()))
 
-    def pack(self, targets: list[Packed], tokens: list[jax.Array], ranking: Ranking) -> list[Packed]:
+    def pack(self, targets: list[Rows], tokens: list[jax.Array], ranking: Ranking) -> list[Rows]:
         """The targets with all tokens in them."""
         (mean, weight), zeros = ranking, jnp.zeros(self.shape.batch, jnp.int32)
         taken_off = None if mean is None else Mean(mean, jnp.asarray(self.shape.inv_freq, jnp.float32), 0)
@@ -102,7 +102,7 @@ class Prompt:
         rows = self.shape.tokens
         return prune_pack(prunes, zeros, zeros, zeros + rows, rows=rows, head_axis=2, interpret=self.interpret)
 
-    def error(self, packed: list[Packed], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
+    def error(self, packed: list[Rows], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
         """How wrong packed rows are, 0 if not at all: the worst of keys and values.
 
         The sum of two: ||packed - expected|| / ||expected||, where what is expected has the mask that was found; and by
@@ -120,10 +120,9 @@ class Prompt:
             held = held.astype(key.dtype)
             sums = []
             for rows, x, by, rescaled in zip(packed, (held, value), (ranked, value), (False, rescale), strict=True):
-                found = mj.BitmapArray(rows.bitmap, rows.values, jnp.zeros((), bool), x.shape[0])
-                mask, magnitudes = bitmap.held(found), jnp.abs(by.astype(jnp.float32))
+                mask, magnitudes = rows.mask(), jnp.abs(by.astype(jnp.float32))
                 wanted = jnp.where(mask, rescale_to_norm(x, mask) if rescaled else x, 0).astype(jnp.float32)
-                difference = bitmap.unpack(found).astype(jnp.float32) - wanted
+                difference = rows.to_array().astype(jnp.float32) - wanted
                 kept = [jnp.sum(magnitudes, where=m) for m in (mask, magnitude_mask(by, self.sparsity))]
                 sums.append(jnp.stack([jnp.sum(difference**2), jnp.sum(x.astype(jnp.float32) ** 2), *kept]))
             return jnp.stack(sums)

@@ -4,6 +4,7 @@ What a kernel must not look at holds NaN, and bitmaps of more entries than a row
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -18,13 +19,14 @@ import numpy as np
 
 import mustafar_jax as mj
 from benchmarks import cupti, device_time
+from mustafar_jax.operands import Mean, Tail
 from mustafar_jax.pallas_kernels.launch import DecodeParams, MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic import lowering
-from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail
 from mustafar_jax.pallas_kernels.triton import decode_attention, spmv
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
+from mustafar_jax.rows import Rows
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 LENGTHS = [0, 63, 200, 41]
@@ -92,7 +94,6 @@ def products(head_dim: int, dtype: Any, slots: int, group: int) -> None:
     """Queries with packed keys, and probabilities with packed values."""
     rng = np.random.default_rng(3)
     rows = _rows(rng, (2, 2, 224, head_dim), dtype, slots)
-    assert isinstance(rows, Packed)
     spmv.key_spmv(_normal(rng, (2, 2, group, head_dim), dtype), rows)
     spmv.value_spmv(_normal(rng, (2, 2, group, 224), dtype), rows, params=DecodeParams(2))
 
@@ -114,7 +115,7 @@ def prunes(
             weight=jnp.abs(_normal(rng, (3, 2, head_dim), jnp.float32)) if weighed and i == 0 else None,
         )
         for i, target in enumerate(targets)
-        if isinstance(target, Packed)
+        if target.bitmap is not None
     ]
     first, start, held = (jnp.array(x, jnp.int32) for x in ([37, 0, 5], [64, 0, 160], [96, 32, 96]))
     prune_pack(found, first, start, held, rows=96, head_axis=head_axis)
@@ -262,17 +263,19 @@ def _rows(rng: np.random.Generator, shape: Sequence[int], dtype: Any, slots: int
     """Dense where there are no slots; else with 0, 1, slots / 2 or slots entries, in any channels or the last ones."""
     x = _normal(rng, shape, dtype)
     if slots == 0:
-        return x
+        return mj.pack(x)
     channels = np.broadcast_to(np.arange(shape[-1]), shape)
     order = np.where(rng.random((*shape[:-1], 1)) < 0.3, channels[..., ::-1], rng.permuted(channels, axis=-1))
-    packed = mj.pack(x, order < rng.choice([0, 1, slots // 2, slots, slots], (*shape[:-1], 1)), slots=slots)
-    return Packed(packed.bitmap, packed.values)
+    return mj.pack(x, order < rng.choice([0, 1, slots // 2, slots, slots], (*shape[:-1], 1)), slots=slots)
 
 
 def _hidden(rows: Rows, seen: np.ndarray) -> Rows:
     """Rows with NaN and full bitmaps where bool [B, S] does not hold."""
-    if not isinstance(rows, Packed):
-        return jnp.where(seen[:, None, :, None], rows, jnp.nan)
+    if rows.bitmap is None:
+        return dataclasses.replace(rows, payload=jnp.where(seen[:, None, :, None], rows.payload, jnp.nan))
     of_blocks = seen.reshape(seen.shape[0], 1, -1, 1, 32, 1)
-    words = jnp.where(seen[:, None, :, None], rows.bitmap, jnp.uint32(0xFFFFFFFF))
-    return Packed(words, jnp.where(of_blocks, rows.values, jnp.nan))
+    return dataclasses.replace(
+        rows,
+        bitmap=jnp.where(seen[:, None, :, None], rows.bitmap, jnp.uint32(0xFFFFFFFF)),
+        payload=jnp.where(of_blocks, rows.payload, jnp.nan),
+    )

@@ -12,13 +12,16 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
-from mustafar_jax.pallas_kernels.rows import Mean, Packed
+from mustafar_jax.rows import RowFormat, Rows
 
 HEAD_DIM, ROWS, KV_HEADS = 128, 4096, 8
 DTYPE = jnp.bfloat16
@@ -63,30 +66,21 @@ def measure(slots: int, group: int, centred: bool, warps: int) -> list[str]:
     return [match.group(1) if match else "?" for match in matches]
 
 
-def operands(slots: int, group: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Query, bitmap and values of keys as of values, the rows that are seen, a mean key."""
-    shapes = [
-        ((1, KV_HEADS, group, HEAD_DIM), DTYPE),
-        ((1, KV_HEADS, ROWS, HEAD_DIM // 32), jnp.uint32),
-        ((1, KV_HEADS, ROWS // 32, slots // 8, 32, 8), DTYPE),
-        ((1,), jnp.int32),
-        ((1, KV_HEADS, HEAD_DIM), jnp.float32),
-    ]
-    return tuple(jax.ShapeDtypeStruct(*each) for each in shapes)
+def operands(slots: int, group: int) -> Any:
+    """Query, rows of keys as of values, how many are seen, a mean key; all as shapes."""
+    how = RowFormat(HEAD_DIM, np.dtype(DTYPE), slots)
+    return (
+        jax.ShapeDtypeStruct((1, KV_HEADS, group, HEAD_DIM), DTYPE),
+        jax.eval_shape(lambda: how.empty((1, KV_HEADS), ROWS)),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1, KV_HEADS, HEAD_DIM), jnp.float32),
+    )
 
 
 def attend(
-    query: jax.Array,
-    bitmap: jax.Array,
-    values: jax.Array,
-    last: jax.Array,
-    mean_key: jax.Array,
-    *,
-    warps: int,
-    centred: bool,
+    query: jax.Array, rows: Rows, last: jax.Array, mean_key: jax.Array, *, warps: int, centred: bool
 ) -> list[jax.Array]:
     """The kernel by itself."""
-    rows = Packed(bitmap, values)
     mean = Mean(mean_key, jnp.ones(HEAD_DIM // 2, jnp.float32), 4) if centred else None
     params = MosaicParams(splits=16, warps=warps)
     return mosaic_decode_attention.attend_rows(

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import mustafar_jax as mj
-from mustafar_jax import bitmap
-from mustafar_jax.cache import DenseCache, PackedCache, Rows, Store
+from mustafar_jax import layout
+from mustafar_jax.cache import DenseCache, PackedCache, Store
 from mustafar_jax.pruning import magnitude_mask
+from mustafar_jax.rows import Rows
 
 DTYPE = jnp.bfloat16
 THETA = 500000.0
@@ -129,7 +130,7 @@ def _filled_store(store: Store, seed: jax.Array, sparsity: float, scales: jax.Ar
 
 
 def random_rows(like: Rows, seed: jax.Array, sparsity: float, scales: jax.Array, sink: jax.Array | float = 1.0) -> Rows:
-    """Rows [B, K, S, H], each of which holds exactly as many entries as the per-token rules keep.
+    """Plain rows [B, K, S, H], each of which holds exactly as many entries as the per-token rules keep.
 
     Args:
         like: rows of the wanted shape and kind.
@@ -138,17 +139,11 @@ def random_rows(like: Rows, seed: jax.Array, sparsity: float, scales: jax.Array,
         scales: [K, H], of channels.
         sink: factor on the first four rows.
     """
-    if not isinstance(like, mj.BitmapArray):
-        return jax.random.normal(seed, like.shape, like.dtype)
+    if like.bitmap is None:
+        return dataclasses.replace(like, payload=jax.random.normal(seed, like.payload.shape, like.dtype))
     of_mask, of_values = jax.random.split(seed)
     magnitudes = jax.random.normal(of_mask, like.shape, like.dtype) * scales[:, None].astype(like.dtype)
-    words = _to_words(magnitude_mask(magnitudes, sparsity))
-    values = jax.random.normal(of_values, like.values.shape, like.dtype)
-    values = values.at[:, :, 0, :, :4].multiply(jnp.asarray(sink, like.dtype))
-    return dataclasses.replace(like, bitmap=words, values=values)
-
-
-def _to_words(mask: jax.Array) -> jax.Array:
-    """bool [..., H] -> uint32 [..., H / 32]."""
-    bits = mask.reshape(*mask.shape[:-1], -1, bitmap.WORD).astype(jnp.uint32)
-    return jnp.sum(bits << jnp.arange(bitmap.WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    words = layout.to_words(magnitude_mask(magnitudes, sparsity))
+    payload = jax.random.normal(of_values, like.payload.shape, like.dtype)
+    payload = payload.at[:, :, 0, :, :4].multiply(jnp.asarray(sink, like.dtype))
+    return dataclasses.replace(like, bitmap=words, payload=payload)

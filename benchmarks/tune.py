@@ -23,8 +23,8 @@ from benchmarks.attention import calls_of, check_and_time, present, reference
 from benchmarks.synthetic import Shape
 from benchmarks.table import attempt
 from mustafar_jax.cache import PackedCache
+from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels import launch
-from mustafar_jax.pallas_kernels.rows import Packed, Tail
 
 TUNED = pathlib.Path(__file__).parents[1] / "pallas_kernels" / "tuned.json"
 SIZES = ["8x32", "8x128", "8x512", "8x1024", "32x128", "64x32", "64x128", "64x256", "256x32", "256x128"]
@@ -104,17 +104,11 @@ def attention(kernel: str, splits: int) -> Any:
     kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
 
     def attend(query: jax.Array, cache: PackedCache) -> jax.Array:
-        keys, values = (
-            Packed(store.packed.bitmap, store.packed.values)
-            for store in (cache.keys, cache.values)
-            if isinstance(store.packed, mj.BitmapArray)
-        )
-        tail = Tail(cache.keys.dense, cache.values.dense, 0)
         out: jax.Array = kernels.decode_attention(
             query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim),
-            keys,
-            values,
-            tail,
+            cache.keys.packed,
+            cache.values.packed,
+            Tail(cache.keys.dense, cache.values.dense, 0),
             cache.lengths,
             cache.packed_lengths,
             scale=cache.head_dim**-0.5,

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from mustafar_jax.cache import check_dtype
+from mustafar_jax.cache.checks import check_dtype
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral

@@ -20,10 +20,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import decode_attention, prefill_attention
+from mustafar_jax.backends.registry import Implementation, packers
 from mustafar_jax.blocks import extend
-from mustafar_jax.cache import LayerCache, append, packers, prefill
+from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.implementations import Implementation
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.rope import rotate
 
@@ -125,8 +125,8 @@ class Layer(nnx.Module):
         Args:
             hidden, lengths: as in `run_prompt`.
             cache: this layer's empty cache.
-            implementation: as `decode` takes it; the cache is packed by `mustafar_jax.cache.packers` of it. Attention
-                over the prompt is dense, and always the best that works here.
+            implementation: as `decode` takes it; the cache is packed by `registry.packers` of it. Attention over the
+                prompt is dense, and always the best that works here.
 
         Returns:
             The layer's output [B, S, D], meaningless from `lengths` on, and the filled cache.
@@ -142,7 +142,7 @@ class Layer(nnx.Module):
         Args:
             hidden: [B, D].
             cache: this layer's cache; the token is appended to it before it is attended to.
-            implementation: as `decode_attention` takes it; the cache is packed by `mustafar_jax.cache.packers` of it.
+            implementation: as `decode_attention` takes it; the cache is packed by `registry.packers` of it.
 
         Returns:
             The layer's output [B, D] and the cache with one more token.

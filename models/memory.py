@@ -10,8 +10,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mustafar_jax import generation
-from mustafar_jax.attention import PREFILL_CHUNK
-from mustafar_jax.cache import LayerCache, kernel_packs
+from mustafar_jax.backends.xla.prompt import CHUNK as PREFILL_CHUNK
+from mustafar_jax.cache import LayerCache
+from mustafar_jax.cache.packed import packed_by_kernel
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import llama
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
@@ -95,7 +96,7 @@ def working_nbytes(
     total = batch * length
     tokens, chunk = min(total, max(generation.PREFILL_TOKENS, length)), min(total, llama.FEED_FORWARD_TOKENS)
     queries, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    copies = 2 if kernel_packs(compression, head_dim=config.head_dim, dtype=dtype) else 4
+    copies = 2 if packed_by_kernel(abstract_caches(config, compression, length, dtype=dtype)[0]) else 4
     scores = 0 if jnp.dtype(dtype).itemsize == 2 else 3 * config.num_heads * min(length, PREFILL_CHUNK)
     largest = max(
         tokens * (config.hidden_size + 2 * queries + kv + scores),

@@ -1,27 +1,31 @@
 """Pruned, bitmap-packed KV caches for JAX: the cache is physically small, and attention is computed on it as it is."""
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from mustafar_jax import interop
 from mustafar_jax.attention import decode_attention, prefill_attention
-from mustafar_jax.bitmap import BitmapArray, key_spmv, pack, unpack, value_spmv
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.explain import Explanation, explain
 from mustafar_jax.generation import Generation, generate, log_likelihoods, stream
+from mustafar_jax.products import key_spmv, value_spmv
 from mustafar_jax.pruning import keep_count, magnitude_mask
+from mustafar_jax.rows import Rows, pack, unpack
 
 if TYPE_CHECKING:
     from mustafar_jax import models
 
 __all__ = [
-    "BitmapArray",
     "CompressionConfig",
+    "Explanation",
     "Generation",
     "LayerCache",
+    "Rows",
     "append",
     "decode_attention",
+    "explain",
     "generate",
     "interop",
     "keep_count",
@@ -38,8 +42,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     # The models bring Flax and transformers with them; who only wants the cache need not wait for those.
     if name == "models":
         return importlib.import_module("mustafar_jax.models")
+    if name == "BitmapArray":
+        warnings.warn("mustafar_jax.BitmapArray is now mustafar_jax.Rows", DeprecationWarning, stacklevel=2)
+        return Rows
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,55 +1,19 @@
-"""Attention on a `LayerCache`: one query token per sequence, packed and dense parts merged as in flash decoding."""
+"""Attention on a `LayerCache` and over prompts, by the backend that is named, or the best that works here."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from mustafar_jax import bitmap
-from mustafar_jax.bitmap import BitmapArray
-from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, Rows, check_cache, to_array
-from mustafar_jax.implementations import (
-    Implementation,
-    Names,
-    check_implementation,
-    first_that_runs,
-    kernels,
-    on_cuda,
-)
-
-TILE = 128
-"""Tokens that the XLA implementation unpacks at a time; a multiple of 32."""
-
-PREFILL_CHUNK = 512
-"""Queries that prefill attends at a time where scores are held in memory."""
-
-
-class Partial(NamedTuple):
-    """Attention over some of the tokens: what flash decoding keeps of a split.
-
-    Attributes:
-        out: float32 [B, K, G, H], the sum of exp(score - m) * value.
-        m: float32 [B, K, G], the largest score; the lowest float32 where no token was visible.
-        l: float32 [B, K, G], the sum of exp(score - m).
-    """
-
-    out: jax.Array
-    m: jax.Array
-    l: jax.Array  # noqa: E741
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the tokens of both."""
-    m = jnp.maximum(a.m, b.m)
-    weight_a, weight_b = jnp.exp(a.m - m), jnp.exp(b.m - m)
-    out = a.out * weight_a[..., None] + b.out * weight_b[..., None]
-    return Partial(out, m, a.l * weight_a + b.l * weight_b)
+from mustafar_jax.backends import registry
+from mustafar_jax.backends.record import OperationName
+from mustafar_jax.backends.registry import Candidates, Implementation, candidates
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
+from mustafar_jax.cache.base import check_cache
+from mustafar_jax.operands import DenseAttention, PackedAttention, PromptAttention
 
 
 def decode_attention(
@@ -67,9 +31,10 @@ def decode_attention(
         cache: the cache, with the query's own token appended; a sequence of length 0 yields zeros.
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
-        implementation: a name in `IMPLEMENTATIONS`, a sequence of names tried in order (only NotImplementedError passes
-            on to the next), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn"
-            for dense caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), else "triton".
+        implementation: "mosaic_gpu", "triton", "cudnn" or "xla", a sequence of names (the first that can run this is
+            taken), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn" for dense
+            caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), else "triton".
+            `mustafar_jax.explain` says what is taken, and why not another.
 
     Returns:
         [B, N, H] in the query's dtype.
@@ -83,9 +48,9 @@ def decode_attention(
     batch, num_heads, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
-    names = check_implementation(implementation) or _present()
+    chosen = candidates(_operation(cache), implementation)
     with jax.named_scope("decode_attention"):  # a profile shows it by this name
-        out = _decode(names, grouped, cache, scale, sliding_window)
+        out = _decode(grouped, cache, scale, sliding_window, chosen)
     return out.reshape(query.shape).astype(query.dtype)
 
 
@@ -107,8 +72,8 @@ def prefill_attention(
         lengths: int32 [B], valid tokens; the keys and values of what follows them, NaN too, have no effect.
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: as in `decode_attention`.
-        implementation: "cudnn" (NVIDIA GPUs, bfloat16 and float16), "xla", a sequence of names tried in order, or None
-            for the best that works here.
+        implementation: "cudnn" (NVIDIA GPUs, bfloat16 and float16), "xla", a sequence of names (the first that can run
+            this is taken), or None for the best that works here.
 
     Returns:
         [B, S, N, H] in the query's dtype; rows of padding hold nothing of use.
@@ -118,238 +83,55 @@ def prefill_attention(
         NotImplementedError: no implementation that was named can run this.
     """
     _check_window(sliding_window)
-    names = check_implementation(implementation) or _present()
+    chosen = candidates("attend_prompt", implementation)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    return _prefill(names, query, key, value, lengths, scale, sliding_window)
+    return _prefill(query, key, value, lengths, scale, sliding_window, chosen)
 
 
-@functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
+@functools.partial(jax.jit, static_argnames=("scale", "window", "chosen"))
 def _prefill(
-    names: Names,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     lengths: jax.Array,
     scale: float,
     window: int | None,
+    chosen: Candidates,
 ) -> jax.Array:
     valid = jnp.arange(query.shape[1]) < lengths[:, None]
     value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
-
-    def run(name: str) -> jax.Array:
-        if name not in _PREFILL:
-            raise NotImplementedError(f"implementation={name!r} attends caches; a prompt wants one of {[*_PREFILL]}")
-        return _PREFILL[name](query, key, value, scale, window)
-
-    return first_that_runs(names, run)
-
-
-def _prefill_xla(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
-    """Attention over a prompt, some queries at a time, so that the scores of all are never held."""
-    length, chunk = query.shape[1], min(query.shape[1], PREFILL_CHUNK)
-    dtype = query.dtype
-    if dtype == jnp.float16:  # XLA for CPUs has no float16 product with float32 sums
-        query, key, value = _float32(query, key, value)
-
-    def attend(start: jax.Array) -> jax.Array:
-        # The last chunk is moved back to end with the prompt, so every chunk has the same shape.
-        rows = jnp.minimum(start, length - chunk) + jnp.arange(chunk)
-        distance = rows[:, None] - jnp.arange(length)
-        visible = (distance >= 0) & (distance < (length if window is None else window))
-        part = jnp.take(query, rows, axis=1)
-        out = jax.nn.dot_product_attention(part, key, value, mask=visible[None, None], scale=scale)
-        return out.astype(dtype)
-
-    if chunk == length:
-        return attend(jnp.int32(0))
-    starts = jnp.arange(0, length, chunk)
-    parts = lax.map(attend, starts)  # [chunks, B, chunk, N, H]
-    whole = jnp.moveaxis(parts, 0, 1)
-    body = whole[:, :-1].reshape(query.shape[0], -1, *query.shape[2:])
-    return jnp.concatenate([body, whole[:, -1, body.shape[1] + chunk - length :]], axis=1)
-
-
-@contextlib.contextmanager
-def _cudnn(query: Any, key: Any) -> Iterator[None]:
-    """Make NotImplementedError of what cuDNN cannot run: these dtypes, or anything on this machine."""
-    if query not in (jnp.bfloat16, jnp.float16) or query != key:
-        raise NotImplementedError(f"cuDNN wants bfloat16 or float16; query is {query}, keys are {key}")
-    try:
-        yield
-    except RuntimeError as error:  # what JAX raises where there is no cuDNN, or too old a one
-        raise NotImplementedError(f"cuDNN cannot run here: {error}") from error
-
-
-def _prefill_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None) -> jax.Array:
-    """Attention over a prompt through cuDNN's fused kernel."""
-    reach = None if window is None else (window - 1, 0)
-    with _cudnn(query.dtype, key.dtype):
-        return jax.nn.dot_product_attention(
-            query, key, value, scale=scale, is_causal=True, local_window_size=reach, implementation="cudnn"
-        )
-
-
-_PREFILL: dict[str, Callable[[jax.Array, jax.Array, jax.Array, float, int | None], jax.Array]] = {
-    "cudnn": _prefill_cudnn,
-    "xla": _prefill_xla,
-}
-"""The implementations of attention over a prompt. Padding on the right needs no mask: no valid query sees it."""
-
-
-@functools.partial(jax.jit, static_argnames=("names", "scale", "window"))
-def _decode(names: Names, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
-    return first_that_runs(names, lambda name: _run(name, query, cache, scale, window))
-
-
-def _present() -> tuple[str, ...]:
-    """What None tries on the default backend, best first."""
-    return ("cudnn", "mosaic_gpu", "triton", "xla") if on_cuda() else ("xla",)
-
-
-def _run(name: str, query: jax.Array, cache: LayerCache, scale: float, window: int | None) -> jax.Array:
-    if isinstance(cache, DenseCache):
-        if name not in _DENSE:
-            raise NotImplementedError(f"implementation={name!r} attends packed caches; this cache is dense")
-        return _DENSE[name](query, cache, scale, window)
-    assert isinstance(cache, PackedCache)
-    if name not in _PACKED:
-        raise NotImplementedError(f"implementation={name!r} does not attend packed caches in this version")
-    return _PACKED[name](query, cache, scale, window)
-
-
-def _normalise(partial: Partial) -> jax.Array:
-    """float32 [B, K, G, H]; zeros where no token was visible."""
-    total = partial.l[..., None]
-    return jnp.where(total > 0, partial.out / jnp.where(total > 0, total, 1), 0)
-
-
-def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    visible: jax.Array,
-    scale: float,
-) -> Partial:
-    """Attention over one tile.
-
-    Args:
-        query: [B, K, G, H].
-        key, value: [B, K, T, H]; whatever stands at invisible tokens, NaN too, has no effect.
-        visible: bool [B, T].
-        scale: factor on the scores.
-    """
-    visible = visible[:, None, None]
-    scores = jnp.einsum("bkgh,bkth->bkgt", *_float32(query, key), precision=lax.Precision.HIGHEST)
-    scores = jnp.where(visible, scores * scale, jnp.finfo(jnp.float32).min)
-    m = scores.max(axis=-1)
-    weights = jnp.where(visible, jnp.exp(scores - m[..., None]), 0)
-    # A weight of 0 does not silence a NaN value; the value itself must go.
-    value = jnp.where(visible[:, :, 0, :, None], value, 0)
-    out = jnp.einsum("bkgt,bkth->bkgh", *_float32(weights, value), precision=lax.Precision.HIGHEST)
-    return Partial(out, m, weights.sum(axis=-1))
-
-
-def _attend_packed_xla(query: jax.Array, cache: PackedCache, scale: float, window: int | None) -> jax.Array:
-    """Attention over a packed cache: its dense slots, and its packed rows, a tile of tokens at a time."""
-    visible = _visible(cache.dense_positions(), cache.lengths, window)
-    dense = _attend(query, cache.keys.dense, cache.values.dense, visible, scale)
-    rows, sinks = cache.config.packed_tokens(cache.capacity), cache.config.sink_tokens
-    if rows == 0:
-        return _normalise(dense)
-    tile = min(TILE, rows)
-
-    def see(i: jax.Array) -> jax.Array:
-        row = _tile_start(i, tile, rows) + jnp.arange(tile)
-        fresh = (row >= i * tile) & (row < cache.packed_lengths[:, None])  # the last tile may overlap the one before
-        return fresh & _visible(sinks + row[None], cache.lengths, window)
-
-    def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
-        start = _tile_start(i, tile, rows)
-        key, value = (_tile(store.packed, start, tile) for store in (cache.keys, cache.values))
-        key = cache.unpack_keys(key, (sinks + start + jnp.arange(tile))[None])
-        return _attend(query, key, to_array(value), visible, scale)
-
-    return _normalise(_over_tiles(attend_tile, see, -(-rows // tile), dense))
-
-
-def _attend_packed_kernels(
-    query: jax.Array,
-    cache: PackedCache,
-    scale: float,
-    window: int | None,
-    *,
-    module: str,
-    interpret: bool = False,
-) -> jax.Array:
-    """Attention over a packed cache by Pallas kernels, those of the module `mustafar_jax.pallas_kernels.<module>`."""
-    rows = kernels("rows")
-
-    def kernel_rows(packed: Rows) -> Any:
-        return rows.Packed(packed.bitmap, packed.values) if isinstance(packed, BitmapArray) else packed
-
-    sinks = min(cache.config.sink_tokens, cache.capacity)
-    out: jax.Array = kernels(module).decode_attention(
-        query,
-        kernel_rows(cache.keys.packed),
-        kernel_rows(cache.values.packed),
-        rows.Tail(cache.keys.dense, cache.values.dense, sinks),
-        cache.lengths,
-        cache.packed_lengths,
-        scale=scale,
-        window=window,
-        mean=cache.kernels_mean(),
-        interpret=interpret,
-    )
+    out: jax.Array = registry.run("attend_prompt", PromptAttention(query, key, value, scale, window), chosen)
     return out
 
 
-_attend_packed_triton = functools.partial(_attend_packed_kernels, module="triton.decode_attention")
-_attend_packed_mosaic_gpu = functools.partial(_attend_packed_kernels, module="mosaic.decode_attention")
+@functools.partial(jax.jit, static_argnames=("scale", "window", "chosen"))
+def _decode(query: jax.Array, cache: LayerCache, scale: float, window: int | None, chosen: Candidates) -> jax.Array:
+    out: jax.Array = registry.run(_operation(cache), decode_operands(query, cache, scale, window), chosen)
+    return out
 
 
-def _attend_dense_xla(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
-    """Attention on a dense cache, a tile of tokens at a time, so that no copy of the cache in float32 is made."""
-    tile = min(TILE, cache.capacity)
-
-    def see(i: jax.Array) -> jax.Array:
-        position = _tile_start(i, tile, cache.capacity) + jnp.arange(tile)
-        return (position >= i * tile) & _visible(position[None], cache.lengths, window)
-
-    def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
-        start = _tile_start(i, tile, cache.capacity)
-        key, value = (lax.dynamic_slice_in_dim(x, start, tile, axis=1).swapaxes(1, 2) for x in (cache.key, cache.value))
-        return _attend(query, key, value, visible, scale)
-
-    return _normalise(_over_tiles(attend_tile, see, -(-cache.capacity // tile), _nothing(query)))
+def _operation(cache: LayerCache) -> OperationName:
+    return "attend_dense" if isinstance(cache, DenseCache) else "attend_packed"
 
 
-def _attend_dense_cudnn(query: jax.Array, cache: DenseCache, scale: float, window: int | None) -> jax.Array:
-    """Attention on a dense cache through cuDNN's fused kernel."""
-    if window is not None:
-        raise NotImplementedError(f"cuDNN decoding has no sliding window; got sliding_window={window}")
-    batch, kv_heads, group, head_dim = query.shape
-    with _cudnn(query.dtype, cache.dtype):
-        out = jax.nn.dot_product_attention(
-            query.reshape(batch, 1, kv_heads * group, head_dim),
-            cache.key,
-            cache.value,
-            scale=scale,
-            key_value_seq_lengths=cache.lengths,
-            implementation="cudnn",
-        )
-    some = (cache.lengths > 0)[:, None, None, None]
-    return jnp.where(some, out.reshape(query.shape), 0)
-
-
-_PACKED: dict[str, Callable[[jax.Array, PackedCache, float, int | None], jax.Array]] = {
-    "mosaic_gpu": _attend_packed_mosaic_gpu,
-    "triton": _attend_packed_triton,
-    "xla": _attend_packed_xla,
-}
-_DENSE: dict[str, Callable[[jax.Array, DenseCache, float, int | None], jax.Array]] = {
-    "cudnn": _attend_dense_cudnn,
-    "xla": _attend_dense_xla,
-}
+def decode_operands(
+    query: jax.Array, cache: LayerCache, scale: float, window: int | None
+) -> DenseAttention | PackedAttention:
+    """What a backend is given to attend queries [B, K, G, H] to a cache."""
+    if isinstance(cache, DenseCache):
+        return DenseAttention(query, cache.key, cache.value, cache.lengths, scale, window)
+    assert isinstance(cache, PackedCache)
+    return PackedAttention(
+        query,
+        cache.keys.packed,
+        cache.values.packed,
+        cache.tail,
+        cache.lengths,
+        cache.packed_lengths,
+        cache.mean,
+        scale,
+        window,
+    )
 
 
 def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | None) -> None:
@@ -366,50 +148,3 @@ def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | Non
 def _check_window(sliding_window: Any) -> None:
     if sliding_window is not None and (not isinstance(sliding_window, int | np.integer) or sliding_window < 1):
         raise ValueError(f"{sliding_window=} must be an integer of at least 1, or None")
-
-
-def _over_tiles(
-    attend_tile: Callable[[jax.Array, jax.Array], Partial],
-    see: Callable[[jax.Array], jax.Array],
-    tiles: int,
-    empty: Partial,
-) -> Partial:
-    """Attention over all tiles, skipping those in which no sequence sees a token.
-
-    The skip also keeps each tile's conversion to float32 inside the loop: XLA for CPUs would otherwise hoist the
-    conversion of the whole bfloat16 cache out of it.
-    """
-
-    def step(i: jax.Array, partial: Partial) -> Partial:
-        visible = see(i)
-        return lax.cond(visible.any(), lambda p: merge(p, attend_tile(i, visible)), lambda p: p, partial)
-
-    return lax.fori_loop(0, tiles, step, empty)
-
-
-def _tile_start(i: jax.Array, tile: int, rows: int) -> jax.Array:
-    """Where tile i starts; the last one is moved back to end with the rows."""
-    return jnp.minimum(i * tile, rows - tile)
-
-
-def _visible(position: jax.Array, lengths: jax.Array, window: int | None) -> jax.Array:
-    """bool [B, T]: which of the positions [B or 1, T] the last token of each sequence sees."""
-    visible = position < lengths[:, None]
-    return visible if window is None else visible & (position >= lengths[:, None] - window)
-
-
-def _nothing(query: jax.Array) -> Partial:
-    """Attention over no token, for queries [B, K, G, H]."""
-    zeros = jnp.zeros(query.shape, jnp.float32)
-    return Partial(zeros, jnp.full(query.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0])
-
-
-def _tile(packed: Rows, start: jax.Array, length: int) -> Rows:
-    """Rows start .. start + length - 1 of [B, K, S, H]."""
-    if isinstance(packed, BitmapArray):
-        return bitmap.take(packed, start, length)
-    return lax.dynamic_slice_in_dim(packed, start, length, axis=2)
-
-
-def _float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(array.astype(jnp.float32) for array in arrays)

@@ -6,7 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.cache import DenseCache, LayerCache, PackedCache, check_kv, check_query
+from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
+from mustafar_jax.cache.checks import check_kv
 
 
 def extend(
@@ -36,8 +37,8 @@ def extend(
         TypeError: another dtype than the cache's.
     """
     sizes = cache.batch, query.shape[1], cache.num_kv_heads, cache.head_dim
-    check_kv(cache, key, value, sizes, "[B, n, K, H]")
-    check_query(cache, query, key.shape[:2], "[B, n, N, H]")
+    check_kv(key, value, cache.dtype, sizes, "[B, n, K, H]")
+    cache._check_queries(query, key.shape[:2], letters="[B, n, N, H]")
     if query.shape[1] > cache.config.group:
         raise ValueError(f"query has {query.shape[1]} tokens; at most group={cache.config.group} are taken at a time")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale

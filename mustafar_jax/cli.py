@@ -19,10 +19,10 @@ from rich.text import Text
 
 from mustafar_jax import text
 from mustafar_jax.arguments import parse_count, parse_size
+from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE
-from mustafar_jax.implementations import check_implementation
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 if TYPE_CHECKING:

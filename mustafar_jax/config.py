@@ -5,8 +5,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from mustafar_jax.bitmap import WORD
+from mustafar_jax.codecs import BY_BITS
+from mustafar_jax.layout import WORD
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Method, check_sparsity
+from mustafar_jax.rows import RowFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +20,20 @@ class CompressionConfig:
 
     Attributes:
         k_sparsity, v_sparsity: the fraction of each key or value vector that is removed, in [0, 1); 0 keeps that
-            cache dense.
+            cache unpruned.
+        k_bits, v_bits: of an entry that is held: 16 for the cache's own dtype, whatever that is, or 8 for codes with
+            one scale a vector. A cache without pruning and codes is dense.
         k_method, v_method: the rule that chooses entries, a name in `pruning.KEY_METHODS` or `VALUE_METHODS`.
         residual_length: the most recent tokens that are always dense.
         group: tokens that are pruned and packed at once, a multiple of 32.
         sink_tokens: the first tokens of a sequence that stay dense.
         center_keys: prune the distance of each key from its sequence's mean key, rotated to the token's position;
             attention adds the mean again. Needs the model's RoPE frequencies, in Hugging Face's half-split convention.
-            Without effect where keys are dense, and for a prompt of at most sink_tokens + residual_length tokens, which
-            has no mean.
+            Without effect where keys are neither pruned nor coded, and for a prompt of at most sink_tokens +
+            residual_length tokens, which has no mean.
         weigh_keys: multiply what ranks a key's entries by a weight per channel that `prefill` takes from the prompt's
-            last 512 queries, `pruning.query_weight`; they are held without it. Without effect where keys are dense,
-            and for a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
+            last 512 queries, `pruning.query_weight`; they are held without it. Without effect where keys are not
+            pruned, and for a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm. Meant for rules that keep
             equally many entries of each vector.
         v_slots: entries that a packed value has room for, where `v_method` keeps unequal rows; head_dim if None, which
@@ -51,12 +55,17 @@ class CompressionConfig:
     rescale_values: bool = False
     v_slots: int | None = None
     weigh_keys: bool = False
+    k_bits: int = 16
+    v_bits: int = 16
 
     def __post_init__(self) -> None:
         for name in ("k_sparsity", "v_sparsity"):
             if not isinstance(getattr(self, name), int | float):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a Python number")
             check_sparsity(name, getattr(self, name))
+        for name in ("k_bits", "v_bits"):
+            if not isinstance(getattr(self, name), int | np.integer) or getattr(self, name) not in BY_BITS:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {sorted(BY_BITS, reverse=True)}")
         self._check_method("k", KEY_METHODS)
         self._check_method("v", VALUE_METHODS)
         if self.weigh_keys and self.key_method.needs_queries:
@@ -109,8 +118,13 @@ class CompressionConfig:
 
     @property
     def is_dense(self) -> bool:
-        """Whether neither keys nor values are pruned: an ordinary dense cache."""
-        return self.k_sparsity == 0 and self.v_sparsity == 0
+        """Whether neither keys nor values are pruned or coded: an ordinary dense cache."""
+        return not (self.compresses_keys or self.v_sparsity or self.v_bits < 16)
+
+    @property
+    def compresses_keys(self) -> bool:
+        """Whether keys are pruned or coded."""
+        return self.k_sparsity > 0 or self.k_bits < 16
 
     def packed_tokens(self, length: Any) -> Any:
         """Of a sequence's first `length` tokens, how many are packed; int or integer array, as `length` is.
@@ -144,6 +158,14 @@ class CompressionConfig:
         """The rules that are in use."""
         pairs = (self.k_sparsity, self.key_method), (self.v_sparsity, self.value_method)
         return [method for sparsity, method in pairs if sparsity > 0]
+
+    def formats(self, head_dim: int, dtype: np.dtype[Any]) -> tuple[RowFormat, RowFormat]:
+        """How packed keys and packed values of this dtype are stored."""
+        keys, values = self.slots(head_dim)
+        return (
+            RowFormat(head_dim, dtype, keys if self.k_sparsity else None, BY_BITS[self.k_bits]),
+            RowFormat(head_dim, dtype, values if self.v_sparsity else None, BY_BITS[self.v_bits]),
+        )
 
     def slots(self, head_dim: int) -> tuple[int, int]:
         """Entries that a packed key and a packed value have room for."""

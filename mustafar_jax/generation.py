@@ -12,9 +12,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from mustafar_jax.cache import LayerCache, check_lengths
+from mustafar_jax.backends.registry import Implementation, Names, check_implementation
+from mustafar_jax.cache import LayerCache
+from mustafar_jax.cache.checks import check_lengths
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.implementations import Implementation, Names, check_implementation
 
 Caches = tuple[LayerCache, ...]
 Progress = Callable[[int, int], object]

@@ -7,9 +7,9 @@ import time
 import jax
 import numpy as np
 
+from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import Model, stream
-from mustafar_jax.implementations import Implementation
 
 
 @dataclasses.dataclass(frozen=True)

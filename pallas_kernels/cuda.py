@@ -37,10 +37,10 @@ def core_count() -> int | None:
     return None if gpu is None else int(gpu.core_count)
 
 
-def check_supported(
+def why_not(
     kernels: str, runs_on: Callable[[float], bool], needed: str, *, dtype: Any, head_dim: int, queries_per_head: int
-) -> None:
-    """Raise NotImplementedError, with the reason, for what kernels cannot run.
+) -> str | None:
+    """Why kernels cannot run something, in words, or None.
 
     Only static facts count, and the compute capability where jax has a GPU: never the default backend.
 
@@ -52,22 +52,16 @@ def check_supported(
         head_dim: channels of a head.
         queries_per_head: query heads that share a KV head.
     """
-    check_form(kernels, dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head)
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the {kernels} kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}"
+    if head_dim not in (64, 128):
+        return f"the {kernels} kernels take head_dim 64 and 128; got {head_dim=}"
+    if queries_per_head > 16:
+        return f"the {kernels} kernels take at most 16 query heads per KV head; got {queries_per_head}"
     capability = compute_capability()
     if capability is not None and not runs_on(capability):
-        raise NotImplementedError(f"the {kernels} kernels need compute capability {needed}; this GPU has {capability}")
-
-
-def check_form(kernels: str, *, dtype: Any, head_dim: int, queries_per_head: int = 1) -> None:
-    """Raise NotImplementedError, with the reason, for what kernels take on no GPU; arguments as `check_supported`."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the {kernels} kernels take bfloat16 and float16; got dtype={jnp.dtype(dtype)}")
-    if head_dim not in (64, 128):
-        raise NotImplementedError(f"the {kernels} kernels take head_dim 64 and 128; got {head_dim=}")
-    if queries_per_head > 16:
-        raise NotImplementedError(
-            f"the {kernels} kernels take at most 16 query heads per KV head; got {queries_per_head}"
-        )
+        return f"the {kernels} kernels need compute capability {needed}; this GPU has {capability}"
+    return None
 
 
 def only(x: jax.Array, *, kernels: str, before: Callable[[], None] = lambda: None) -> jax.Array:

@@ -1,10 +1,13 @@
 """Data and references that several tests use."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mustafar_jax import CompressionConfig
+from mustafar_jax.backends.registry import BACKENDS
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 CONFIGS = {
@@ -14,6 +17,8 @@ CONFIGS = {
     "dense keys": CompressionConfig.recommended(0, 0.7),
     "dense values": CompressionConfig.recommended(0.5, 0, group=64, residual_length=40),
     "no window": CompressionConfig.recommended(0.5, 0.5, residual_length=0, sink_tokens=1),
+    "8 bits": CompressionConfig(0, 0, k_bits=8, v_bits=8, center_keys=True, sink_tokens=4),
+    "pruned in 8 bits": CompressionConfig.recommended(0.5, 0.7, k_bits=8, v_bits=8),
 }
 
 
@@ -57,3 +62,8 @@ def attention_on_dense(query, key, value, lengths, sliding_window=None):
     with jax.default_matmul_precision("highest"):
         out = jax.nn.dot_product_attention(*exact, mask=visible[:, None, None])[:, 0]
     return jnp.where(lengths[:, None, None] > 0, out, 0)
+
+
+def replace_backend(monkeypatch, name, **fields):
+    """Give the backend of a name other operations, for one test."""
+    monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], **fields))

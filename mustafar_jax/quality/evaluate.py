@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mustafar_jax import generation
-from mustafar_jax.bitmap import BitmapArray
 from mustafar_jax.cache import PackedCache
-from mustafar_jax.config import CompressionConfig
 from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.forcing import Kind, check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap_groups
@@ -115,8 +113,6 @@ class Evaluator:
         prompts, lengths = self._prompts(batch)
         stop, first = {*self.model.config.eos_ids, *batch[0].stop}, batch[0]
         for done, kind in enumerate(kinds, start=1):
-            if not isinstance(kind, CompressionConfig):
-                raise NotImplementedError(f"{kind} is simulated, for given continuations only")
             result = generation.generate(
                 self.model,
                 prompts,
@@ -205,7 +201,7 @@ def _spare_slots(cache: PackedCache) -> float:
     kept = (1 - sparsity for sparsity in config.true_sparsity(cache.head_dim))
     spare = 0.0
     for store, fraction in zip((cache.keys, cache.values), kept, strict=True):
-        if isinstance(store.packed, BitmapArray):
+        if store.packed.bitmap is not None:
             rows = store.packed.bitmap.size * 32 / cache.head_dim
             spare += rows * (store.packed.slots - fraction * cache.head_dim)
     return spare

@@ -6,59 +6,75 @@ counts what the bits, scales and offsets would take.
 """
 
 import dataclasses
-import functools
-import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 
-from mustafar_jax.cache import PackedCache, Rows, Store
+from mustafar_jax.codecs import Codec
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.pruning import Context
+from mustafar_jax.rows import RowFormat
 
 GROUP = 32
 """Numbers that share a scale and an offset, of 16 bits each."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantised:
-    """A kind of cache: `bits` per number, and `config`'s dense window and sinks."""
+class Rounded(Codec):
+    """Numbers rounded to `bits`, in groups of 32 along channels or along tokens."""
 
     bits: int
-    config: CompressionConfig = dataclasses.field(default_factory=CompressionConfig)
-
-    def init_cache(self, model: Any, *, batch: int, capacity: int, dtype: DTypeLike | None = None) -> "QuantisedCache":
-        """One layer's empty cache, of the model's dtype if None."""
-        pruned = model.init_cache(self.config, batch=batch, capacity=capacity, dtype=dtype)[0]
-        assert isinstance(pruned, PackedCache)
-        fields = {field.name: getattr(pruned, field.name) for field in dataclasses.fields(pruned)}
-        stores = {name: Store(fields[name].dense, _zeros(fields[name].packed)) for name in ("keys", "values")}
-        config = dataclasses.replace(self.config, k_sparsity=0, v_sparsity=0)
-        return QuantisedCache(**(fields | stores | {"config": config}), bits=self.bits)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "key_mean", "key_weight", "queries", "lengths", "overflow"],
-    meta_fields=["inv_freq", "config", "capacity", "num_kv_heads", "head_dim", "dtype", "bits"],
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantisedCache(PackedCache):
-    """A cache whose older tokens are rounded."""
-
-    bits: int
+    along: Literal["channels", "tokens"]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the cache would hold with `bits` per number, and 32 for each group's scale and offset."""
-        rounded = sum(math.prod(store.packed.shape) for store in (self.keys, self.values))
-        as_they_are = rounded * self.dtype.itemsize
-        return super().nbytes - as_they_are + rounded * self.bits // 8 + rounded // GROUP * 4
+    def name(self) -> str:
+        """See `Codec`."""
+        return f"simulated codes of {self.bits} bits"
 
-    def _compress(self, key: jax.Array, value: jax.Array, positions: jax.Array, context: Context) -> tuple[Rows, Rows]:
-        return quantise(key.swapaxes(2, 3), self.bits).swapaxes(2, 3), quantise(value, self.bits)
+    def result_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """See `Codec`."""
+        return dtype
+
+    def encode(self, entries: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, None]:
+        """See `Codec`."""
+        if self.along == "channels":
+            return quantise(entries, self.bits).astype(dtype), None
+        return quantise(entries.swapaxes(-2, -1), self.bits).swapaxes(-2, -1).astype(dtype), None
+
+    def decode(self, codes: jax.Array, scale: jax.Array | None) -> jax.Array:
+        """See `Codec`."""
+        return codes
+
+    def nbytes(self, held: int, entries: int) -> int:
+        """Bytes of `bits` per number, and 4 for each group's scale and offset."""
+        return entries * self.bits // 8 + entries // GROUP * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised(CompressionConfig):
+    """A config that prunes nothing and rounds what leaves the dense window to `bits` per number."""
+
+    k_sparsity: float = 0.0
+    v_sparsity: float = 0.0
+    bits: int = 4
+
+    @property
+    def is_dense(self) -> bool:
+        """It is not: see `CompressionConfig.is_dense`."""
+        return False
+
+    @property
+    def compresses_keys(self) -> bool:
+        """Whether keys are pruned or coded."""
+        return True
+
+    def formats(self, head_dim: int, dtype: np.dtype[Any]) -> tuple[RowFormat, RowFormat]:
+        """How packed keys and packed values of this dtype are stored."""
+        return (
+            RowFormat(head_dim, dtype, codec=Rounded(self.bits, "tokens")),
+            RowFormat(head_dim, dtype, codec=Rounded(self.bits, "channels")),
+        )
 
 
 def quantise(x: jax.Array, bits: int) -> jax.Array:
@@ -68,7 +84,3 @@ def quantise(x: jax.Array, bits: int) -> jax.Array:
     least, scale = (y.astype(jnp.float16).astype(jnp.float32) for y in (least, (largest - least) / (2**bits - 1)))
     level = jnp.clip(jnp.round((groups - least) / jnp.where(scale > 0, scale, 1)), 0, 2**bits - 1)
     return (least + level * scale).reshape(x.shape).astype(x.dtype)
-
-
-def _zeros(packed: Rows) -> jax.Array:
-    return jnp.zeros(packed.shape, packed.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mustafar_jax.operands import Mean, Tail
 from mustafar_jax.pallas_kernels import launch
 from mustafar_jax.pallas_kernels.mosaic import lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
@@ -21,8 +22,11 @@ from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State,
 from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
-from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
+from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
 from mustafar_jax.pallas_kernels.triton.merge import merge
+from mustafar_jax.rows import Rows
+
+BOTH_DENSE = "the Mosaic GPU kernels want a bitmap for keys or for values; here both hold every entry"
 
 
 def decode_attention(
@@ -45,8 +49,8 @@ def decode_attention(
 
     Args:
         query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
-        key, value: rows [B, K, S, H] of the query's dtype, at least one of them packed; what is not visible may hold
-            anything.
+        key, value: plain rows [B, K, S, H] of the query's dtype, at least one of them with a bitmap; what is not
+            visible may hold anything.
         mean: where keys are centred, what they are distances from.
         params: launch parameters; a heuristic if None.
         interpret: run as numpy and plain JAX, anywhere.
@@ -61,7 +65,7 @@ def decode_attention(
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
-    check_rows(tail.key, tail.value, query.dtype)
+    check_tail(tail, query.dtype)
     first = tail.first_row(lengths, window)
     splits = attend_rows(
         query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
@@ -95,9 +99,9 @@ def attend_rows(
     batch, kv_heads, group, head_dim = query.shape
     lowering.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
     check_rows(key, value, query.dtype)
-    if not isinstance(key, Packed) and not isinstance(value, Packed):
-        raise NotImplementedError("the Mosaic GPU kernels want packed keys or packed values; both are dense")
-    heads, rows = batch * kv_heads, row_count(key)
+    if key.bitmap is None and value.bitmap is None:
+        raise NotImplementedError(BOTH_DENSE)
+    heads, rows = batch * kv_heads, key.padded_length
     if rows == 0:
         return []
     of_key, of_value = layout(key), layout(value)
@@ -113,9 +117,10 @@ def attend_rows(
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
-        centred=mean is not None and isinstance(key, Packed),
+        centred=mean is not None and key.bitmap is not None,
     )
-    arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query, *jax.tree.leaves((key, value))]
+    arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query]
+    arrays += [x for side in (key, value) for x in (side.bitmap, side.payload) if x is not None]
     if plan.centred:
         assert mean is not None
         arrays += [mean.key.astype(jnp.float32), turns(mean, plan)]

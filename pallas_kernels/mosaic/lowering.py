@@ -28,11 +28,17 @@ Body = Callable[..., None]
 """body(warp, shared, *inputs, *outputs): shared the address of shared memory, the others as `Warp.row` takes them."""
 
 
-def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int) -> None:
-    """Raise NotImplementedError, with the reason, for what these kernels cannot run: see `cuda.check_supported`."""
-    cuda.check_supported(
+def why_not(*, dtype: Any, head_dim: int, queries_per_head: int) -> str | None:
+    """Why these kernels cannot run something, in words, or None: see `cuda.why_not`."""
+    return cuda.why_not(
         "Mosaic GPU", _runs_on, "9.0", dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head
     )
+
+
+def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int) -> None:
+    """Raise NotImplementedError where `why_not` has a reason."""
+    if reason := why_not(dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head):
+        raise NotImplementedError(reason)
 
 
 def _runs_on(capability: float) -> bool:

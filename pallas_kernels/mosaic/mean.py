@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
-from mustafar_jax.pallas_kernels.rows import Mean
 
 _QUADS = TOKENS // 4
 _BLOCK = 16 * LANES

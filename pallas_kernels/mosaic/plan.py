@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from mustafar_jax.layout import WORD
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
-from mustafar_jax.pallas_kernels.rows import WORD, Packed, Rows, row_count
+from mustafar_jax.rows import Rows
 
 TOKENS = LANES
 """Tokens of a unit, one per lane."""
@@ -26,8 +27,7 @@ class Layout:
 
 def layout(rows: Rows) -> Layout:
     """Of rows as `attend_rows` takes them."""
-    slots = rows.values.shape[-3] * rows.values.shape[-1] if isinstance(rows, Packed) else 0
-    return Layout(row_count(rows), slots)
+    return Layout(rows.padded_length, 0 if rows.bitmap is None else rows.slots)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import math
 
+from mustafar_jax.layout import WORD
 from mustafar_jax.pallas_kernels.mosaic.plan import ROW, Places, Plan
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
-from mustafar_jax.pallas_kernels.rows import WORD
 
 
 def scatter(w: Warp, words: list[Register], values: list[Register], seen: Register, at: Places, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mustafar_jax import layout as layout_of
 from mustafar_jax.pallas_kernels.mosaic.plan import ROW, TOKENS, Layout, Places, Plan
 from mustafar_jax.pallas_kernels.mosaic.scatter import scatter
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
@@ -12,7 +13,7 @@ class PackedSource:
 
     def __init__(self, w: Warp, bitmap: Any, values: Any, head: Register, layout: Layout, plan: Plan) -> None:
         self.words, self.slots = plan.words, layout.slots
-        self.chunk = 8 if self.slots % 8 == 0 else 4
+        self.chunk = layout_of.chunk(self.slots)
         self.bitmap = w.row(bitmap, head, layout.rows * plan.words * 4)
         self.values = w.row(values, head, layout.rows * self.slots * 2)
         self.registers = plan.words + self.slots // 2

@@ -11,13 +11,15 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mustafar_jax.operands import Mean, Tail
 from mustafar_jax.pallas_kernels import launch
-from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
+from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton import tile
 from mustafar_jax.pallas_kernels.triton.merge import merge
 from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
 from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader, rotate_pair
+from mustafar_jax.rows import Rows
 
 _MEAN_UNIT = 64
 """What an entry of `_mean_query` counts in: float16 ends at 65504, products of queries and means may not."""
@@ -45,8 +47,8 @@ def decode_attention(
 
     Args:
         query: [B, K, G, H], G from 1 to 16.
-        key, value: rows [B, K, S, H] of the query's dtype, packed or dense; row r holds position tail.sinks + r. What
-            is not visible may hold anything.
+        key, value: plain rows [B, K, S, H] of the query's dtype, with a bitmap or without; row r holds position
+            tail.sinks + r. What is not visible may hold anything.
         tail: the tokens before and behind them.
         lengths: int32 [B], tokens of each sequence.
         packed_lengths: int32 [B], how many of them are rows of `key` and `value`.
@@ -67,9 +69,9 @@ def decode_attention(
     """
     tl.check_supported(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2])
     check_rows(key, value, query.dtype)
-    check_rows(tail.key, tail.value, query.dtype)
+    check_tail(tail, query.dtype)
     splits = []
-    if row_count(key):
+    if key.padded_length:
         first = tail.first_row(lengths, window)
         splits = attend_rows(
             query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
@@ -100,7 +102,7 @@ def attend_rows(
         float32 where nothing was visible) and the sum of exp(score - m).
     """
     batch, kv_heads, group, head_dim = query.shape
-    heads, rows = batch * kv_heads, row_count(key)
+    heads, rows = batch * kv_heads, key.padded_length
     params = params or launch.decode_params(heads=heads, rows=rows)
     plan = _Plan(
         reader=TileReader(head_dim, query.dtype, interpret),
@@ -108,7 +110,7 @@ def attend_rows(
         rows=rows,
         tiles_per_split=-(-_tiles(rows) // params.splits),
         scale=scale,
-        centred=mean is not None and isinstance(key, Packed),
+        centred=mean is not None and key.bitmap is not None,
     )
     operands = [first[:, None], last[:, None], query.reshape(heads, group, head_dim)]
     of_sequence = pl.BlockSpec((None, 1), lambda split, head: (head // kv_heads, 0))
@@ -124,7 +126,7 @@ def attend_rows(
         specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
     shapes = [(head_dim,), (), ()]
     return tl.pallas_call(
-        functools.partial(_kernel, plan=plan, packed=(isinstance(key, Packed), isinstance(value, Packed))),
+        functools.partial(_kernel, plan=plan, packed=(key.bitmap is not None, value.bitmap is not None)),
         name="decode_attention",
         num_warps=tile.NUM_WARPS,
         interpret=interpret,

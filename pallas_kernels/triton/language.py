@@ -36,11 +36,17 @@ Ref = Any
 """A kernel's view of an operand; Pallas has no public type for it. Comments give the shapes."""
 
 
-def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> None:
-    """Raise NotImplementedError, with the reason, for what these kernels cannot run: see `cuda.check_supported`."""
-    cuda.check_supported(
+def why_not(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> str | None:
+    """Why these kernels cannot run something, in words, or None: see `cuda.why_not`."""
+    return cuda.why_not(
         "Triton", _runs_on, "8.0 or later", dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head
     )
+
+
+def check_supported(*, dtype: Any, head_dim: int, queries_per_head: int = 1) -> None:
+    """Raise NotImplementedError where `why_not` has a reason."""
+    if reason := why_not(dtype=dtype, head_dim=head_dim, queries_per_head=queries_per_head):
+        raise NotImplementedError(reason)
 
 
 def _runs_on(capability: float) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels.rows import Tail
+from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.rows import per_head
 

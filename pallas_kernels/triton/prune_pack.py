@@ -19,10 +19,12 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels.rows import WORD, Mean, Packed
+from mustafar_jax.layout import WORD, chunk
+from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.fusion import fuse
 from mustafar_jax.pallas_kernels.triton.tile import rotate_pair
+from mustafar_jax.rows import Rows
 
 _BLOCK = 32
 """Tokens of a program: those that one block of values interleaves."""
@@ -35,7 +37,7 @@ class Prune(NamedTuple):
 
     Attributes:
         source: [B, S, K, H], or [B, K, S, H] as `prune_pack` is told.
-        target: the packed rows that are overwritten; each keeps as many entries as it has slots.
+        target: the plain rows with a bitmap that are overwritten; each keeps as many entries as it has slots.
         mean: where keys are centred, what is taken off them before they are pruned; its `offset` is the position of the
             target's row 0.
         rescale: scale what is kept of a vector to the whole vector's L2 norm.
@@ -44,7 +46,7 @@ class Prune(NamedTuple):
     """
 
     source: jax.Array
-    target: Packed
+    target: Rows
     mean: Mean | None = None
     rescale: bool = False
     weight: jax.Array | None = None
@@ -59,7 +61,7 @@ def prune_pack(
     rows: int,
     head_axis: int,
     interpret: bool = False,
-) -> list[Packed]:
+) -> list[Rows]:
     """Prune consecutive rows of each sequence to their largest magnitudes, and write them into packed rows.
 
     Source rows first .. first + rows - 1 become target rows start .. start + rows - 1. The entries that are kept, and
@@ -99,7 +101,8 @@ def prune_pack(
     for prune in prunes:
         operands += [_of_head(_bits(prune.source), head_axis), *_mean_operands(prune.mean)]
         operands += [] if prune.weight is None else [_of_head(prune.weight)]
-        for array in (prune.target.bitmap, _bits(prune.target.values)):
+        assert prune.target.bitmap is not None
+        for array in (prune.target.bitmap, _bits(prune.target.payload)):
             aliases[len(operands)] = len(targets)
             targets.append(_of_head(array.reshape(batch, kv_heads, -1)))
             operands.append(targets[-1])
@@ -115,9 +118,11 @@ def prune_pack(
         input_output_aliases=aliases,
     )(*(array for array, _ in operands))
     written = []
-    for bitmap, values, prune in zip(outs[0::2], outs[1::2], prunes, strict=True):
-        values = lax.bitcast_convert_type(values, source.dtype)
-        written.append(Packed(*(x.reshape(y.shape) for x, y in zip((bitmap, values), prune.target, strict=True))))
+    for bitmap, payload, prune in zip(outs[0::2], outs[1::2], prunes, strict=True):
+        target = prune.target
+        bitmap = bitmap.reshape(*target.leading, target.padded_length, -1)
+        payload = lax.bitcast_convert_type(payload, source.dtype).reshape(target.payload.shape)
+        written.append(dataclasses.replace(target, bitmap=bitmap, payload=payload))
     return written
 
 
@@ -128,7 +133,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _check(prune: Prune, source: jax.Array, per_head: tuple[int, int, int]) -> None:
     """Raise ValueError unless arrays are of the first source's shape and dtype, and a weight of float32 `per_head`."""
-    own, target, weight = prune.source, prune.target.values, prune.weight
+    own, target, weight = prune.source, prune.target.payload, prune.weight
     if own.shape != source.shape or not own.dtype == target.dtype == source.dtype:
         raise ValueError(
             f"source is {own.dtype}{list(own.shape)} and its target {target.dtype}; "
@@ -189,12 +194,11 @@ class _Plan:
     @classmethod
     def of(cls, prune: Prune, interpret: bool) -> "_Plan":
         """The plan of one source and target."""
-        bitmap, values = prune.target
         return cls(
             head_dim=prune.source.shape[3],
-            dtype=values.dtype,
-            kept=values.shape[3] * values.shape[5],
-            rows=bitmap.shape[2],
+            dtype=prune.target.dtype,
+            kept=prune.target.slots,
+            rows=prune.target.padded_length,
             offset=None if prune.mean is None else prune.mean.offset,
             rescale=prune.rescale,
             weighed=prune.weight is not None,
@@ -214,7 +218,7 @@ class _Plan:
     @property
     def chunk(self) -> int:
         """Slots that stand together in the target."""
-        return 8 if self.kept % 8 == 0 else 4
+        return chunk(self.kept)
 
     @property
     def row_words(self) -> int:

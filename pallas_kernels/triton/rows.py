@@ -1,5 +1,6 @@
 """Rows of tokens as flat operands of a kernel, and how a tile of them is loaded."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,21 +8,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels.rows import WORD, Packed, Rows
+from mustafar_jax import layout
+from mustafar_jax.layout import WORD
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.tile import Entries
+from mustafar_jax.rows import Rows
 
 
 def flat(rows: Rows) -> list[jax.Array]:
     """Arrays with one flat row per KV head, which keeps a kernel's addresses cheap.
 
-    Packed: bitmap int32 [B * K, S * H / 32] and values int32 [B * K, S * slots / 2], two neighbouring slots to a word,
-    the first in its low half: their bits are what is moved.
+    With a bitmap: that, int32 [B * K, S * H / 32] and values int32 [B * K, S * slots / 2], two neighbouring slots to a
+    word, the first in its low half: their bits are what is moved.
     """
-    if not isinstance(rows, Packed):
-        return [rows.reshape(rows.shape[0] * rows.shape[1], -1)]
+    if rows.bitmap is None:
+        return [rows.payload.reshape(math.prod(rows.leading), -1)]
     bitmap = lax.bitcast_convert_type(rows.bitmap, jnp.int32)
-    pairs = rows.values.reshape(*rows.values.shape[:-1], rows.values.shape[-1] // 2, 2)
+    pairs = rows.payload.reshape(*rows.payload.shape[:-1], rows.payload.shape[-1] // 2, 2)
     values = lax.bitcast_convert_type(pairs, jnp.int32)
     return [x.reshape(x.shape[0] * x.shape[1], -1) for x in (bitmap, values)]
 
@@ -51,7 +54,7 @@ def load_tile(
         rows: S.
     """
     row_words, slots = head_dim // WORD, values_ref.shape[0] // rows  # words of slots, two to a word
-    chunk = 4 if slots % 4 == 0 else 2
+    chunk = layout.chunk(2 * slots) // 2
     word = tokens[:, None] * row_words + jnp.arange(row_words)[None, :]
     mask = jnp.broadcast_to(seen[:, None], word.shape)
     words = tl.load(bitmap_ref.at[word], mask=mask, other=0, eviction_policy=_ONCE)

@@ -1,6 +1,7 @@
 """Products of dense queries or probabilities with packed rows."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,33 +9,49 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.pallas_kernels import launch
-from mustafar_jax.pallas_kernels.rows import WORD, Packed, check_dtype
+from mustafar_jax.pallas_kernels.rows import why_not_rows
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton import tile
 from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
 from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, TileReader
+from mustafar_jax.rows import Rows
 
 
-def key_spmv(query: jax.Array, key: Packed, *, interpret: bool = False) -> jax.Array:
+def why_not(dtype: Any, rows: Rows) -> str | None:
+    """Why rows cannot be multiplied with what is of `dtype`, in words, or None."""
+    if reason := why_not_rows(rows, dtype):
+        return reason
+    if rows.bitmap is None:
+        return "the products want rows with a bitmap; these hold every entry"
+    if rows.length == 0:
+        return "the products want at least one row; got none"
+    return tl.why_not(dtype=dtype, head_dim=rows.head_dim)
+
+
+def _check(rows: Rows, dtype: Any) -> None:
+    if reason := why_not(dtype, rows):
+        raise NotImplementedError(reason)
+
+
+def key_spmv(query: jax.Array, key: Rows, *, interpret: bool = False) -> jax.Array:
     """Scores of packed keys: query . key, unscaled.
 
     A block unpacks one tile of tokens and multiplies 16 query heads with it.
 
     Args:
         query: [B, K, G, H], the G query heads that share a KV head; any G.
-        key: packed rows [B, K, S, H] of the query's dtype, S a multiple of 32.
+        key: plain rows [B, K, S, H] of the query's dtype, with a bitmap.
         interpret: run as plain JAX, anywhere.
 
     Returns:
         float32 [B, K, G, S].
 
     Raises:
-        NotImplementedError: see `language.check_supported`.
+        NotImplementedError: see `why_not`.
     """
     batch, kv_heads, group, head_dim = query.shape
-    rows = key.bitmap.shape[2]
-    tl.check_supported(dtype=query.dtype, head_dim=head_dim)
-    check_dtype(key, query.dtype)
+    rows = key.padded_length
+    _check(key, query.dtype)
     reader = TileReader(head_dim, query.dtype, interpret)
     operands = [_pad(query, axis=2, multiple=ROWS), *flat(key)]
     parts = operands[0].shape[2] // ROWS
@@ -78,7 +95,7 @@ def _key_kernel(
 
 
 def value_spmv(
-    probabilities: jax.Array, value: Packed, *, params: launch.DecodeParams | None = None, interpret: bool = False
+    probabilities: jax.Array, value: Rows, *, params: launch.DecodeParams | None = None, interpret: bool = False
 ) -> jax.Array:
     """Sums of packed values, weighted by attention probabilities.
 
@@ -86,7 +103,7 @@ def value_spmv(
 
     Args:
         probabilities: [B, K, G, S], any G; rounded to the values' dtype.
-        value: packed rows [B, K, S, H], S a multiple of 32.
+        value: plain rows [B, K, S, H] with a bitmap.
         params: launch parameters; tuned ones for this device, or a heuristic, if None.
         interpret: run as plain JAX, anywhere.
 
@@ -94,12 +111,12 @@ def value_spmv(
         float32 [B, K, G, H].
 
     Raises:
-        NotImplementedError: see `language.check_supported`.
+        NotImplementedError: see `why_not`.
     """
     batch, kv_heads, group, rows = probabilities.shape
-    heads, head_dim = batch * kv_heads, value.bitmap.shape[-1] * WORD
-    weights = probabilities.astype(value.values.dtype)
-    tl.check_supported(dtype=weights.dtype, head_dim=head_dim)
+    heads, head_dim = batch * kv_heads, value.head_dim
+    weights = probabilities.astype(value.dtype)
+    _check(value, weights.dtype)
     weights = _pad(_pad(weights, axis=2, multiple=ROWS), axis=3, multiple=TOKENS)
     parts = weights.shape[2] // ROWS
     params = params or launch.decode_params(heads=heads * parts, rows=rows)

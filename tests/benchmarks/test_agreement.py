@@ -8,7 +8,11 @@ import pytest
 
 import mustafar_jax as mj
 from benchmarks import agreement, generation
-from mustafar_jax import attention, cache
+from mustafar_jax import attention
+from mustafar_jax.backends.record import Operation
+from mustafar_jax.backends.xla.attention import attend_packed
+from mustafar_jax.backends.xla.backend import XLA
+from tests.helpers import replace_backend
 
 CONFIG = mj.CompressionConfig.recommended(0.7, 0.7)
 PROMPT, STEPS = 70, 100  # past the boundaries of three groups
@@ -42,13 +46,14 @@ def test_one_implementation_agrees_with_itself(model, tokens):
 
 
 def test_a_difference_is_found(model, tokens, monkeypatch):
-    def wrong_from_a_length_on(query, held, scale, window):
-        out = attention._PACKED["xla"](query, held, scale, window)
-        return jax.tree.map(lambda x: jnp.where(held.lengths[:1] > PROMPT + 20, 0 * x, x), out)
+    def wrong_from_a_length_on(operands):
+        out = attend_packed(operands)
+        return jnp.where(operands.lengths[:1] > PROMPT + 20, 0 * out, out)
 
-    monkeypatch.setitem(attention._PACKED, "triton", wrong_from_a_length_on)
-    monkeypatch.setitem(cache._PACK, "triton", cache._pack_xla)
-    names = {"implementation": ("triton", "triton"), "reference": "xla"}  # a name alone would be tried on a CPU
+    replace_backend(
+        monkeypatch, "triton", needs_cuda=False, attend_packed=Operation(wrong_from_a_length_on), pack=XLA.pack
+    )
+    names = {"implementation": "triton", "reference": "xla"}
     ratios, _ = agreement.forced(model, tokens, PROMPT, CONFIG, **names)
     assert (ratios[:20] == 0).all()
     assert (ratios[20:] > 1e-3).all()
@@ -97,13 +102,12 @@ def test_a_decoder_takes_the_place_of_the_model_after_the_prompt(model, tokens):
 
 
 def test_attention_is_compared_layer_by_layer(model, tokens, monkeypatch):
-    def off_by_a_hundredth(query, held, scale, window):
-        return 1.01 * attention._PACKED["xla"](query, held, scale, window)
+    def off_by_a_hundredth(operands):
+        return 1.01 * attend_packed(operands)
 
-    attention._decode.clear_cache()  # of what another test had here by the same names
-    monkeypatch.setitem(attention._PACKED, "triton", off_by_a_hundredth)
-    monkeypatch.setitem(cache._PACK, "triton", cache._pack_xla)
-    names = ("triton", "triton")  # a name alone would be tried on a CPU
+    attention._decode.clear_cache()  # of what another test had here by the same name
+    replace_backend(monkeypatch, "triton", needs_cuda=False, attend_packed=Operation(off_by_a_hundredth), pack=XLA.pack)
+    names = "triton"
     ratios = agreement.attention_ratios(model, tokens, CONFIG, implementation=names, reference="xla")
     assert ratios.shape == (model.config.num_layers,)
     np.testing.assert_allclose(ratios, 0.01, rtol=0.2)  # bfloat16

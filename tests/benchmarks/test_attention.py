@@ -8,7 +8,6 @@ from benchmarks import attention, synthetic
 from benchmarks.attention import Case
 from benchmarks.synthetic import MASKS, Shape
 from benchmarks.table import Table, attempt
-from mustafar_jax import bitmap
 from mustafar_jax.pruning import keep_count
 
 TINY = Shape("tiny", 2, 2, 2, 256, 32)
@@ -28,7 +27,7 @@ def cache():
 @pytest.mark.parametrize("mask", MASKS)
 def test_random_caches_hold_what_pruned_ones_do(cache, mask):
     rows = cache(mask).keys.packed
-    held = bitmap.held(rows)
+    held = rows.mask()
     assert (held.sum(axis=-1) == keep_count(32, 0.7)).all()
     assert rows.slots == keep_count(32, 0.7)
     used = held.any(axis=(0, 2)).sum(axis=-1)  # channels of each head that any row holds

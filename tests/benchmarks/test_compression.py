@@ -6,8 +6,7 @@ import pytest
 from benchmarks import attention, compression
 from benchmarks.compression import Prompt, Steps
 from benchmarks.synthetic import Shape
-from mustafar_jax import bitmap
-from mustafar_jax.pallas_kernels.rows import Packed
+from mustafar_jax import pack
 from mustafar_jax.pruning import magnitude_mask
 
 SMALL = Shape("small", 1, 1, 1, 64, 64)
@@ -50,8 +49,7 @@ def test_wrong_entries_and_wrong_masks_are_both_seen_and_ties_are_not():
     error = jax.jit(prompt.error)
 
     def packed(key, mask_of):
-        both = [bitmap.pack(x.swapaxes(1, 2), magnitude_mask(mask_of(x.swapaxes(1, 2)), 0.7)) for x in (key, tokens[1])]
-        return [Packed(rows.bitmap, rows.values) for rows in both]
+        return [pack(x.swapaxes(1, 2), magnitude_mask(mask_of(x.swapaxes(1, 2)), 0.7)) for x in (key, tokens[1])]
 
     assert empty.bitmap.shape == packed(tokens[0], lambda x: x)[0].bitmap.shape
     assert error(packed(tokens[0], lambda x: x), tokens, (None, None)) == 0

@@ -15,17 +15,16 @@ from mustafar_jax import (
     CompressionConfig,
     LayerCache,
     append,
-    attention,
     decode_attention,
-    implementations,
     key_spmv,
     pack,
     prefill,
     prefill_attention,
 )
+from mustafar_jax.backends import registry
+from mustafar_jax.backends.record import Operation
 from mustafar_jax.cache import PackedCache, Store
-from mustafar_jax.implementations import IMPLEMENTATIONS
-from tests.helpers import CONFIGS, DTYPES, attention_on_dense, rms_error_ratio, rope_frequencies
+from tests.helpers import CONFIGS, DTYPES, attention_on_dense, replace_backend, rms_error_ratio, rope_frequencies
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 3, 2, 64, 448, 300
 TOLERANCE = {jnp.bfloat16: 5e-3, jnp.float16: 1e-3, jnp.float32: 1e-5}
@@ -74,12 +73,15 @@ def poisoned(cache):
         return jnp.where(held, leaf, jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else ~leaf)
 
     def poison_store(store):
-        dense = poison(store.dense, (cache.dense_positions() < cache.lengths[:, None])[:, None])
+        dense = poison(store.dense, (cache.ring.positions(cache.packed_lengths) < cache.lengths[:, None])[:, None])
         rows = (jnp.arange(store.packed.shape[2]) < cache.packed_lengths[:, None])[:, None]
-        if isinstance(store.packed, jax.Array):
-            return Store(dense, poison(store.packed, rows))
-        words, values = poison(store.packed.bitmap, rows), poison(store.packed.values, rows[..., ::32])
-        return Store(dense, dataclasses.replace(store.packed, bitmap=words, values=values))
+        packed = store.packed
+        payload = poison(packed.payload, rows if packed.bitmap is None else rows[..., ::32])
+        others = {
+            name: None if leaf is None else poison(leaf, rows)
+            for name, leaf in (("bitmap", packed.bitmap), ("scale", packed.scale))
+        }
+        return Store(dense, dataclasses.replace(packed, payload=payload, **others))
 
     if isinstance(cache, PackedCache):
         return dataclasses.replace(cache, keys=poison_store(cache.keys), values=poison_store(cache.values))
@@ -226,7 +228,7 @@ def test_implementations_of_prefill_fall_through():
         np.testing.assert_array_equal(run(implementation=names), expected)
     with pytest.raises(NotImplementedError, match="cuDNN wants bfloat16 or float16; query is float32"):
         run(implementation="cudnn")
-    with pytest.raises(NotImplementedError, match=r"'triton' attends caches; a prompt wants one of.*'cudnn', 'xla'"):
+    with pytest.raises(NotImplementedError, match=r"'triton' does not attend prompts; wanted one of.*'cudnn', 'xla'"):
         run(implementation="triton")
     with pytest.raises(ValueError, match="sliding_window=0 must be"):
         run(sliding_window=0)
@@ -252,9 +254,8 @@ def test_bad_arguments(name, message, options):
         decode_attention(**{"query": jnp.ones((BATCH, 6, HEAD_DIM)), "cache": empty(CONFIGS[name])} | options)
 
 
-def test_every_named_implementation_is_known():
-    named = set(attention._PACKED) | set(attention._DENSE) | set(attention._PREFILL)
-    assert named <= set(IMPLEMENTATIONS)
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(registry, "on_cuda", lambda: True)
 
 
 def test_none_tries_the_fastest_kernel_first(monkeypatch):
@@ -266,9 +267,8 @@ def test_none_tries_the_fastest_kernel_first(monkeypatch):
         raise NotImplementedError(name)
 
     for name in ("mosaic_gpu", "triton"):
-        monkeypatch.setitem(attention._PACKED, name, functools.partial(refuse, name))
-    for module in (attention, implementations):
-        monkeypatch.setattr(module, "on_cuda", lambda: True)
+        replace_backend(monkeypatch, name, attend_packed=Operation(functools.partial(refuse, name)))
+    on_a_gpu(monkeypatch)
     cache = empty(CompressionConfig(), batch=1, num_kv_heads=1)
     jax.eval_shape(decode_attention, jnp.zeros((1, 9, HEAD_DIM)), cache)
     assert seen == ["mosaic_gpu", "triton"]
@@ -276,29 +276,43 @@ def test_none_tries_the_fastest_kernel_first(monkeypatch):
 
 def test_a_jax_without_pallas_s_backends_attends_packs_and_multiplies_through_xla(monkeypatch):
     """On a GPU."""
-    for module in (attention, implementations):
-        monkeypatch.setattr(module, "on_cuda", lambda: True)
-    for name in ("rows", "spmv", "prune_pack"):
-        monkeypatch.setitem(sys.modules, f"mustafar_jax.pallas_kernels.{name}", None)
+    on_a_gpu(monkeypatch)
+    for name in ("triton", "mosaic_gpu"):
+        monkeypatch.setitem(sys.modules, f"jax.experimental.pallas.{name}", None)
     rng = np.random.default_rng(7)
-    cache, query = filled(CompressionConfig(), jnp.array([90, 70, 3]), rng), normal(rng, BATCH, 2, HEAD_DIM)
-    packed = pack(normal(rng, 1, 2, 32, HEAD_DIM), jnp.ones((1, 2, 32, HEAD_DIM), bool))
+    cache, query = (
+        filled(CompressionConfig(), jnp.array([90, 70, 3]), rng, jnp.bfloat16),
+        normal(rng, BATCH, 2, HEAD_DIM),
+    )
+    query = query.astype(jnp.bfloat16)
+    packed = pack(query[None], jnp.ones((1, *query.shape), bool))
     for run, arguments in (
         (decode_attention, (query, cache)),
         (append, (cache, query, query)),
-        (key_spmv, (query[:1, :, None], packed)),
+        (key_spmv, (query[None, :, :1], packed)),
     ):
         jax.tree.map(np.testing.assert_array_equal, run(*arguments), run(*arguments, implementation="xla"))
+    with pytest.raises(NotImplementedError, match=r"jax .* lacks jax.experimental.pallas.triton"):
+        decode_attention(query, cache, implementation="triton")
+
+
+@pytest.mark.parametrize("module", ["triton.decode_attention", "mosaic.decode_attention"])
+def test_a_broken_installation_is_an_import_error(module, monkeypatch):
+    """Not a kernel that cannot run: it must not silently mean XLA."""
+    on_a_gpu(monkeypatch)
+    for name in [name for name in sys.modules if name.startswith("mustafar_jax.pallas_kernels.")]:
+        if name.endswith(module):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, f"mustafar_jax.pallas_kernels.{module}", None)
+    backend = {"triton": "triton", "mosaic": "mosaic_gpu"}[module.partition(".")[0]]
+    cache = empty(CompressionConfig(), batch=1, dtype=jnp.bfloat16)
+    query = jnp.zeros((1, KV_HEADS, HEAD_DIM), jnp.bfloat16)
+    with pytest.raises(ImportError, match=module):
+        decode_attention(query, cache, implementation=(backend, "xla"))
 
 
 def test_only_a_default_device_with_cuda_gets_kernels():
     for device in (jax.devices("cpu")[0], "cpu"):
         with jax.default_device(device):
-            assert not implementations.on_cuda()
-    assert implementations.on_cuda() == (jax.default_backend() == "gpu")
-
-
-def test_a_kernel_that_cannot_be_imported_is_one_that_cannot_run():
-    cache = empty(CompressionConfig(), batch=1)
-    with pytest.raises(NotImplementedError, match="missing cannot be imported"):
-        attention._attend_packed_kernels(jnp.zeros((1, KV_HEADS, 1, HEAD_DIM)), cache, 1.0, None, module="missing")
+            assert not registry.on_cuda()
+    assert registry.on_cuda() == (jax.default_backend() == "gpu")

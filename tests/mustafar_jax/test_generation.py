@@ -14,13 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mustafar_jax as mj
-from mustafar_jax import attention, cache, generation
-from mustafar_jax.bitmap import BitmapArray
+from mustafar_jax import generation
+from mustafar_jax.backends import registry
+from mustafar_jax.backends.record import Operation
 from mustafar_jax.cache import LayerCache, PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import decode_step, prefill_prompt
 from mustafar_jax.models import Llama, Mistral, ModelConfig
 from mustafar_jax.text import Returned
+from tests.helpers import replace_backend
 
 VOCABULARY = 61
 TINY = ModelConfig(
@@ -180,7 +182,7 @@ def test_a_window_s_model_far_past_it_equals_its_dense_cache_where_every_entry_i
     cache = jax.eval_shape(functools.partial(mistral.init_cache, config, batch=2, capacity=tokens.shape[1]))[0]
     assert isinstance(cache, PackedCache)
     for store in (cache.keys, cache.values):
-        assert isinstance(store.packed, BitmapArray)
+        assert store.packed.bitmap is not None
         assert store.packed.shape[2] >= 192
         assert store.packed.slots == TINY.head_dim
 
@@ -634,20 +636,19 @@ def test_the_implementation_reaches_every_layer(run):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "wanted"), [("xla", "xla"), ("triton", "triton"), (("cudnn", "xla"), "xla"), ("cudnn", "best")]
+    ("implementation", "wanted"), [("xla", "xla"), ("triton", "triton"), (("cudnn", "xla"), "xla"), ("cudnn", "triton")]
 )
 def test_a_layer_packs_by_whom_it_is_told(llama, monkeypatch, implementation, wanted):
     packed_by: list[str] = []
 
-    def pack(name, held, leaving):
+    def pack(name, packing):
         packed_by.append(name)
-        return held.keys.packed, held.values.packed
+        return packing.key.target, packing.value.target
 
-    for name in ("triton", "xla", "best"):
-        monkeypatch.setitem(cache._PACK, name, functools.partial(pack, name))
-    monkeypatch.setattr(cache, "kernels_or_xla", lambda: ("best",))
-    for name in ("triton", "xla", "cudnn"):
-        monkeypatch.setitem(attention._PACKED, name, lambda query, *rest: query)
+    attends = Operation(lambda operands: operands.query)
+    for name in ("triton", "xla", "cudnn"):  # as on a GPU: Triton is the best that packs
+        packs = None if name == "cudnn" else Operation(functools.partial(pack, name))
+        replace_backend(monkeypatch, name, needs_cuda=False, attend_packed=attends, pack=packs)
     (held, _), layer = (
         llama.init_cache(CompressionConfig(), batch=3, capacity=77),
         llama.layers[0],
@@ -672,7 +673,7 @@ def test_a_layer_packs_by_whom_it_is_told(llama, monkeypatch, implementation, wa
     ],
 )
 def test_who_packs_beside_who_attends(implementation, wanted):
-    assert cache.packers(implementation) == wanted
+    assert registry.packers(implementation) == wanted
 
 
 # Progress

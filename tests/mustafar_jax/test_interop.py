@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mustafar_jax import bitmap, interop
+from mustafar_jax import interop, key_spmv, pack, value_spmv
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 HALF_ULP = 2.0**-11  # float16 rounds to nearest: this much relative error at most
@@ -111,9 +111,9 @@ def test_attention_on_the_pruned_tensors_agrees_with_the_published_kernels(publi
 def test_spmv_agrees_with_the_published_kernels(published):
     key, value = (jnp.asarray(pruned(published, side)) for side in ("key", "value"))
     query, probabilities = (jnp.asarray(grouped(published[name], len(key))) for name in ("query", "probabilities"))
-    scores = bitmap.key_spmv(query, bitmap.pack(key, key != 0))
+    scores = key_spmv(query, pack(key, key != 0))
     assert_rounds_to(np.asarray(scores), published["scores"])
-    output = bitmap.value_spmv(probabilities, bitmap.pack(value, value != 0))
+    output = value_spmv(probabilities, pack(value, value != 0))
     assert_rounds_to(np.asarray(output), published["output"])
 
 

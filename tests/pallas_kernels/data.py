@@ -1,13 +1,16 @@
 """Packed rows that the kernels' tests share, and how they compile what is interpreted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax.pallas_kernels.rows import Packed
+from mustafar_jax.codecs import PLAIN
 from mustafar_jax.rope import rotate
+from mustafar_jax.rows import RowFormat, Rows
 from tests.quick import QUICK
 
 TOLERANCE = {jnp.dtype(jnp.bfloat16): 5e-3, jnp.dtype(jnp.float16): 1e-3}
@@ -44,16 +47,21 @@ def rows_of(rng, shape, dtype, sparsity, kinds="magnitude"):
     """
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     if sparsity == 0:
-        return x, x
+        return mj.pack(x), x
     kinds = [kinds] * shape[0] if isinstance(kinds, str) else kinds
     return pack_rows(x, masks(rng, x, mj.keep_count(shape[-1], sparsity), kinds))
+
+
+def rows_of_words(bitmap, payload):
+    """Plain rows with a bitmap of these arrays [B, K, ...], or their shapes."""
+    length, head_dim, dtype = bitmap.shape[2], bitmap.shape[3] * 32, np.dtype(payload.dtype)
+    return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), PLAIN, head_dim, dtype, length)
 
 
 def pack_rows(x, mask):
     """As `rows_of`, for [B, K, S, H] and a mask."""
     packed = mj.pack(x, mask)
-    padding = packed.bitmap.shape[2] - x.shape[2]
-    return Packed(packed.bitmap, packed.values), jnp.pad(mj.unpack(packed), [(0, 0), (0, 0), (0, padding), (0, 0)])
+    return packed, jnp.pad(mj.unpack(packed), [(0, 0), (0, 0), (0, packed.padded_length - x.shape[2]), (0, 0)])
 
 
 def with_mean(dense, mean):
@@ -66,11 +74,14 @@ def with_mean(dense, mean):
 def poison(rows, outside):
     """Rows with NaN values and full or arbitrary bitmaps where bool `outside` [B, S] holds."""
     outside = np.asarray(outside)[:, None]
-    if not isinstance(rows, Packed):
-        return jnp.where(outside[..., None], jnp.nan, rows)
+    if rows.bitmap is None:
+        return dataclasses.replace(rows, payload=jnp.where(outside[..., None], jnp.nan, rows.payload))
     blocks = outside.reshape(*outside.shape[:2], -1, 1, 32, 1)
-    values = jnp.where(blocks, jnp.nan, rows.values)
-    return Packed(jnp.where(outside[..., None], jnp.uint32(0xFFFF0FFF), rows.bitmap), values)
+    return dataclasses.replace(
+        rows,
+        bitmap=jnp.where(outside[..., None], jnp.uint32(0xFFFF0FFF), rows.bitmap),
+        payload=jnp.where(blocks, jnp.nan, rows.payload),
+    )
 
 
 WHERE = [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.mark.gpu, id="device")]
@@ -81,12 +92,8 @@ def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
     """Shapes of a query, of keys and of values; 0 slots: dense."""
 
     def rows_spec(slots):
-        if slots == 0:
-            return jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim), dtype)
-        chunk = 8 if slots % 8 == 0 else 4
-        values = (batch, kv_heads, rows // 32, slots // chunk, 32, chunk)
-        bitmap = jax.ShapeDtypeStruct((batch, kv_heads, rows, head_dim // 32), jnp.uint32)
-        return Packed(bitmap, jax.ShapeDtypeStruct(values, dtype))
+        how = RowFormat(head_dim, np.dtype(dtype), slots or None)
+        return jax.eval_shape(lambda: how.empty((batch, kv_heads), rows))
 
     query = jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype)
     return query, rows_spec(k_slots), rows_spec(v_slots)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax import attention
+from mustafar_jax.attention import decode_operands
+from mustafar_jax.operands import Mean, Tail
 from mustafar_jax.pallas_kernels.launch import DecodeParams, MosaicParams
+from mustafar_jax.pallas_kernels.mosaic import backend as mosaic_backend
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
-from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
+from mustafar_jax.pallas_kernels.triton import backend as triton_backend
 from mustafar_jax.pallas_kernels.triton import decode_attention
 from tests.helpers import bits, rms_error_ratio, rope_frequencies
 from tests.pallas_kernels.data import TOLERANCE, attend, jit, merge_splits, poison, rows_of, specs, with_mean
@@ -26,11 +28,12 @@ class Kernel(NamedTuple):
     name: str
     module: Any
     params: Callable[[int], Any]  # of a number of splits
+    backend: Any
 
 
 KERNELS = [
-    Kernel("triton", decode_attention, DecodeParams),
-    Kernel("mosaic_gpu", mosaic_decode_attention, MosaicParams),
+    Kernel("triton", decode_attention, DecodeParams, triton_backend),
+    Kernel("mosaic_gpu", mosaic_decode_attention, MosaicParams, mosaic_backend),
 ]
 RUNS = [
     pytest.param(kernel, interpret, id=f"{kernel.name}-{where}", marks=[] if interpret else pytest.mark.gpu)
@@ -112,7 +115,7 @@ def data(name):
 
 def outside(rows, first, last):
     """Bool [B, S]: which rows a sequence does not see."""
-    row = np.arange((rows.bitmap if isinstance(rows, Packed) else rows).shape[2])
+    row = np.arange(rows.padded_length)
     return (row < np.asarray(first)[:, None]) | (row >= np.asarray(last)[:, None])
 
 
@@ -229,8 +232,11 @@ def filled_cache(name):
 def test_attends_a_cache_as_xla_does(name, kernel, interpret):
     cache, query, expected = filled_cache(name)
     *_, lengths, window = CACHES[name]
+
     # not by `mj.decode_attention`, which is jitted: both values of `interpret` would share one trace
-    attend_cache = functools.partial(attention._PACKED[kernel.name], scale=64**-0.5, window=window, interpret=interpret)
+    def attend_cache(query, cache):
+        return kernel.backend.attend(decode_operands(query, cache, 64**-0.5, window), interpret=interpret)
+
     actual = jit(attend_cache, interpret=interpret)(query[:, None], cache)[:, 0]
     some = np.asarray(lengths) > 0
     assert np.all(np.asarray(actual)[~some] == 0)
@@ -294,7 +300,7 @@ def test_attention_on_a_cache_lowers_for_cuda(config, name):
 
 @pytest.mark.parametrize("group", [1, 8])
 def test_wide_blocks_lower_for_cuda(group):
-    kernel = Kernel("mosaic_gpu", mosaic_decode_attention, functools.partial(MosaicParams, warps=12))
+    kernel = Kernel("mosaic_gpu", mosaic_decode_attention, functools.partial(MosaicParams, warps=12), mosaic_backend)
     call, arguments = abstract_call(
         kernel, k_slots="in eights", v_slots="in eights", rows=4096, sinks=4, head_dim=128, dtype=BF16, window=None,
         centred=True, splits=2, group=group,

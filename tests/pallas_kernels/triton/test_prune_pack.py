@@ -1,5 +1,6 @@
 """Prune and pack's kernel against pruning and packing through XLA."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax import bitmap, cache
-from mustafar_jax.pallas_kernels.rows import Mean, Packed
+from mustafar_jax.backends.record import Operation
+from mustafar_jax.cache import packed as packed_cache
+from mustafar_jax.operands import Mean
+from mustafar_jax.pallas_kernels.triton import backend
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 from mustafar_jax.pruning import rescale_to_norm
 from mustafar_jax.rope import rotate
-from tests.helpers import adversarial, bits, rope_frequencies
-from tests.pallas_kernels.data import WHERE, jit
+from mustafar_jax.rows import RowFormat
+from tests.helpers import adversarial, bits, replace_backend, rope_frequencies
+from tests.pallas_kernels.data import WHERE, jit, rows_of_words
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -33,14 +37,14 @@ def data(rng, shape, dtype):
 
 def poisoned(rng, batch, kv_heads, rows, head_dim, kept, dtype):
     """Packed rows of any bits."""
-    empty = bitmap.empty((batch, kv_heads), rows, head_dim, kept, dtype)
+    empty = RowFormat(head_dim, np.dtype(dtype), kept).empty((batch, kv_heads), rows)
     words = rng.integers(0, 2**32, empty.bitmap.shape, dtype=np.uint32)
-    return Packed(jnp.asarray(words), adversarial(rng, empty.values.shape, dtype))
+    return dataclasses.replace(empty, bitmap=jnp.asarray(words), payload=adversarial(rng, empty.payload.shape, dtype))
 
 
 def written(target, x, mask, first, start, held, rows):
-    """The target with rows first .. of x [B, K, S, H] in it, through XLA; as numpy arrays, values as bits."""
-    words, values = np.array(target.bitmap), bits(target.values).copy()
+    """The target with rows first .. of x [B, K, S, H] in it, through XLA; as numpy arrays, the payload as bits."""
+    words, values = np.array(target.bitmap), bits(target.payload).copy()
     x, mask = np.asarray(x), np.asarray(mask)  # XLA may rewrite NaN where it slices 16-bit numbers on a CPU
     for b in range(x.shape[0]):
         if start[b] >= words.shape[2]:
@@ -50,15 +54,14 @@ def written(target, x, mask, first, start, held, rows):
         here = slice(start[b], start[b] + rows)
         words[b, :, here], values[b, :, start[b] // 32 : (start[b] + rows) // 32] = 0, 0
         words[b, :, start[b] : start[b] + held[b]] = packed.bitmap
-        values[b, :, start[b] // 32 : (start[b] + held[b]) // 32] = bits(packed.values)
-    return Packed(words, values)
+        values[b, :, start[b] // 32 : (start[b] + held[b]) // 32] = bits(packed.payload)
+    return dataclasses.replace(target, bitmap=words, payload=values)
 
 
 def unpacked(packed):
     """Packed rows as bits, and where an entry is held, [B, K, S, H]; values as they are or as bits."""
-    values = jnp.asarray(packed.values).view(jnp.float16)
-    rows = mj.BitmapArray(jnp.asarray(packed.bitmap), values, jnp.zeros(values.shape[:2], bool), packed.bitmap.shape[2])
-    return bits(mj.unpack(rows)), np.asarray(bitmap.held(rows))
+    rows = rows_of_words(jnp.asarray(packed.bitmap), jnp.asarray(packed.payload).view(jnp.float16))
+    return bits(mj.unpack(rows)), np.asarray(rows.mask())
 
 
 # batch, KV heads, tokens, head_dim, entries kept of keys and of values, dtype, axis of heads, first, start, held, rows
@@ -87,9 +90,9 @@ def test_is_bit_equal_to_xla(case, interpret):
     for i, (x, count) in enumerate(zip(sources, kept, strict=True)):
         wanted = written(targets[i], x, mj.magnitude_mask(x, 1 - count / head_dim), first, start, held, rows)
         np.testing.assert_array_equal(actual[i].bitmap, wanted.bitmap)
-        np.testing.assert_array_equal(bits(actual[i].values), wanted.values)
+        np.testing.assert_array_equal(bits(actual[i].payload), wanted.payload)
         np.testing.assert_array_equal(again[i].bitmap, actual[i].bitmap)
-        np.testing.assert_array_equal(bits(again[i].values), wanted.values)
+        np.testing.assert_array_equal(bits(again[i].payload), wanted.payload)
 
 
 def within_an_ulp(actual, expected):
@@ -132,7 +135,7 @@ def test_weighed_keys_are_bit_equal_to_xla(head_dim, dtype, interpret):
     ranked = (x.astype(jnp.float32) * weight[:, :, None]).astype(dtype)
     wanted = written(target, x, mj.magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
     np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
-    np.testing.assert_array_equal(bits(actual.values), wanted.values)
+    np.testing.assert_array_equal(bits(actual.payload), wanted.payload)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 64), jnp.float32), ((2, 2, 64), jnp.float16)])
@@ -154,7 +157,7 @@ def test_weights_of_another_form_are_refused(shape, dtype):
 def test_sources_and_targets_that_do_not_go_together_are_refused(rows, shape, dtype, message):
     rng = np.random.default_rng(12)
     target = poisoned(rng, 2, 2, 96, 64, 16, F16)
-    other = target._replace(values=target.values.astype(dtype))
+    other = dataclasses.replace(target, payload=target.payload.astype(dtype))
     prunes = [Prune(data(rng, (2, 2, 72, 64), F16), target), Prune(data(rng, shape, F16), other)]
     with pytest.raises(ValueError, match=message):
         prune_pack(prunes, FIRST, START, HELD, rows=rows, head_axis=1, interpret=True)
@@ -202,7 +205,7 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
     mask = mj.magnitude_mask(x, 0.75)
     wanted = written(target, rescale_to_norm(x, mask), mask, FIRST, START, HELD, 64)
     np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
-    assert within_an_ulp(bits(actual.values), wanted.values).all()
+    assert within_an_ulp(bits(actual.payload), wanted.payload).all()
 
 
 @pytest.mark.parametrize(
@@ -215,9 +218,10 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
 )
 def test_fills_a_cache_as_xla_does(sparsities, weigh, interpret, monkeypatch):
     """Bit for bit, in prefill and while tokens are appended; sequences fill their groups at different steps."""
-    monkeypatch.setitem(cache._PACK, "triton", functools.partial(cache._pack_triton, interpret=interpret))
+    pack = functools.partial(backend.pack, interpret=interpret)
+    replace_backend(monkeypatch, "triton", pack=Operation(pack))
     # it is jitted by itself, where both values of `interpret` could share one trace
-    monkeypatch.setattr(cache, "_pack_leaving", cache._pack_leaving.__wrapped__)
+    monkeypatch.setattr(packed_cache, "_pack_leaving", packed_cache._pack_leaving.__wrapped__)
     rng = np.random.default_rng(9)
     config = mj.CompressionConfig(*sparsities, sink_tokens=2, group=64 if interpret else 128, weigh_keys=weigh)
     key, value = (data(rng, (3, 260, 1, 64), F16) for _ in range(2))
@@ -261,7 +265,7 @@ def test_falls_through_to_xla():
         assert mj.prefill(held, key, key, implementation=("triton", "xla")).lengths == 100
     with pytest.raises(NotImplementedError, match="by magnitude"):
         jax.eval_shape(functools.partial(mj.prefill, implementation="triton"), held, key, key)
-    with pytest.raises(NotImplementedError, match="'cudnn' does not pack"):
+    with pytest.raises(NotImplementedError, match="'cudnn' does not prune and pack"):
         mj.prefill(held, key, key, implementation="cudnn")
     with pytest.raises(ValueError, match="implementation='fast' must be one of"):
         mj.append(held, key[:, 0], key[:, 0], implementation="fast")
@@ -269,8 +273,8 @@ def test_falls_through_to_xla():
 
 def specs(batch, kv_heads, tokens, head_dim, kept, dtype, head_axis):
     shape = [batch, tokens, kv_heads, head_dim] if head_axis == 2 else [batch, kv_heads, tokens, head_dim]
-    target = jax.eval_shape(lambda: bitmap.empty((batch, kv_heads), tokens, head_dim, kept, dtype))
-    return Prune(jax.ShapeDtypeStruct(shape, dtype), Packed(target.bitmap, target.values))
+    how = RowFormat(head_dim, np.dtype(dtype), kept)
+    return Prune(jax.ShapeDtypeStruct(shape, dtype), jax.eval_shape(lambda: how.empty((batch, kv_heads), tokens)))
 
 
 AXES = {

@@ -1,4 +1,4 @@
-"""The bitmap format: exact roundtrips for every mask and value, the layout itself, products on it."""
+"""Stored rows: exact roundtrips for every mask and value, the layout itself, products on it."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mustafar_jax import bitmap, key_spmv, magnitude_mask, pack, unpack, value_spmv
+from mustafar_jax import key_spmv, magnitude_mask, pack, unpack, value_spmv
+from mustafar_jax.codecs import BY_BITS
+from mustafar_jax.rows import RowFormat, Rows
 from tests.helpers import DTYPES, adversarial, bits
 
 SHAPES = [(40, 64), (2, 3, 33, 96), (2, 32, 128), (1, 5, 256)]
@@ -41,8 +43,8 @@ def test_concrete_masks_choose_the_slots(dtype):
     mask[1, 2, :21] = True
     packed = pack(x, mask)
     assert packed.slots == 24
-    assert packed.values.shape == (2, 2, 3, 32, 8)
-    assert pack(x, mask, slots=25).values.shape == (2, 2, 7, 32, 4)
+    assert packed.payload.shape == (2, 2, 3, 32, 8)
+    assert pack(x, mask, slots=25).payload.shape == (2, 2, 7, 32, 4)
     np.testing.assert_array_equal(unpack(packed), np.where(mask, 1, 0))
 
 
@@ -51,7 +53,7 @@ def test_layout():
     rng = np.random.default_rng(0)
     x, mask = jnp.asarray(rng.standard_normal((40, 64)), jnp.float32), random_mask(rng, (40, 64))
     packed = pack(x, mask)
-    words, values = np.asarray(packed.bitmap), np.asarray(packed.values)
+    words, values = np.asarray(packed.bitmap), np.asarray(packed.payload)
     chunk = values.shape[-1]
     assert words.shape == (64, 2)
     for token in range(64):
@@ -114,23 +116,54 @@ def test_products_equal_dense_ones(dtype, group):
         np.testing.assert_allclose(jax.vmap(spmv)(left, packed), expected, atol=1e-4)
 
 
-def test_take_and_put_move_whole_groups():
+KINDS = {
+    "bitmap": lambda x: pack(x, magnitude_mask(x, 0.5)),
+    "every entry": pack,
+    "bitmap, 8 bits": lambda x: pack(x, magnitude_mask(x, 0.5), bits=8),
+    "every entry, 8 bits": lambda x: pack(x, bits=8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_take_and_put_move_whole_groups(kind):
     rng = np.random.default_rng(6)
-    x = jnp.asarray(rng.standard_normal((2, 1, 128, 64)), jnp.float32)
-    packed = pack(x, magnitude_mask(x, 0.5))
-    np.testing.assert_array_equal(unpack(bitmap.take(packed, jnp.int32(32), 64)), unpack(packed)[:, :, 32:96])
-    update = bitmap.take(packed, jnp.int32(0), 32)
-    moved = unpack(jax.jit(bitmap.put)(packed, update, jnp.array([96, 128])))
+    packed = KINDS[kind](jnp.asarray(rng.standard_normal((2, 1, 128, 64)), jnp.float32))
+    np.testing.assert_array_equal(unpack(packed.take(jnp.int32(32), 64)), unpack(packed)[:, :, 32:96])
+    update = packed.take(jnp.int32(0), 32)
+    moved = unpack(jax.jit(Rows.put)(packed, update, jnp.array([96, 128])))
     np.testing.assert_array_equal(moved[0, :, 96:], unpack(update)[0])
     np.testing.assert_array_equal(moved[0, :, :96], unpack(packed)[0, :, :96])
     np.testing.assert_array_equal(moved[1], unpack(packed)[1])  # its start is the end: nothing is written
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_entry_is_held_without_a_mask(dtype):
+    x = adversarial(np.random.default_rng(7), (2, 33, 48), dtype)
+    rows = jax.jit(pack)(x)
+    np.testing.assert_array_equal(bits(unpack(rows)), bits(x))
+    assert (rows.shape, rows.dtype, rows.ndim, rows.slots) == (x.shape, dtype, 3, 48)
+    assert (rows.bitmap, rows.scale, rows.overflow) == (None, None, None)
+    assert rows.mask().all()
+    assert rows.nbytes == 2 * 64 * 48 * x.dtype.itemsize  # of whole groups of 32
+
+
 def test_empty_holds_nothing():
-    packed = bitmap.empty((2, 3), 40, 64, 18, jnp.bfloat16)
+    packed = RowFormat(64, np.dtype(jnp.bfloat16), 18).empty((2, 3), 40)
     assert packed.shape == (2, 3, 40, 64)
     assert packed.slots == 20
     assert not unpack(packed).any()
+
+
+@pytest.mark.parametrize("slots", [None, 18])
+@pytest.mark.parametrize("bits", BY_BITS)
+def test_empty_rows_are_of_the_kind_that_packing_gives(bits, slots):
+    how, x = RowFormat(64, np.dtype(jnp.bfloat16), slots, BY_BITS[bits]), jnp.ones((2, 40, 64), jnp.bfloat16)
+    packed = how.pack(x, None if slots is None else x > 0)
+    empty = how.empty((2,), 40)
+    assert jax.tree.structure(empty) == jax.tree.structure(packed)
+    kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(rows)] for rows in (empty, packed)]
+    assert kinds[0] == kinds[1]
+    assert not unpack(empty).any()
 
 
 X = jnp.ones((4, 64))
@@ -147,6 +180,7 @@ X = jnp.ones((4, 64))
         (ValueError, "slots=0 must be at least 1", lambda: pack(X, np.ones((4, 64), bool), slots=0)),
         (ValueError, "slots=60 is too few: a row of mask holds 64", lambda: pack(X, np.ones((4, 64), bool), slots=60)),
         (ValueError, "slots=None needs a concrete mask", lambda: jax.jit(pack)(X, np.ones((4, 64), bool))),
+        (TypeError, "packed is of type ArrayImpl; wanted Rows", lambda: key_spmv(X[:1], X)),
         (ValueError, r"query has shape \(1, 32\)", lambda: key_spmv(X[:1, :32], pack(X, X > 0))),
         (ValueError, r"probabilities has shape \(64,\)", lambda: value_spmv(X[0], pack(X, X > 0))),
     ],

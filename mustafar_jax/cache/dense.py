@@ -1,0 +1,88 @@
+"""The cache that neither prunes nor codes: the baseline of every comparison."""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from mustafar_jax.backends.registry import Candidates
+from mustafar_jax.cache.base import COUNTS, STATIC, LayerCache
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.writes import write_rows
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["key", "value", *COUNTS], meta_fields=STATIC)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class DenseCache(LayerCache):
+    """Key and value [B, capacity, K, H], in the layout that cuDNN reads without a copy."""
+
+    key: jax.Array
+    value: jax.Array
+
+    def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `LayerCache.to_dense`."""
+        held = (jnp.arange(self.capacity) < self.lengths[:, None])[..., None, None]
+        return jnp.where(held, self.key, 0), jnp.where(held, self.value, 0), self.lengths
+
+    @staticmethod
+    def _holds(config: CompressionConfig) -> bool:
+        return config.is_dense
+
+    @classmethod
+    def _empty(
+        cls,
+        config: CompressionConfig,
+        *,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        inv_freq: ArrayLike | None,
+        num_heads: int | None,
+    ) -> "DenseCache":
+        return _empty(config, batch, capacity, num_kv_heads, head_dim, dtype)
+
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, packers: Candidates
+    ) -> Self:
+        held = (jnp.arange(key.shape[1]) < lengths[:, None])[..., None, None]
+        return dataclasses.replace(
+            self,
+            key=self.key.at[:, : key.shape[1]].set(jnp.where(held, key, 0)),
+            value=self.value.at[:, : key.shape[1]].set(jnp.where(held, value, 0)),
+            lengths=lengths,
+            overflow=jnp.zeros_like(self.overflow),
+        )
+
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, packers: Candidates) -> Self:
+        return dataclasses.replace(  # a sequence at its capacity has no row to write
+            self,
+            key=write_rows(self.key, key[:, None], self.lengths, axis=1),
+            value=write_rows(self.value, value[:, None], self.lengths, axis=1),
+            lengths=jnp.minimum(self.lengths + 1, self.capacity),
+            overflow=self.overflow | (self.lengths >= self.capacity),
+        )
+
+
+# One compiled call for a layer: a model has hundreds of these arrays, and calls one by one delay its first token.
+@functools.partial(jax.jit, static_argnums=range(6))
+def _empty(
+    config: CompressionConfig, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+) -> DenseCache:
+    key, value = (jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype) for _ in range(2))
+    return DenseCache(
+        key=key,
+        value=value,
+        lengths=jnp.zeros(batch, jnp.int32),
+        overflow=jnp.zeros(batch, bool),
+        config=config,
+        capacity=capacity,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )

@@ -1,0 +1,347 @@
+"""The cache whose older tokens are pruned, coded, or both."""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from mustafar_jax.backends import registry
+from mustafar_jax.backends.registry import Candidates, candidates
+from mustafar_jax.cache import statistics
+from mustafar_jax.cache.base import COUNTS, STATIC, LayerCache
+from mustafar_jax.cache.packing import Leaving, packing_of, rule_context
+from mustafar_jax.cache.ring import Ring, place_new, place_prompt
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.layout import WORD
+from mustafar_jax.operands import Mean, Packing, Tail, restored_keys
+from mustafar_jax.pruning import RECENT
+from mustafar_jax.rows import RowFormat, Rows
+from mustafar_jax.writes import write_rows
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["dense", "packed"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The keys or the values of a `PackedCache`.
+
+    Attributes:
+        dense: [B, K, sinks + ring, H]; the first tokens of a sequence, then a ring of the most recent ones.
+        packed: rows [B, K, C, H], the tokens between them.
+    """
+
+    dense: jax.Array
+    packed: Rows
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "key_mean", "key_weight", "queries", *COUNTS],
+    meta_fields=["inv_freq", *STATIC],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class PackedCache(LayerCache):
+    """Head-major, so that no step transposes it.
+
+    A token's place follows from its position and its sequence's length alone. Of the first `length` tokens:
+
+        positions [0, sinks)                  dense slots [0, sinks)
+        positions [sinks, sinks + P)          packed rows [0, P), P = config.packed_tokens(length)
+        positions [sinks + P, length)         dense slots sinks + (position - sinks) % ring
+
+    Attributes:
+        keys, values: what is held of each.
+        key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
+            centred. Packed keys are then distances from it: a key is what is held plus the mean, rotated to its
+            position.
+        key_weight: float32 [B, K, H], by which entries of keys are weighed when they are ranked, fixed by `prefill`;
+            None unless keys are weighed.
+        queries: [B, N, 32, H], the most recent queries, each in slot position % 32; None unless a method scores with
+            them.
+        inv_freq: the RoPE frequencies that rotate `key_mean`; static.
+    """
+
+    keys: Store
+    values: Store
+    key_mean: jax.Array | None
+    key_weight: jax.Array | None
+    queries: jax.Array | None
+    inv_freq: tuple[float, ...] | None
+
+    @property
+    def ring(self) -> Ring:
+        """Where tokens that are not packed lie."""
+        return Ring.of(self.config, self.capacity)
+
+    @property
+    def packed_lengths(self) -> jax.Array:
+        """int32 [B], packed tokens per sequence."""
+        return self.config.packed_tokens(self.lengths)
+
+    @property
+    def tail(self) -> Tail:
+        """The tokens that are not packed, as attention takes them."""
+        return Tail(self.keys.dense, self.values.dense, self.ring.sinks)
+
+    @property
+    def mean(self) -> Mean | None:
+        """What packed keys are distances from; None where they are not centred."""
+        if self.key_mean is None:
+            return None
+        return Mean(self.key_mean, np.asarray(self.inv_freq, np.float32), self.config.sink_tokens)
+
+    def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `LayerCache.to_dense`."""
+        return *self._to_dense(self.packed_lengths), self.lengths
+
+    def _to_dense(self, packed_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values where this many tokens [B] are packed."""
+        sinks, slots = self.config.sink_tokens, self.keys.dense.shape[2]
+        position = jnp.arange(self.capacity)[None]
+        is_packed = (position >= sinks) & (position < sinks + packed_lengths[:, None])
+        place = jnp.where(is_packed, slots + position - sinks, self.ring.slot(position))
+        held = (position < self.lengths[:, None])[..., None, None]
+
+        def gather(dense: jax.Array, packed: jax.Array) -> jax.Array:
+            both = jnp.concatenate([dense.astype(packed.dtype), packed], axis=2).swapaxes(1, 2)
+            tokens = jnp.take_along_axis(both, place[..., None, None], axis=1, mode="clip")
+            return jnp.where(held, tokens, 0)
+
+        keys = gather(self.keys.dense, restored_keys(self.keys.packed, self.mean))
+        return keys, gather(self.values.dense, self.values.packed.to_array())
+
+    def packing(self, leaving: Leaving) -> Packing:
+        """What a backend is asked to do with tokens that leave the dense part."""
+
+        def all_keys() -> jax.Array:
+            """[B, S, K, H]: the prompt's, or those that a step found."""
+            return leaving.key if leaving.head_axis == 2 else self._to_dense(leaving.start)[0]
+
+        context = functools.partial(
+            rule_context,
+            queries=self.queries,
+            lengths=self.lengths,
+            num_kv_heads=self.num_kv_heads,
+            all_keys=all_keys if self.config.needs_attention else None,
+        )
+        targets = self.keys.packed, self.values.packed
+        return packing_of(leaving, self.config, targets, self.mean, self.key_weight, context)
+
+    def pack_oldest(self, packed: jax.Array, packers: Candidates | None = None) -> Self:
+        """Prune and pack the oldest group of each sequence that has one to pack beside its `packed` [B] tokens."""
+        start = jnp.where(self.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
+        return self._pack(self.oldest(packed, start), packers or candidates("pack", None))
+
+    def oldest_group(self, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What stands in the oldest group of the rings of sequences of which `packed` [B] tokens are packed.
+
+        Keys and values [B, K, group, H].
+        """
+        group = self.packing(self.oldest(packed, packed))
+        return group.taken(group.key.source), group.taken(group.value.source)
+
+    def oldest(self, packed: jax.Array, start: jax.Array) -> Leaving:
+        """The oldest groups of the rings, where `packed` [B] tokens are packed, on their way to rows `start` [B]."""
+        first = self.ring.slot(self.config.sink_tokens + packed)
+        held, rows = jnp.full_like(first, self.config.group), self.config.group
+        return Leaving(self.keys.dense, self.values.dense, first, start, held, rows=rows, head_axis=1)
+
+    def write_tokens(
+        self, key: jax.Array, value: jax.Array, query: jax.Array, first: jax.Array, lengths: jax.Array
+    ) -> Self:
+        """Add tokens without packing any: those at the positions from each sequence's length up to `lengths` [B].
+
+        Args:
+            key, value: [B, n, K, H], n at most `config.group`, the first ones at the positions `first` [B].
+            query: [B, n, N, H], read where a method scores with queries.
+            first, lengths: see above; the ring must have room for the tokens.
+        """
+        fits = jnp.minimum(lengths, self.capacity)
+        place = functools.partial(place_new, first=first, lengths=self.lengths)
+        positions = self.ring.newest(fits)
+        queries = self.queries
+        if queries is not None:
+            queries = place(queries, query.astype(self.dtype), statistics.query_positions(fits))
+        return dataclasses.replace(
+            self,
+            keys=Store(place(self.keys.dense, key, positions), self.keys.packed),
+            values=Store(place(self.values.dense, value, positions), self.values.packed),
+            queries=queries,
+            lengths=fits,
+            overflow=self.overflow | (lengths > self.capacity),
+        )
+
+    @staticmethod
+    def _holds(config: CompressionConfig) -> bool:
+        return not config.is_dense
+
+    @classmethod
+    def _empty(
+        cls,
+        config: CompressionConfig,
+        *,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: np.dtype[Any],
+        inv_freq: ArrayLike | None,
+        num_heads: int | None,
+    ) -> "PackedCache":
+        if head_dim % WORD and (config.k_sparsity or config.v_sparsity):
+            raise ValueError(f"{head_dim=} must be a multiple of {WORD} where keys or values are pruned")
+        if config.needs_queries and (num_heads is None or num_heads < 1 or num_heads % num_kv_heads):
+            methods = f"k_method={config.k_method!r}, v_method={config.v_method!r}"
+            raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}, since {methods} score with queries")
+        frequencies = statistics.frequencies(config, inv_freq, head_dim)
+        queries = num_heads if config.needs_queries else None
+        return _empty(config, batch, capacity, num_kv_heads, head_dim, dtype, frequencies, queries)
+
+    def _check_queries(self, query: jax.Array | None, leading: tuple[int, ...], *, letters: str) -> None:
+        if self.queries is None:
+            return
+        wanted = (*leading, self.queries.shape[1], self.head_dim)
+        if query is None:
+            methods = f"k_method={self.config.k_method!r}, v_method={self.config.v_method!r}"
+            raise ValueError(f"query=None: {methods} score with queries; wanted {letters} = {list(wanted)}")
+        if query.shape != wanted:
+            raise ValueError(f"query has shape {query.shape}; the cache wants {letters} = {list(wanted)}")
+
+    def _check_prompt_queries(self, query: jax.Array | None, leading: tuple[int, ...]) -> None:
+        self._check_queries(query, leading, letters="[B, S, N, H]")
+        if self.key_weight is None:
+            return
+        if query is None:
+            raise ValueError("query=None: weigh_keys=True weighs keys by the prompt's queries; wanted [B, S, N, H]")
+        fits = query.ndim == 4 and (*query.shape[:2], query.shape[3]) == (*leading, self.head_dim)
+        if not fits or query.shape[2] == 0 or query.shape[2] % self.num_kv_heads:
+            sizes = f"[{leading[0]}, {leading[1]}, a multiple of {self.num_kv_heads}, {self.head_dim}]"
+            raise ValueError(f"query has shape {query.shape}; the cache wants [B, S, N, H] = {sizes}")
+
+    def _prefill(
+        self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, packers: Candidates
+    ) -> Self:
+        cache = dataclasses.replace(self, lengths=lengths, overflow=jnp.zeros_like(self.overflow))
+        cache = cache._with_statistics(key, query)
+        positions = self.ring.positions(cache.packed_lengths)
+        cache = dataclasses.replace(
+            cache,
+            keys=Store(place_prompt(key, positions, lengths), self.keys.packed.without_overflow()),
+            values=Store(place_prompt(value, positions, lengths), self.values.packed.without_overflow()),
+        )
+        first, start = jnp.full_like(lengths, self.config.sink_tokens), jnp.zeros_like(lengths)
+        rows = self.config.packed_tokens(key.shape[1])
+        return cache._pack(Leaving(key, value, first, start, cache.packed_lengths, rows, head_axis=2), packers)
+
+    def _with_statistics(self, key: jax.Array, query: jax.Array | None) -> Self:
+        """The cache with what a prompt tells: its mean key, the keys' weights, its recent queries."""
+        found: dict[str, Any] = {}
+        if self.key_mean is not None:
+            assert self.inv_freq is not None
+            found["key_mean"] = statistics.mean_key(self.config, key, self.lengths, self.inv_freq)
+        if self.queries is not None:
+            assert query is not None
+            found["queries"] = statistics.recent_queries(query, self.lengths, self.dtype)
+        if self.key_weight is not None:
+            assert query is not None
+            found["key_weight"] = statistics.key_weight(self.config, query, self.lengths, self.num_kv_heads)
+        return dataclasses.replace(self, **found)
+
+    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, packers: Candidates) -> Self:
+        fits = self.lengths < self.capacity
+        slot = jnp.where(fits, self.ring.slot(self.lengths), self.ring.slots)
+        stores = (self.keys, key), (self.values, value)
+        dense = [write_rows(store.dense, token[:, :, None], slot, axis=2) for store, token in stores]
+        written = dataclasses.replace(
+            self,
+            queries=self._with_query(query, fits),
+            keys=Store(dense[0], self.keys.packed),
+            values=Store(dense[1], self.values.packed),
+            lengths=self.lengths + fits,
+            overflow=self.overflow | ~fits,
+        )
+        return written.pack_oldest(self.packed_lengths, packers)
+
+    def _with_query(self, query: jax.Array | None, fits: jax.Array) -> jax.Array | None:
+        """The most recent queries with this one [B, N, H], of the sequences for whose token there is room."""
+        if self.queries is None:
+            return None
+        assert query is not None
+        slot = jnp.where(fits, self.lengths % RECENT, RECENT)
+        return write_rows(self.queries, query[:, :, None].astype(self.dtype), slot, axis=2)
+
+    def _pack(self, leaving: Leaving, packers: Candidates) -> Self:
+        """Prune and pack tokens."""
+        if leaving.rows == 0 or self.config.packed_tokens(self.capacity) == 0:
+            return self
+        keys, values = _pack_leaving(self, leaving, packers)
+        overflow = self.overflow
+        if values.overflow is not None and not self.config.value_method.equal_rows:
+            overflow = overflow | values.overflow.any(axis=1)
+        return dataclasses.replace(
+            self,
+            overflow=overflow,
+            keys=Store(self.keys.dense, keys),
+            values=Store(self.values.dense, values),
+        )
+
+
+@functools.partial(jax.jit, static_argnames="packers")  # so that a call outside jit does not compile each time
+def _pack_leaving(cache: PackedCache, leaving: Leaving, packers: Candidates) -> tuple[Rows, Rows]:
+    """The packed keys and values with the leaving tokens in them."""
+    packed: tuple[Rows, Rows] = registry.run("pack", cache.packing(leaving), packers)
+    return packed
+
+
+def packed_by_kernel(cache: LayerCache) -> bool:
+    """Whether a kernel packs such a cache, or its shapes, on the GPUs that it runs on."""
+    if not isinstance(cache, PackedCache):
+        return False
+    found: list[bool] = []
+
+    def look(cache: PackedCache) -> None:
+        packing = cache.packing(cache.oldest(cache.packed_lengths, cache.packed_lengths))
+        kernels = [name for name, backend in registry.BACKENDS.items() if backend.needs_cuda]
+        found.append(any(registry.why_not(name, "pack", packing) is None for name in kernels))
+
+    jax.eval_shape(look, cache)
+    return found[0]
+
+
+# One compiled call for a layer: a model has hundreds of these arrays, and calls one by one delay its first token.
+@functools.partial(jax.jit, static_argnums=range(8))
+def _empty(
+    config: CompressionConfig,
+    batch: int,
+    capacity: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: np.dtype[Any],
+    inv_freq: tuple[float, ...] | None,
+    num_queries: int | None,
+) -> PackedCache:
+    leading = (batch, num_kv_heads)
+    slots, rows = Ring.of(config, capacity).slots, config.packed_tokens(capacity)
+
+    def store(how: RowFormat) -> Store:
+        return Store(jnp.zeros((*leading, slots, head_dim), dtype), how.empty(leading, rows))
+
+    keys, values = (store(how) for how in config.formats(head_dim, dtype))
+    return PackedCache(
+        keys=keys,
+        values=values,
+        queries=None if num_queries is None else jnp.zeros((batch, num_queries, RECENT, head_dim), dtype),
+        key_mean=None if inv_freq is None else jnp.zeros((*leading, head_dim), jnp.float32),
+        key_weight=jnp.ones((*leading, head_dim), jnp.float32) if config.weigh_keys and config.k_sparsity else None,
+        inv_freq=inv_freq,
+        lengths=jnp.zeros(batch, jnp.int32),
+        overflow=jnp.zeros(batch, bool),
+        config=config,
+        capacity=capacity,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )

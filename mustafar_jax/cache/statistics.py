@@ -1,0 +1,84 @@
+"""What a prompt tells of its keys: their mean, the channels' weights; and what recent queries attend to."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.pruning import RECENT, WEIGHING, query_weight
+from mustafar_jax.rope import rotate
+
+
+def frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim: int) -> tuple[float, ...] | None:
+    """The RoPE frequencies as a static tuple where keys are centred, else None.
+
+    Raises ValueError where they are missing or of another shape, TypeError where they are traced.
+    """
+    if not (config.center_keys and config.compresses_keys):
+        return None
+    if inv_freq is None:
+        raise ValueError("inv_freq=None: center_keys=True needs the model's RoPE frequencies, [head_dim / 2]")
+    if isinstance(inv_freq, jax.core.Tracer):
+        raise TypeError("inv_freq is traced; wanted numbers: compute it outside of jit, or with numpy")
+    if np.shape(inv_freq) != (head_dim // 2,):
+        raise ValueError(f"inv_freq has shape {np.shape(inv_freq)}; wanted [{head_dim // 2}]")
+    return tuple(np.asarray(inv_freq, np.float32).tolist())
+
+
+def mean_key(config: CompressionConfig, key: jax.Array, lengths: jax.Array, inv_freq: tuple[float, ...]) -> jax.Array:
+    """float32 [B, K, H]: the mean, before RoPE, of a prompt's keys [B, S, K, H] but for the sinks and the window."""
+    position = jnp.arange(key.shape[1])
+    last = lengths[:, None] - config.residual_length
+    counted = (position >= config.sink_tokens) & (position < last)
+    before_rope = rotate(key, -position[:, None], jnp.asarray(inv_freq))
+    total = jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
+    return total / jnp.maximum(counted.sum(axis=1), 1)[:, None, None]
+
+
+def key_weight(config: CompressionConfig, query: jax.Array, lengths: jax.Array, num_kv_heads: int) -> jax.Array:
+    """float32 [B, K, H]: `query_weight` of a prompt's last queries of [B, S, N, H]; 1 where the prompt is too short."""
+    recent = min(WEIGHING, query.shape[1])
+    position = lengths[:, None] - recent + jnp.arange(recent)
+    is_long = lengths > config.sink_tokens + config.residual_length
+    last = jnp.take_along_axis(query, position[:, :, None, None], axis=1, mode="clip")
+    return query_weight(last, (position >= 0) & is_long[:, None], num_kv_heads)
+
+
+def query_positions(lengths: jax.Array) -> jax.Array:
+    """int32 [B, 32]: the position of the query in each slot of the recent ones, negative where there is none."""
+    last = lengths[:, None] - 1
+    return last - (last - jnp.arange(RECENT)) % RECENT
+
+
+def recent_queries(query: jax.Array, lengths: jax.Array, dtype: np.dtype) -> jax.Array:
+    """[B, N, 32, H]: the last queries of a prompt's [B, S, N, H], each in its slot; zero where there is none."""
+    positions = query_positions(lengths)[:, None, :, None]
+    recent = jnp.take_along_axis(query.swapaxes(1, 2), positions, axis=2, mode="clip")
+    return jnp.where(positions >= 0, recent, 0).astype(dtype)
+
+
+def attention_received(queries: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
+    """Causal attention, by token: the probabilities that queries give it, summed. It knows of no sliding window.
+
+    Args:
+        queries: float32 [B, K, G * n, H], after RoPE.
+        positions: int32 [B, n], of each head's queries; negative where there is none.
+        key: [B, S, K, H].
+
+    Returns:
+        float32 [B, K, S].
+    """
+    group = queries.shape[2] // positions.shape[1]
+    position = jnp.tile(positions, (1, group))[:, None, :, None]
+    exact = queries, key.astype(jnp.float32)
+    scores = jnp.einsum("bkqh,bskh->bkqs", *exact, precision=lax.Precision.HIGHEST) / math.sqrt(key.shape[-1])
+    visible = (jnp.arange(key.shape[1]) <= position) & (position >= 0)
+    lowest = jnp.finfo(jnp.float32).min
+    largest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=lowest)
+    weights = jnp.where(visible, jnp.exp(scores - largest), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    return jnp.sum(weights / jnp.where(total > 0, total, 1), axis=2)

@@ -1,0 +1,209 @@
+"""What attention, packing and products are given, whoever computes them: XLA, cuDNN or the kernels.
+
+Letters: B sequences, S tokens, N query heads, K KV heads, G = N // K, H head_dim.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mustafar_jax.pruning import Context, Method
+from mustafar_jax.rope import rotate
+from mustafar_jax.rows import RowFormat, Rows
+
+
+class Mean(NamedTuple):
+    """A mean key: rows hold the distance of each key from it, rotated to the key's position.
+
+    Attributes:
+        key: float32 [B, K, H], before rotation.
+        inv_freq: float32 [H / 2], RoPE's frequencies, a numpy array where they are known; channel i pairs with
+            i + H / 2.
+        offset: the position of row 0.
+    """
+
+    key: jax.Array
+    inv_freq: jax.Array | np.ndarray
+    offset: int
+
+    def at(self, positions: jax.Array) -> jax.Array:
+        """The mean rotated to positions [B or 1, n]; float32 [B, K, n, H]."""
+        return rotate(self.key[:, :, None], positions[:, None], jnp.asarray(self.inv_freq))
+
+
+def restored_keys(rows: Rows, mean: Mean | None, start: jax.Array | int = 0) -> jax.Array:
+    """Stored keys [B, K, n, H] as attention sees them; the first is row `start` of its cache.
+
+    Where keys are centred, they are float32: the mean is added, rotated to each row's position.
+    """
+    if mean is None:
+        return rows.to_array()
+    positions = mean.offset + start + jnp.arange(rows.length)
+    return rows.to_array().astype(jnp.float32) + mean.at(positions[None])
+
+
+class Tail(NamedTuple):
+    """The tokens that are not packed: the first ones of each sequence, then a ring of the most recent ones.
+
+    Attributes:
+        key, value: [B, K, slots, H]; the token at position p stands in slot p where p < sinks, else in slot sinks +
+            (p - sinks) % (slots - sinks).
+        sinks: how many first tokens stay; static.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    sinks: int
+
+    def first_row(self, lengths: jax.Array, window: int | None) -> jax.Array:
+        """The first packed row that a window of so many tokens shows, int32 [B]; row r is position sinks + r."""
+        return jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window - self.sinks, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptAttention:
+    """Causal attention over prompts that are padded on the right. No valid query sees padding, so it needs no mask.
+
+    Attributes:
+        query: [B, S, N, H].
+        key, value: [B, S, K, H].
+        scale: factor on the scores.
+        window: the query at position p sees positions s with p - s < window; all if None.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    scale: float
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseAttention:
+    """Attention of the last token of each sequence to a dense cache.
+
+    Attributes:
+        query: [B, K, G, H].
+        key, value: [B, capacity, K, H].
+        lengths: int32 [B]; what stands from there on may be anything.
+        scale, window: as in `PromptAttention`.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    lengths: jax.Array
+    scale: float
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedAttention:
+    """Attention of the last token of each sequence to a packed cache.
+
+    Attributes:
+        query: [B, K, G, H].
+        key, value: rows [B, K, S, H]; row r holds position tail.sinks + r. What is not visible may be anything.
+        tail: the tokens before and behind them.
+        lengths: int32 [B], tokens of each sequence.
+        packed_lengths: int32 [B], how many of them are rows of `key` and `value`.
+        mean: where keys are centred, what they are distances from.
+        scale, window: as in `PromptAttention`.
+    """
+
+    query: jax.Array
+    key: Rows
+    value: Rows
+    tail: Tail
+    lengths: jax.Array
+    packed_lengths: jax.Array
+    mean: Mean | None
+    scale: float
+    window: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Keys or values that leave the dense part of a cache: where they are, where they go, and what becomes of them.
+
+    Attributes:
+        source: [B, S, K, H] or [B, K, S, H]; `Packing.head_axis` says which.
+        target: the rows that are overwritten.
+        format: of the target.
+        rule: the name of the rule that chooses entries; without effect where the format holds all.
+        method: the rule.
+        sparsity: the fraction that it removes.
+        mean: where keys are centred, what is taken off them first.
+        weight: float32 [B, K, H], by which entries are weighed when they are ranked; None ranks them as they are.
+        rescale: scale what is kept of a vector to the whole vector's L2 norm.
+    """
+
+    source: jax.Array
+    target: Rows
+    format: RowFormat
+    rule: str
+    method: Method
+    sparsity: float
+    mean: Mean | None = None
+    weight: jax.Array | None = None
+    rescale: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Consecutive tokens of each sequence that are pruned, packed and written into rows.
+
+    Source rows first .. first + rows - 1 become target rows start .. start + rows - 1.
+
+    Attributes:
+        key, value: the two sides.
+        first: int32 [B], the first token's row in the sources.
+        start: int32 [B], the target row that it gets; at the end or beyond, the sequence is left alone.
+        held: int32 [B], how many tokens there are; what follows them is made empty.
+        rows: how many rows are written; a multiple of 32, as `start` and `held` are.
+        head_axis: the axis of the sources' heads, 1 or 2.
+        offset: the position of target row 0.
+        context: positions [B, rows], valid [B, rows] -> what rules see besides the entries. To be called where
+            something is packed alone, for it may cost much.
+    """
+
+    key: Side
+    value: Side
+    first: jax.Array
+    start: jax.Array
+    held: jax.Array
+    rows: int
+    head_axis: int
+    offset: int
+    context: Callable[[jax.Array, jax.Array], Context]
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Keys, then values."""
+        return self.key, self.value
+
+    def taken(self, source: jax.Array) -> jax.Array:
+        """The tokens [B, K, rows, H] of a source that leave."""
+        row = (self.first[:, None] + jnp.arange(self.rows))[:, :, None, None]
+        if self.head_axis == 1:
+            return jnp.take_along_axis(source, row.swapaxes(1, 2), axis=2)
+        return jnp.take_along_axis(source, row, axis=1).swapaxes(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product with stored rows, float32.
+
+    Attributes:
+        what: "scores" of keys, query . key; or "sums" of values, weighted.
+        x: queries [..., G, H], or weights [..., G, S].
+        rows: [..., S, H].
+    """
+
+    what: Literal["scores", "sums"]
+    x: jax.Array
+    rows: Rows

@@ -1,0 +1,42 @@
+"""What the Mosaic GPU kernels do for the library, and what they cannot."""
+
+import jax
+
+from mustafar_jax.backends.record import Backend, Operation, missing_from_jax
+from mustafar_jax.operands import PackedAttention
+
+# The kernels are imported where they are used: Pallas takes a while to import, and a version of jax may lack a part.
+
+
+def _why_not_attend(operands: PackedAttention) -> str | None:
+    for module in ("jax.experimental.pallas.mosaic_gpu", "jax.experimental.mosaic.gpu"):
+        if reason := missing_from_jax(module):
+            return reason
+    from mustafar_jax.pallas_kernels.mosaic import lowering
+    from mustafar_jax.pallas_kernels.mosaic.decode_attention import BOTH_DENSE
+    from mustafar_jax.pallas_kernels.rows import why_not_attend
+
+    if operands.key.bitmap is None and operands.value.bitmap is None:
+        return BOTH_DENSE
+    return why_not_attend(operands, lowering.why_not)
+
+
+def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:
+    """Attend a packed cache; `interpret` runs the kernel as numpy, anywhere."""
+    from mustafar_jax.pallas_kernels.mosaic.decode_attention import decode_attention
+
+    return decode_attention(
+        operands.query,
+        operands.key,
+        operands.value,
+        operands.tail,
+        operands.lengths,
+        operands.packed_lengths,
+        scale=operands.scale,
+        window=operands.window,
+        mean=operands.mean,
+        interpret=interpret,
+    )
+
+
+MOSAIC_GPU = Backend(name="mosaic_gpu", needs_cuda=True, attend_packed=Operation(attend, _why_not_attend))

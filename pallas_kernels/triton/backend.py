@@ -1,0 +1,118 @@
+"""What the Triton kernels do for the library, and what they cannot."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mustafar_jax.backends.record import Backend, Operation, missing_from_jax
+from mustafar_jax.operands import PackedAttention, Packing, Product, Side
+from mustafar_jax.pruning import magnitude
+from mustafar_jax.rows import Rows
+from mustafar_jax.writes import write_rows
+
+# The kernels are imported where they are used: Pallas takes a while to import, and a version of jax may lack a part.
+
+
+def _why_not_here() -> str | None:
+    return missing_from_jax("jax.experimental.pallas.triton")
+
+
+def _why_not_attend(operands: PackedAttention) -> str | None:
+    if reason := _why_not_here():
+        return reason
+    from mustafar_jax.pallas_kernels.rows import why_not_attend
+    from mustafar_jax.pallas_kernels.triton import language
+
+    return why_not_attend(operands, language.why_not)
+
+
+def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:
+    """Attend a packed cache; `interpret` runs the kernels as plain JAX, anywhere."""
+    from mustafar_jax.pallas_kernels.triton.decode_attention import decode_attention
+
+    return decode_attention(
+        operands.query,
+        operands.key,
+        operands.value,
+        operands.tail,
+        operands.lengths,
+        operands.packed_lengths,
+        scale=operands.scale,
+        window=operands.window,
+        mean=operands.mean,
+        interpret=interpret,
+    )
+
+
+def _why_not_pack(packing: Packing) -> str | None:
+    if reason := _why_not_here():
+        return reason
+    from mustafar_jax.pallas_kernels.triton import language
+
+    for side in packing.sides:
+        if not side.target.is_plain:
+            return f"the Triton kernel packs plain numbers; got {side.target.codec.name}"
+        if side.format.slots is not None and side.method.mask is not magnitude:
+            return f"the Triton kernel prunes by magnitude; got {side.rule!r}"
+    if not _pruned(packing):
+        return "the Triton kernel writes rows with a bitmap; this cache has none"
+    source = packing.key.source
+    return language.why_not(dtype=source.dtype, head_dim=source.shape[3])
+
+
+def _pruned(packing: Packing) -> Sequence[Side]:
+    return [side for side in packing.sides if side.target.bitmap is not None]
+
+
+def pack(packing: Packing, *, interpret: bool = False) -> tuple[Rows, Rows]:
+    """In one pass, in which sequences that have nothing to pack cost nothing."""
+    from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
+
+    prunes = [Prune(side.source, side.target, side.mean, side.rescale, side.weight) for side in _pruned(packing)]
+    ranges = packing.first, packing.start, packing.held
+    packed = prune_pack(prunes, *ranges, rows=packing.rows, head_axis=packing.head_axis, interpret=interpret)
+    written = iter(packed)
+
+    def place(side: Side) -> Rows:
+        if side.target.bitmap is not None:
+            return next(written)
+        rows = write_rows(side.target.payload, packing.taken(side.source), packing.start, axis=2)
+        return dataclasses.replace(side.target, payload=rows)
+
+    return place(packing.key), place(packing.value)
+
+
+def _why_not_multiply(product: Product) -> str | None:
+    if reason := _why_not_here():
+        return reason
+    from mustafar_jax.pallas_kernels.triton import spmv
+
+    if product.x.dtype != product.rows.dtype and product.rows.is_plain:
+        return f"the kernels take one dtype; got {product.x.dtype} and rows of {product.rows.dtype}"
+    return spmv.why_not(product.x.dtype, product.rows)
+
+
+def multiply(product: Product, *, interpret: bool = False) -> jax.Array:
+    """Multiply with rows, any axes before them."""
+    from mustafar_jax.pallas_kernels.triton import spmv
+
+    rows, leading = product.rows, product.rows.leading
+    by_head = jax.tree.map(lambda leaf: leaf.reshape(-1, 1, *leaf.shape[len(leading) :]), rows)
+    x = product.x.reshape(-1, 1, *product.x.shape[-2:])
+    if product.what == "scores":
+        out = spmv.key_spmv(x, by_head, interpret=interpret)[..., : rows.length]
+    else:
+        x = jnp.pad(x, [(0, 0)] * 3 + [(0, rows.padded_length - rows.length)])
+        out = spmv.value_spmv(x, by_head, interpret=interpret)
+    return out.reshape(*leading, *out.shape[-2:])
+
+
+TRITON = Backend(
+    name="triton",
+    needs_cuda=True,
+    attend_packed=Operation(attend, _why_not_attend),
+    pack=Operation(pack, _why_not_pack),
+    multiply=Operation(multiply, _why_not_multiply),
+)
