@@ -62,11 +62,11 @@ ATTENTION = {
 }
 
 
-def triton_attention(case: Attention) -> None:
-    """Both kernels, the second of which merges."""
+def attention(kernels: Any, params: Any, case: Attention) -> None:
+    """Both kernels of a backend, the second of which merges."""
     query, key, value, tail, packed_lengths, mean = _attention_data(case)
     recent = jnp.array([RECENT, 0, 3, 20], jnp.int32)
-    decode_attention.decode_attention(
+    kernels.decode_attention(
         query,
         key,
         value,
@@ -76,16 +76,18 @@ def triton_attention(case: Attention) -> None:
         scale=case.head_dim**-0.5,
         window=case.window,
         mean=mean,
-        params=DecodeParams(case.splits),
+        params=params,
     )
 
 
+def triton_attention(case: Attention) -> None:
+    """Through Triton."""
+    attention(decode_attention, DecodeParams(case.splits), case)
+
+
 def mosaic_attention(case: Attention) -> None:
-    """The first of two kernels; the second is as for Triton."""
-    query, key, value, tail, last, mean = _attention_data(case)
-    first = tail.first_row(last + SINKS, case.window)
-    options = {"scale": case.head_dim**-0.5, "mean": mean, "params": MosaicParams(case.splits, case.warps)}
-    mosaic_decode_attention.attend_rows(query, key, value, first, last, **options)
+    """Through Mosaic GPU."""
+    attention(mosaic_decode_attention, MosaicParams(case.splits, case.warps), case)
 
 
 def products(head_dim: int, dtype: Any, slots: int, group: int) -> None:
@@ -165,7 +167,7 @@ def spied(recorder: cupti.Recorder, folder: pathlib.Path, name: str) -> Iterator
         return lambda *operands: record(recorder, folder / label, call, operands, aliases)
 
     def mosaic_call(body: Any, *operands: jax.Array, **options: Any) -> Any:
-        label = name.replace(" ", "_").replace(",", "")
+        label = f"{name}, {body.func.__name__}".replace(" ", "_").replace(",", "")
         return record(recorder, folder / label, functools.partial(kernel_call, body, **options), operands, {})
 
     with (

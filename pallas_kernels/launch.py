@@ -49,10 +49,11 @@ def decode_params(*, heads: int, rows: int) -> DecodeParams:
 
 def wave(kernel: str) -> int:
     """Blocks of a kernel, "triton" or "mosaic_gpu", that the GPU holds at once."""
-    return _cores() * _PER_CORE[kernel]
+    return cores() * _PER_CORE[kernel]
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Multiprocessors of this GPU; those of an H100 where there is none."""
     return cuda.core_count() or _CORES
 
 
@@ -136,11 +137,11 @@ def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
 
     As measured on an H100, for packed keys and values (docs/kernels.md).
     """
-    return group <= 8 and slots <= 96 and heads * tiles * 4 >= 12 * _WIDE * _cores()
+    return group <= 8 and slots <= 96 and heads * tiles * 4 >= 12 * _WIDE * cores()
 
 
 def _mosaic_cost(heads: int, tiles: int, splits: int, *, warps: int = 4) -> float:
     """Tiles that 4 warps of a block take one after the other, in whole waves of blocks."""
-    at_once = _cores() if warps == _WIDE else wave("mosaic_gpu")
+    at_once = cores() if warps == _WIDE else wave("mosaic_gpu")
     share = math.ceil(-(-tiles // splits) * 4 / warps)
     return -(-heads * splits // at_once) * (share + _MOSAIC_START)

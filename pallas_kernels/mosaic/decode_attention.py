@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from mustafar_jax.pallas_kernels import launch
 from mustafar_jax.pallas_kernels.mosaic import lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
+from mustafar_jax.pallas_kernels.mosaic.merge import merge
 from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State, layout
 from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail, check_rows, row_count
-from mustafar_jax.pallas_kernels.triton.merge import merge
 
 
 def decode_attention(
@@ -41,7 +41,7 @@ def decode_attention(
 ) -> jax.Array:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
-    The packed rows are attended here; `merge`, a Triton kernel, merges the blocks' results and attends the rest.
+    The packed rows are attended here; `merge`, a second kernel, merges the blocks' results and attends the rest.
 
     Args:
         query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
