@@ -18,12 +18,13 @@ import numpy as np
 
 import mustafar_jax as mj
 from benchmarks import cupti, device_time
-from mustafar_jax.pallas_kernels.launch import DecodeParams, MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic import lowering
+from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Rows, Tail
 from mustafar_jax.pallas_kernels.triton import decode_attention, spmv
 from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 
 BF16, F16 = jnp.bfloat16, jnp.float16

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
+from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.rows import Mean, Packed
 
 HEAD_DIM, ROWS, KV_HEADS = 128, 4096, 8

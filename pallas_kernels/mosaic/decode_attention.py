@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.pallas_kernels import launch
-from mustafar_jax.pallas_kernels.mosaic import lowering
+from mustafar_jax.pallas_kernels.mosaic import launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
 from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State, layout

@@ -11,10 +11,11 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax import attention
-from mustafar_jax.pallas_kernels.launch import DecodeParams, MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
+from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.rows import Mean, Packed, Tail
 from mustafar_jax.pallas_kernels.triton import decode_attention
+from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from tests.helpers import bits, rms_error_ratio, rope_frequencies
 from tests.pallas_kernels.data import TOLERANCE, attend, jit, merge_splits, poison, rows_of, specs, with_mean
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise

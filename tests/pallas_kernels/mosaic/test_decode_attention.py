@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as kernels
+from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic.scatter import Guess
 from mustafar_jax.pallas_kernels.rows import Mean
 from tests.helpers import rope_frequencies
