@@ -20,11 +20,12 @@ import numpy as np
 import mustafar_jax as mj
 from benchmarks import cupti, device_time
 from mustafar_jax.operands import Mean, Tail
-from mustafar_jax.pallas_kernels.launch import DecodeParams, MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic import lowering
+from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.triton import decode_attention, spmv
 from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 from mustafar_jax.rows import Rows
 
@@ -64,11 +65,11 @@ ATTENTION = {
 }
 
 
-def triton_attention(case: Attention) -> None:
-    """Both kernels, the second of which merges."""
+def attention(kernels: Any, params: Any, case: Attention) -> None:
+    """Both kernels of a backend, the second of which merges."""
     query, key, value, tail, packed_lengths, mean = _attention_data(case)
     recent = jnp.array([RECENT, 0, 3, 20], jnp.int32)
-    decode_attention.decode_attention(
+    kernels.decode_attention(
         query,
         key,
         value,
@@ -78,16 +79,18 @@ def triton_attention(case: Attention) -> None:
         scale=case.head_dim**-0.5,
         window=case.window,
         mean=mean,
-        params=DecodeParams(case.splits),
+        params=params,
     )
 
 
+def triton_attention(case: Attention) -> None:
+    """Through Triton."""
+    attention(decode_attention, DecodeParams(case.splits), case)
+
+
 def mosaic_attention(case: Attention) -> None:
-    """The first of two kernels; the second is as for Triton."""
-    query, key, value, tail, last, mean = _attention_data(case)
-    first = tail.first_row(last + SINKS, case.window)
-    options = {"scale": case.head_dim**-0.5, "mean": mean, "params": MosaicParams(case.splits, case.warps)}
-    mosaic_decode_attention.attend_rows(query, key, value, first, last, **options)
+    """Through Mosaic GPU."""
+    attention(mosaic_decode_attention, MosaicParams(case.splits, case.warps), case)
 
 
 def products(head_dim: int, dtype: Any, slots: int, group: int) -> None:
@@ -166,7 +169,7 @@ def spied(recorder: cupti.Recorder, folder: pathlib.Path, name: str) -> Iterator
         return lambda *operands: record(recorder, folder / label, call, operands, aliases)
 
     def mosaic_call(body: Any, *operands: jax.Array, **options: Any) -> Any:
-        label = name.replace(" ", "_").replace(",", "")
+        label = f"{name}, {body.func.__name__}".replace(" ", "_").replace(",", "")
         return record(recorder, folder / label, functools.partial(kernel_call, body, **options), operands, {})
 
     with (

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mustafar_jax.operands import Mean
-from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
+from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.rows import RowFormat, Rows
 
 HEAD_DIM, ROWS, KV_HEADS = 128, 4096, 8

@@ -3,7 +3,7 @@
 Times whole calls, with the merge of the splits, for a grid of sizes and splits, and after each size writes what was
 fastest to pallas_kernels/tuned.json, by device and kernel, in place of what was there for that size. Caches hold
 exactly 40 of 128 entries of each row, and do not stay in the GPU's second-level cache from call to call. Blocks of
-the Mosaic GPU kernel have 4 warps; sizes for which they have more do not ask this file (`launch.mosaic_params`).
+the Mosaic GPU kernel have 4 warps; sizes for which they have more do not ask this file (`mosaic.launch.mosaic_params`).
 """
 
 import argparse
@@ -11,7 +11,7 @@ import functools
 import importlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,14 +25,16 @@ from benchmarks.table import attempt
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels import launch
+from mustafar_jax.pallas_kernels.mosaic import launch as mosaic_launch
+from mustafar_jax.pallas_kernels.triton import launch as triton_launch
 
 TUNED = pathlib.Path(__file__).parents[1] / "pallas_kernels" / "tuned.json"
 SIZES = ["8x32", "8x128", "8x512", "8x1024", "32x128", "64x32", "64x128", "64x256", "256x32", "256x128"]
 SPLITS = (1, 2, 3, 4, 6, 8, 11, 16, 24, 32, 64, 66, 128)
 CONFIG = mj.CompressionConfig(0.7, 0.7)
-KERNELS: dict[str, tuple[str, Any]] = {
-    "triton": ("triton.decode_attention", launch.DecodeParams),
-    "mosaic_gpu": ("mosaic.decode_attention", launch.MosaicParams),
+KERNELS: dict[str, tuple[str, Any, Callable[[], int]]] = {  # module, launch parameters of so many splits, a wave
+    "triton": ("triton.decode_attention", triton_launch.DecodeParams, triton_launch.wave),
+    "mosaic_gpu": ("mosaic.decode_attention", mosaic_launch.MosaicParams, mosaic_launch.wave),
 }
 
 
@@ -94,13 +96,13 @@ def time_splits(kernel: str, heads: int, tiles: int, group: int, head_dim: int) 
 
 def plausible(kernel: str, heads: int, tiles: int, splits: int) -> bool:
     """Whether so many splits might be best: they fill a quarter of the device, or cannot, and are not far too many."""
-    wave = launch.wave(kernel)
+    wave = KERNELS[kernel][2]()
     return splits <= tiles and (heads * splits >= wave / 4 or splits == tiles) and heads * splits <= 4 * wave
 
 
 def attention(kernel: str, splits: int) -> Any:
     """The kernel as a function of a query [1, N, H] and a packed cache, launched with so many splits."""
-    module, params = KERNELS[kernel]
+    module, params, _ = KERNELS[kernel]
     kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
 
     def attend(query: jax.Array, cache: PackedCache) -> jax.Array:

@@ -87,6 +87,16 @@ def test_the_kernels_depend_on_jax_alone(file):
         assert not within(module, "mustafar_jax") or within(module, "mustafar_jax.pallas_kernels")
 
 
+@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+def test_the_backends_of_kernels_are_apart(backend):
+    kernels = "mustafar_jax.pallas_kernels"
+    [other] = {"mosaic", "triton"} - {backend}
+    found = [file for file in files(kernels) if backend in file.parts]
+    assert found
+    for file in found:
+        assert not [module for module in imports(file, lazy=True) if within(module, f"{kernels}.{other}")], file.name
+
+
 @pytest.mark.parametrize("file", files("mustafar_jax"), ids=lambda file: file.name)
 def test_the_core_needs_no_model(file):
     extras = {"rich"} if file.name == "cli.py" else set()

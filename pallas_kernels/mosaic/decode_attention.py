@@ -15,15 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from mustafar_jax.operands import Mean, Tail
-from mustafar_jax.pallas_kernels import launch
-from mustafar_jax.pallas_kernels.mosaic import lowering
+from mustafar_jax.pallas_kernels.mosaic import launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
+from mustafar_jax.pallas_kernels.mosaic.merge import merge
 from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State, layout
 from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
-from mustafar_jax.pallas_kernels.triton.merge import merge
 from mustafar_jax.rows import Rows
 
 BOTH_DENSE = "the Mosaic GPU kernels want a bitmap for keys or for values; here both hold every entry"
@@ -45,7 +44,7 @@ def decode_attention(
 ) -> jax.Array:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
-    The packed rows are attended here; `merge`, a Triton kernel, merges the blocks' results and attends the rest.
+    The packed rows are attended here; `merge`, a second kernel, merges the blocks' results and attends the rest.
 
     Args:
         query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.

@@ -127,6 +127,9 @@ class Warp:
     def exp2(self, x: Register) -> Register:
         return self._pure("ex2.approx.ftz.f32 $0, $1;", [x], result="f")
 
+    def reciprocal(self, x: Register) -> Register:
+        return self._pure("rcp.approx.ftz.f32 $0, $1;", [x], result="f")
+
     def fused(self, a: Register, b: Register, c: Register) -> Register:
         return self._pure("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], result="f")
 
@@ -220,14 +223,23 @@ class Warp:
         return arith.addi(ref, offset)
 
     def load(
-        self, ref: ir.Value, offset: Register, words: int, constant: int = 0, *, where: Register | None = None
+        self,
+        ref: ir.Value,
+        offset: Register,
+        words: int,
+        constant: int = 0,
+        *,
+        where: Register | None = None,
+        early: bool = False,
     ) -> list[Register]:
         pointer = arith.addi(ref, arith.extui(ir.IntegerType.get_signless(64), offset.value))
         kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
         results = _braces(range(words))
         arguments = [pointer] if where is None else [pointer, where.value]
         guard = "" if where is None else f"@${words + 1} "
-        code = f"{guard}ld.global.nc.L1::no_allocate.{kind} {results}, [${words}+{constant}];"
+        # barriers do not order what is read as constant
+        space = "global" if early else "global.nc"
+        code = f"{guard}ld.{space}.L1::no_allocate.{kind} {results}, [${words}+{constant}];"
         return self._effect(code, arguments, ["r"] * words)
 
     def store(self, ref: ir.Value, offset: Register, x: Register, *, where: Register) -> None:
@@ -241,10 +253,13 @@ class Warp:
         code = f"ld.shared.{kind} {_braces(range(words))}, [${words}+{constant}];"
         return self._effect(code, [address], ["r"] * words)
 
-    def store_shared(self, address: Register, values: Sequence[Register], constant: int = 0) -> None:
+    def store_shared(
+        self, address: Register, values: Sequence[Register], constant: int = 0, *, where: Register | None = None
+    ) -> None:
         kind = {1: "b32", 2: "v2.b32", 4: "v4.b32"}[len(values)]
-        code = f"st.shared.{kind} [$0+{constant}], {_braces(range(1, len(values) + 1))};"
-        self._effect(code, [address, *values], [])
+        guard = "" if where is None else f"@${len(values) + 1} "
+        code = f"{guard}st.shared.{kind} [$0+{constant}], {_braces(range(1, len(values) + 1))};"
+        self._effect(code, [address, *values] if where is None else [address, *values, where], [])
 
     def store_shared_half(self, address: Register, x: Register, half: int, *, where: Register | None = None) -> None:
         guard = "" if where is None else "@$2 "

@@ -139,6 +139,10 @@ class Warp:
             y = np.exp2(x)
         return np.where(np.abs(y) < np.finfo(np.float32).tiny, np.float32(0), y)
 
+    def reciprocal(self, x: Register) -> Register:
+        with np.errstate(divide="ignore", over="ignore"):
+            return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.inf, x), 1 / x).astype(np.float32)
+
     def fused(self, a: Register, b: Register, c: Register) -> Register:
         return (a.astype(np.float64) * b + c).astype(np.float32)
 
@@ -207,7 +211,14 @@ class Warp:
         return ref[int(_uniform(index)) * nbytes :]
 
     def load(
-        self, ref: np.ndarray, offset: Register, words: int, constant: int = 0, *, where: Register | None = None
+        self,
+        ref: np.ndarray,
+        offset: Register,
+        words: int,
+        constant: int = 0,
+        *,
+        where: Register | None = None,
+        early: bool = False,
     ) -> list[Register]:
         loaded = _read(ref, offset.astype(np.int64) + constant, words, where)
         return [np.ascontiguousarray(loaded[:, word]) for word in range(words)]
@@ -221,9 +232,11 @@ class Warp:
         loaded = _read(self._block.shared, place, words, None)
         return [np.ascontiguousarray(loaded[:, word]) for word in range(words)]
 
-    def store_shared(self, address: Register, values: Sequence[Register], constant: int = 0) -> None:
+    def store_shared(
+        self, address: Register, values: Sequence[Register], constant: int = 0, *, where: Register | None = None
+    ) -> None:
         stacked = np.stack([x.view(np.uint32) for x in values], axis=1)
-        self._store_shared(address.astype(np.int64) + constant, stacked.view(np.uint8), None)
+        self._store_shared(address.astype(np.int64) + constant, stacked.view(np.uint8), where)
 
     def store_shared_half(self, address: Register, x: Register, half: int, *, where: Register | None = None) -> None:
         halves = (x >> (16 * half) & 0xFFFF).astype(np.uint16)[:, None]

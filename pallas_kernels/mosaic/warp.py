@@ -48,6 +48,9 @@ class Warp(Protocol):
     def exp2(self, x: Register) -> Register:
         """2 ** x in float32, subnormal results flushed to 0; relative error 2 ** -22."""
 
+    def reciprocal(self, x: Register) -> Register:
+        """1 / x in float32, subnormal numbers taken as 0; relative error 2 ** -23."""
+
     def fused(self, a: Register, b: Register, c: Register) -> Register:
         """The float32 a * b + c, rounded once; a product and a sum written as such are not fused."""
 
@@ -115,11 +118,19 @@ class Warp(Protocol):
         """A pointer to row `index` of an array whose rows take `nbytes`."""
 
     def load(
-        self, ref: Any, offset: Register, words: int, constant: int = 0, *, where: Register | None = None
+        self,
+        ref: Any,
+        offset: Register,
+        words: int,
+        constant: int = 0,
+        *,
+        where: Register | None = None,
+        early: bool = False,
     ) -> list[Register]:
         """Read 1, 2 or 4 words at byte `offset + constant`, aligned to as much; undefined where not `where`.
 
-        For data that no one writes while the kernel runs.
+        For data that no one writes while the kernel runs. An assembler may put a load off until its result is wanted,
+        to save registers; an `early` one is on its way before the next barrier (`sync_warp`, `sync_block`).
         """
 
     def store(self, ref: Any, offset: Register, x: Register, *, where: Register) -> None:
@@ -130,8 +141,10 @@ class Warp(Protocol):
     def load_shared(self, address: Register, words: int, constant: int = 0) -> list[Register]:
         """Read 1, 2 or 4 words at `address + constant`, aligned to as much."""
 
-    def store_shared(self, address: Register, values: Sequence[Register], constant: int = 0) -> None:
-        """Write 1, 2 or 4 words at `address + constant`, aligned to as much."""
+    def store_shared(
+        self, address: Register, values: Sequence[Register], constant: int = 0, *, where: Register | None = None
+    ) -> None:
+        """Write 1, 2 or 4 words at `address + constant`, aligned to as much, in the lanes where a predicate holds."""
 
     def store_shared_half(self, address: Register, x: Register, half: int, *, where: Register | None = None) -> None:
         """Write the low (0) or high (1) half of a word, in the lanes where a predicate holds."""

@@ -12,10 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.operands import Mean, Tail
-from mustafar_jax.pallas_kernels import launch
 from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
 from mustafar_jax.pallas_kernels.triton import language as tl
-from mustafar_jax.pallas_kernels.triton import tile
+from mustafar_jax.pallas_kernels.triton import launch, tile
 from mustafar_jax.pallas_kernels.triton.merge import merge
 from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
 from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader, rotate_pair

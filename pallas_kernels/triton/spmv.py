@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.pallas_kernels import launch
 from mustafar_jax.pallas_kernels.rows import why_not_rows
 from mustafar_jax.pallas_kernels.triton import language as tl
-from mustafar_jax.pallas_kernels.triton import tile
+from mustafar_jax.pallas_kernels.triton import launch, tile
 from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
 from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, TileReader
 from mustafar_jax.rows import Rows

@@ -1,5 +1,7 @@
 """Stored rows: exact roundtrips for every mask and value, the layout itself, products on it."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +182,7 @@ X = jnp.ones((4, 64))
         (ValueError, "slots=0 must be at least 1", lambda: pack(X, np.ones((4, 64), bool), slots=0)),
         (ValueError, "slots=60 is too few: a row of mask holds 64", lambda: pack(X, np.ones((4, 64), bool), slots=60)),
         (ValueError, "slots=None needs a concrete mask", lambda: jax.jit(pack)(X, np.ones((4, 64), bool))),
-        (TypeError, "packed is of type ArrayImpl; wanted Rows", lambda: key_spmv(X[:1], X)),
+        (TypeError, "packed is of type ArrayImpl; wanted Rows", lambda: key_spmv(X[:1], cast("Any", X))),
         (ValueError, r"query has shape \(1, 32\)", lambda: key_spmv(X[:1, :32], pack(X, X > 0))),
         (ValueError, r"probabilities has shape \(64,\)", lambda: value_spmv(X[0], pack(X, X > 0))),
     ],

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from mustafar_jax.pallas_kernels import launch
+from mustafar_jax.pallas_kernels import cuda, launch
+from mustafar_jax.pallas_kernels.mosaic import launch as mosaic
+from mustafar_jax.pallas_kernels.triton import launch as triton
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ from mustafar_jax.pallas_kernels import launch
 )
 def test_computes_splits_that_fill_a_device(heads, rows, splits, monkeypatch):
     monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
-    assert launch.decode_params(heads=heads, rows=rows).splits == splits
+    assert triton.decode_params(heads=heads, rows=rows).splits == splits
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_computes_splits_that_fill_a_device(heads, rows, splits, monkeypatch):
 )
 def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits, monkeypatch):
     monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
-    assert launch.mosaic_params(heads=heads, rows=rows, group=4, slots=128).splits == splits
+    assert mosaic.mosaic_params(heads=heads, rows=rows, group=4, slots=128).splits == splits
 
 
 @pytest.mark.parametrize(
@@ -48,8 +50,8 @@ def test_computes_splits_in_whole_waves_for_mosaic_gpu(heads, rows, splits, monk
     ],
 )
 def test_splits_of_wide_blocks_fill_a_device(heads, rows, splits, monkeypatch):
-    monkeypatch.setattr(launch.cuda, "core_count", lambda: 132)
-    assert launch.mosaic_params(heads=heads, rows=rows, group=1, slots=80) == launch.MosaicParams(splits, 12)
+    monkeypatch.setattr(cuda, "core_count", lambda: 132)
+    assert mosaic.mosaic_params(heads=heads, rows=rows, group=1, slots=80) == mosaic.MosaicParams(splits, 12)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +65,14 @@ def test_splits_of_wide_blocks_fill_a_device(heads, rows, splits, monkeypatch):
     ],
 )
 def test_blocks_are_wide_only_where_registers_and_tokens_suffice(heads, rows, group, slots, warps, monkeypatch):
-    monkeypatch.setattr(launch.cuda, "core_count", lambda: 132)
-    assert launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots).warps == warps
+    monkeypatch.setattr(cuda, "core_count", lambda: 132)
+    assert mosaic.mosaic_params(heads=heads, rows=rows, group=group, slots=slots).warps == warps
 
 
 @pytest.mark.parametrize("wrong", [{"splits": 0}, {"splits": 1, "warps": 6}])
 def test_refuses_what_no_block_can_be(wrong):
     with pytest.raises(ValueError, match="multiple of 4 warps"):
-        launch.MosaicParams(**wrong)
+        mosaic.MosaicParams(**wrong)
 
 
 def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
@@ -79,19 +81,19 @@ def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
         "mosaic_gpu": [{"heads": 64, "tiles": 128, "splits": 5}],
     }
     monkeypatch.setattr(launch, "_tuned", lambda device, kernel: entries[kernel])
-    assert launch.decode_params(heads=64, rows=128 * 128).splits == 7
-    assert launch.decode_params(heads=60, rows=120 * 128).splits == 7
-    assert launch.decode_params(heads=64, rows=512 * 128).splits != 7
-    assert launch.decode_params(heads=8, rows=3 * 128).splits == 3  # never more than tiles
-    assert launch.mosaic_params(heads=60, rows=120 * 128, group=4, slots=128).splits == 5
+    assert triton.decode_params(heads=64, rows=128 * 128).splits == 7
+    assert triton.decode_params(heads=60, rows=120 * 128).splits == 7
+    assert triton.decode_params(heads=64, rows=512 * 128).splits != 7
+    assert triton.decode_params(heads=8, rows=3 * 128).splits == 3  # never more than tiles
+    assert mosaic.mosaic_params(heads=60, rows=120 * 128, group=4, slots=128).splits == 5
 
 
 def test_blocks_that_fit_at_once_follow_the_device(monkeypatch):
-    assert (launch.wave("triton"), launch.wave("mosaic_gpu")) == (528, 264) or launch.cuda.core_count() is not None
-    monkeypatch.setattr(launch.cuda, "core_count", lambda: 58)
+    assert (triton.wave(), mosaic.wave()) == (528, 264) or cuda.core_count() is not None
+    monkeypatch.setattr(cuda, "core_count", lambda: 58)
     monkeypatch.setattr(launch, "_tuned", lambda device, kernel: [])
-    assert launch.wave("mosaic_gpu") == 116
-    assert launch.mosaic_params(heads=16, rows=128 * 128, group=4, slots=128).splits == 7  # 112 of 116 blocks
+    assert mosaic.wave() == 116
+    assert mosaic.mosaic_params(heads=16, rows=128 * 128, group=4, slots=128).splits == 7  # 112 of 116 blocks
 
 
 def test_what_was_tuned_is_well_formed():
@@ -105,4 +107,4 @@ def test_what_was_tuned_is_well_formed():
 
 def test_refuses_no_splits():
     with pytest.raises(ValueError, match="splits=0 must be at least 1"):
-        launch.DecodeParams(0)
+        triton.DecodeParams(0)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mustafar_jax.operands import Mean
-from mustafar_jax.pallas_kernels.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as kernels
+from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic.scatter import Guess
 from tests.helpers import rope_frequencies
 from tests.pallas_kernels.data import WHERE, attend, masks, merge_splits, pack_rows, rows_of, specs, with_mean

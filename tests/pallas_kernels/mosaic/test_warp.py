@@ -99,6 +99,16 @@ INSTRUCTIONS = {
         lambda at: w.store_shared(at + ((w.lane() ^ 3) << 3), [a, b], 8),
         lambda at: w.load_shared(at + (w.lane() << 3), 2, 8),
     ),
+    "store_shared, where": lambda w, s, a, b, c: exchange(
+        w,
+        s,
+        lambda at: [
+            w.store_shared(at + (w.lane() << 4), [a, b], 8, where=a > b),
+            w.store_shared(at + (w.lane() << 4), [c], where=b < c),
+            w.store_shared(at + (w.lane() << 4), [a, b, c, a], where=(w.lane() & 7) == 5),
+        ],
+        lambda at: w.load_shared(at + (w.lane() << 4), 4),
+    ),
     "store_shared_half": lambda w, s, a, b, c: exchange(
         w,
         s,
@@ -118,6 +128,7 @@ INSTRUCTIONS = {
 # rounded in another order, or approximated
 INEXACT = {
     "exp2": lambda w, s, a, b, c: [w.as_bits(w.exp2(f(w, a) * 10.0))],
+    "reciprocal": lambda w, s, a, b, c: [w.as_bits(w.reciprocal(f(w, a))), w.as_bits(w.reciprocal(f(w, b) * 1e6))],
     "fused": lambda w, s, a, b, c: [w.as_bits(w.fused(f(w, a), f(w, b), f(w, c)))],
     "multiply_add": lambda w, s, a, b, c: [
         w.as_bits(x)
@@ -153,7 +164,7 @@ def apply(name, dtype, words, *, interpret):
     def body(w, shared, source, out):
         thread = (w.block() * WARPS + w.warp()) * LANES + w.lane()
         row = w.row(source, w.block(), 0)
-        a, b, c = (w.load(row, thread << 2, 1, 4 * threads * i)[0] for i in range(3))
+        a, b, c = (w.load(row, thread << 2, 1, 4 * threads * i, early=i > 0)[0] for i in range(3))
         for i, x in enumerate(BOTH[name](w, shared, a, b, c)):
             w.store(out, (thread * results + i) << 2, x, where=thread < threads)
 
@@ -171,7 +182,7 @@ def apply(name, dtype, words, *, interpret):
 
 
 def test_every_instruction_is_tested():
-    assert {*BOTH} | USED_BY_ALL == {*METHODS}
+    assert {name.split(",")[0] for name in BOTH} | USED_BY_ALL == {*METHODS}
 
 
 @pytest.mark.gpu
@@ -235,6 +246,12 @@ def test_results_of_several_steps_share_no_register_with_operands(snippets):
     walks = [results for code, results, _ in snippets if code.count("@!left mad.lo") > 1]
     assert walks
     assert {x for results in walks for x in results} == {"&r"}
+
+
+def test_only_early_loads_are_ordered_by_barriers(snippets):
+    """An assembler may put off what is read as constant."""
+    loads = {code.split(".v")[0].split(".b32")[0].split()[-1] for code, *_ in snippets if "ld.global" in code}
+    assert loads == {"ld.global.nc.L1::no_allocate", "ld.global.L1::no_allocate"}
 
 
 def run_on(warps, body):

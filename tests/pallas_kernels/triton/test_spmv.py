@@ -9,8 +9,8 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.backends.record import Operation
-from mustafar_jax.pallas_kernels.launch import DecodeParams
 from mustafar_jax.pallas_kernels.triton import backend, spmv
+from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from tests.helpers import bits, replace_backend, rms_error_ratio
 from tests.pallas_kernels.data import WHERE, float32, jit, rows_of, specs
 from tests.pallas_kernels.lowering import lower_for_cuda
