@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from mustafar_jax import bitmap
 from mustafar_jax.bitmap import BitmapArray
@@ -413,3 +414,16 @@ def _tile(packed: Rows, start: jax.Array, length: int) -> Rows:
 
 def _float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(array.astype(jnp.float32) for array in arrays)
+
+
+def prefill_attention_nbytes(
+    tokens: int, length: int, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+) -> int:
+    """Bytes that attention over prompts of `length` tokens, `tokens` in all, works in on an NVIDIA GPU.
+
+    Queries and outputs, keys and values once; in float32, which cuDNN does not take, also the scores of some queries
+    (`PREFILL_CHUNK`), three times.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    scores = 0 if itemsize == 2 else 3 * num_heads * min(length, PREFILL_CHUNK)
+    return tokens * itemsize * (2 * (num_heads + num_kv_heads) * head_dim + scores)

@@ -617,6 +617,19 @@ def kernel_packs(config: CompressionConfig, *, head_dim: int, dtype: DTypeLike) 
     return True
 
 
+def packing_nbytes(
+    config: CompressionConfig, tokens: int, *, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+) -> int:
+    """Bytes that packing the keys and values of `tokens` tokens works in on an NVIDIA GPU; 0 for a dense cache.
+
+    Keys and values twice where the kernel packs them, else four times.
+    """
+    if config.is_dense:
+        return 0
+    copies = 2 if kernel_packs(config, head_dim=head_dim, dtype=dtype) else 4
+    return copies * 2 * num_kv_heads * head_dim * tokens * jnp.dtype(dtype).itemsize
+
+
 def _check_by_magnitude(config: CompressionConfig) -> None:
     for sparsity, method in ((config.k_sparsity, config.k_method), (config.v_sparsity, config.v_method)):
         if sparsity and method != "magnitude":
