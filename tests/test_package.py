@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -87,10 +88,11 @@ def test_the_kernels_depend_on_jax_alone(file):
         assert not within(module, "mustafar_jax") or within(module, "mustafar_jax.pallas_kernels")
 
 
-@pytest.mark.parametrize("file", files("mustafar_jax"), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", files("mustafar_jax"), ids=lambda file: str(file.relative_to(ROOT)))
 def test_the_core_needs_no_model(file):
-    extras = {"rich"} if file.name == "cli.py" else set()
-    for module in imports(file, lazy=file.name != "cli.py"):
+    in_cli = file.is_relative_to(PACKAGES["mustafar_jax"] / "cli")
+    extras = {"rich"} if in_cli else set()
+    for module in imports(file, lazy=not in_cli):
         assert not within(module, "mustafar_jax.models")
         assert not is_third_party(module) or module.split(".")[0] in {"jax", "numpy"} | extras
 
@@ -153,6 +155,30 @@ def test_what_is_exported_exists_and_is_documented(name):
 def test_the_installed_version_is_that_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert importlib.metadata.version("mustafar_jax") == project["version"]
+    assert importlib.import_module("mustafar_jax").__version__ == project["version"]
+
+
+def test_a_checkout_that_is_not_installed_can_be_imported():
+    program = """
+import importlib.metadata
+version = importlib.metadata.version
+def not_installed(name):
+    if name == "mustafar_jax":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = not_installed
+import mustafar_jax.models
+assert mustafar_jax.__version__ == "0+unknown"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_readme_begins_with_what_can_be_made():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    first = readme.split("```")[1]
+    assert re.findall("^make ([a-z-]+)", first, flags=re.MULTILINE) == ["demo", "test"]
+    assert {"demo", "test"} <= set(re.findall("make ([a-z-]+)", readme)) <= set(targets)
 
 
 def test_the_packages_are_installed_from_their_folders():
