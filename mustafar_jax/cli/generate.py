@@ -67,9 +67,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     """How tokens are drawn; ValueError for an option without effect."""
-    for flag, value in (("--top-p", options.top_p), ("--seed", options.seed)):
-        if value is not None and options.temperature == 0:
-            raise ValueError(f"{flag} has no effect with --temperature 0, which takes the likeliest token")
+    if options.temperature == 0:
+        for flag, value in (("--top-p", options.top_p), ("--seed", options.seed)):
+            if value is not None:
+                raise ValueError(f"{flag} has no effect with --temperature 0, which takes the likeliest token")
+        return {}
     return {
         "temperature": options.temperature,
         "top_p": 1.0 if options.top_p is None else options.top_p,

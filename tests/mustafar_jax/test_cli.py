@@ -315,6 +315,8 @@ def test_memory_that_is_exhausted_is_one_line(run, folder, tmp_path):
     hint = "a shorter prompt or fewer new tokens take less"
     message = rf"the device's memory is exhausted; {hint} \(RESOURCE_EXHAUSTED: .*\)"
     assert re.fullmatch(rf"mustafar generate: error: {message}\n", err)
+    _, _, err = run(*arguments, "--prompt", "w1", "--k-sparsity", "0", "--v-sparsity", "0")
+    assert "; fewer prompts take less (" in err
 
 
 def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkeypatch):
