@@ -31,6 +31,7 @@ from jax import lax
 
 import mustafar_jax as mj
 from benchmarks import device_time, synthetic
+from benchmarks.gpu import require_gpu
 from benchmarks.origin import where
 from benchmarks.synthetic import MASKS, Shape
 from benchmarks.table import Row, Table, attempt, folder_of
@@ -97,6 +98,8 @@ class Case:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     options = _parser().parse_args(arguments)
+    if options.shapes != ["tiny"]:
+        require_gpu("attention", "--shapes tiny --dense-implementation xla tries the program")
     origin = where()
     folder = folder_of(origin["device"], options.output)
     table = Table(folder / "attention.json", lambda row: (row["shape"], row["name"]))

@@ -25,6 +25,7 @@ from jax import lax
 import mustafar_jax as mj
 from benchmarks import device_time, synthetic
 from benchmarks.attention import CALLS, REPEATS, RULES, TOLERANCE, A, B, copy_bandwidth, present
+from benchmarks.gpu import require_gpu
 from benchmarks.origin import where
 from benchmarks.synthetic import DTYPE, Shape
 from benchmarks.table import Row, Table, attempt, folder_of
@@ -44,6 +45,8 @@ Ranking = tuple[jax.Array | None, jax.Array | None]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     options = _parser().parse_args(arguments)
+    if options.shapes != ["tiny"]:
+        require_gpu("compression", "--shapes tiny --interpret tries the program")
     origin, bandwidth = where(), copy_bandwidth()
     identity = ("shape", "what", "rule", "implementation", "attention", "sparsity")
     path = folder_of(origin["device"], options.output) / "compression.json"

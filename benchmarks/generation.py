@@ -34,12 +34,14 @@ from rich.progress import Progress
 
 from benchmarks import device_time
 from benchmarks.attention import RULES
+from benchmarks.gpu import no_gpu
 from benchmarks.origin import where
 from benchmarks.table import Row, Table, folder_of
 from mustafar_jax.arguments import parse_size
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, Caches, decode_step, prefill_prompt
 from mustafar_jax.models import Llama, ModelConfig, memory
+from mustafar_jax.pallas_kernels import cuda
 
 DTYPE = jnp.bfloat16
 BLOCK = 32
@@ -70,6 +72,8 @@ SHAPES = {
     ),
 }  # fmt: skip
 """The models' shapes; "tiny" is for trying the program where there is no GPU."""
+
+TRIAL = "--shapes tiny --contexts 40 --batches 3 --dense-implementation xla tries the program"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +130,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(run_here(Case(**json.loads(options.one)), complete if options.complete else measure)))
         return
     if options.describe:
-        print(json.dumps({"where": where(), "limit_bytes": _memory("bytes_limit")}))
+        print(json.dumps({"where": where(), "limit_bytes": _memory("bytes_limit"), "gpu": cuda.device_kind()}))
         return
     jax.config.update("jax_platforms", "cpu")  # the device is left to the processes that run the cases
     with tempfile.TemporaryDirectory() as cache:
         share = memory.USABLE
         device = describe(Launcher(share, 300, cache))
+        if device["gpu"] is None and (options.bars or options.shapes != ["tiny"]):
+            sys.exit(no_gpu("generation", TRIAL))
         if options.memory and device["limit_bytes"]:
             share *= min(1.0, options.memory * memory.USABLE / device["limit_bytes"])
             device = describe(Launcher(share, 300, cache))
+        try:
+            cases = list((bar_cases if options.bars else cases_of)(options, device["limit_bytes"]))
+        except ValueError as error:
+            sys.exit(f"benchmarks.generation: {error}")
         folder = folder_of(device["where"]["device"], options.output)
-        cases = list((bar_cases if options.bars else cases_of)(options, device["limit_bytes"]))
         flags = {"check_plan": options.check_plan or options.bars, "resume": options.resume}
         run_all(cases, folder, device, Launcher(share, options.timeout, cache), **flags)
 
@@ -303,7 +312,7 @@ def describe(launch: Launcher) -> dict[str, Any]:
     """Where the cases run, and how many bytes a process can have there."""
     answer = launch(["--describe"])
     if "where" not in answer:
-        raise RuntimeError(f"the device cannot be used: {answer['reason']}")
+        sys.exit(f"benchmarks.generation: the device cannot be used: {answer['reason']}")
     return answer
 
 

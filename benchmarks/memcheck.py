@@ -11,7 +11,6 @@ by itself, and compares the results bit for bit. Its status is 1 if one of them 
 
 import argparse
 import ctypes
-import importlib
 import json
 import pathlib
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from benchmarks.gpu import no_gpu, require_gpu
 
 _MAX_DYNAMIC_SHARED = 8  # of CUfunction_attribute, as are the next
 _COUNTS = {"bytes of static shared memory": 1, "registers": 4, "bytes of local memory": 3}
@@ -33,15 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="what has this in its name")
     options = parser.parse_args(arguments)
     if options.prepare is not None:
-        recording = importlib.import_module("benchmarks.memcheck_cases")  # imports jax
-        sys.exit(recording.prepare(options.prepare, options.only))
-    sys.exit(launch_all(options.launch, options.only))
+        require_gpu("memcheck")
+        from benchmarks import memcheck_cases  # imports jax
+
+        sys.exit(memcheck_cases.prepare(options.prepare, options.only))
+    try:
+        driver = Driver()
+    except (OSError, RuntimeError) as error:  # there is no driver, or it finds no GPU
+        sys.exit(no_gpu("memcheck", f"its driver says: {error}"))
+    sys.exit(launch_all(driver, options.launch, options.only))
 
 
-def launch_all(folder: pathlib.Path, only: str) -> int:
+def launch_all(driver: "Driver", folder: pathlib.Path, only: str) -> int:
     """Launch all that was written, and say of each how it went; 1 if one failed, or there are none."""
     paths = [x for x in sorted(folder.glob("*.json")) if only in x.stem]
-    driver = Driver()
     failed = []
     for path in paths:
         try:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu import require_gpu
 from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=SLOTS, help="of keys and of values, each row's")
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="query heads per KV head")
     options = parser.parse_args(arguments)
+    require_gpu("spills", capability=9.0)
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # the assembler's log goes to the standard output
     jax.config.update("jax_enable_compilation_cache", False)
     print("slots", "query heads", "centred", *PATTERNS, "(spills and stack in bytes)", sep=" | ", flush=True)

@@ -10,10 +10,13 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.gpu import no_gpu
 
 REPEATS, CALLS = 7, 20
 BACKENDS = {
@@ -23,14 +26,17 @@ BACKENDS = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
+    shapes, swept = sys.argv[1:] if arguments is None else arguments
+    if not torch.cuda.is_available():
+        sys.exit(no_gpu("torch_attention"))
     times: dict[str, dict[str, float]] = {}
-    for shape in json.loads(sys.argv[1]):
+    for shape in json.loads(shapes):
         times[shape["name"]] = {}
         for name, backend in BACKENDS.items():
             try:
-                times[shape["name"]][name] = measure(shape, backend, int(sys.argv[2]))
+                times[shape["name"]][name] = measure(shape, backend, int(swept))
             except RuntimeError as error:  # a backend that does not take this shape
                 print(f"{name}, {shape['name']}: {error}", file=sys.stderr)
     print(json.dumps({name: of_shape for name, of_shape in times.items() if of_shape}))

@@ -8,7 +8,6 @@ the Mosaic GPU kernel have 4 warps; sizes for which they have more do not ask th
 
 import argparse
 import functools
-import importlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,27 +19,33 @@ import jax.numpy as jnp
 import mustafar_jax as mj
 from benchmarks import device_time, synthetic
 from benchmarks.attention import calls_of, check_and_time, present, reference
+from benchmarks.gpu import require_gpu
 from benchmarks.synthetic import Shape
 from benchmarks.table import attempt
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels import launch
+from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic
 from mustafar_jax.pallas_kernels.mosaic import launch as mosaic_launch
+from mustafar_jax.pallas_kernels.triton import decode_attention as triton
 from mustafar_jax.pallas_kernels.triton import launch as triton_launch
 
 TUNED = pathlib.Path(__file__).parents[1] / "pallas_kernels" / "tuned.json"
 SIZES = ["8x32", "8x128", "8x512", "8x1024", "32x128", "64x32", "64x128", "64x256", "256x32", "256x128"]
 SPLITS = (1, 2, 3, 4, 6, 8, 11, 16, 24, 32, 64, 66, 128)
 CONFIG = mj.CompressionConfig(0.7, 0.7)
-KERNELS: dict[str, tuple[str, Any, Callable[[], int]]] = {  # module, launch parameters of so many splits, a wave
-    "triton": ("triton.decode_attention", triton_launch.DecodeParams, triton_launch.wave),
-    "mosaic_gpu": ("mosaic.decode_attention", mosaic_launch.MosaicParams, mosaic_launch.wave),
+Kernel = tuple[Callable[..., jax.Array], Callable[[int], Any], Callable[[], int]]
+KERNELS: dict[str, Kernel] = {
+    "triton": (triton.decode_attention, triton_launch.DecodeParams, triton_launch.wave),
+    "mosaic_gpu": (mosaic.decode_attention, mosaic_launch.MosaicParams, mosaic_launch.wave),
 }
+"""By name: the kernel, its launch parameters for a number of splits, and the blocks that a device holds at once."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
     options = _parser().parse_args(arguments)
+    require_gpu("tune")
     kind = jax.devices()[0].device_kind
     for kernel in options.kernels:
         for heads, tiles in options.sizes:
@@ -102,11 +107,10 @@ def plausible(kernel: str, heads: int, tiles: int, splits: int) -> bool:
 
 def attention(kernel: str, splits: int) -> Any:
     """The kernel as a function of a query [1, N, H] and a packed cache, launched with so many splits."""
-    module, params, _ = KERNELS[kernel]
-    kernels = importlib.import_module(f"mustafar_jax.pallas_kernels.{module}")
+    decode_attention, params, _ = KERNELS[kernel]
 
     def attend(query: jax.Array, cache: PackedCache) -> jax.Array:
-        out: jax.Array = kernels.decode_attention(
+        out = decode_attention(
             query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim),
             cache.keys.packed,
             cache.values.packed,

@@ -23,6 +23,7 @@ from mustafar_jax.cache.checks import check_dtype
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
+from mustafar_jax.models.tensors import LazyTensor
 
 MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral}
 """The model class of each `model_type` of config.json."""
@@ -38,14 +39,6 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float
 M = TypeVar("M", bound=Llama)
 Progress = Callable[[int, int], object]
 """Called as `progress(done, total)` while weights load, in bytes of the model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """One tensor of a checkpoint: its shape is known, its numbers are read when `read` is called."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
 
 
 def load(
@@ -98,7 +91,7 @@ def load_config(source: str | os.PathLike[str]) -> ModelConfig:
     """
     path = _local(source)
     if path.is_file():
-        from mustafar_jax.models.gguf import open_gguf  # imported here since gguf imports this module
+        from mustafar_jax.models.gguf import open_gguf  # not every caller has such a file
 
         return open_gguf(path)[0]
     folder = path if path.is_dir() else _download(source, ["config.json", "generation_config.json"])
@@ -342,7 +335,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_gguf(file: Path, dtype: DTypeLike | None, mesh: Mesh | None, progress: Progress | None) -> tuple[Llama, Any]:
-    # Imported here since gguf imports this module.
+    # Imported here: not every caller has such a file.
     from mustafar_jax.models.gguf import open_gguf
     from mustafar_jax.models.tokenizer import load_gguf_tokenizer
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from mustafar_jax.models.checkpoint import LazyTensor
 from mustafar_jax.models.config import ModelConfig, RopeScaling
+from mustafar_jax.models.tensors import LazyTensor
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

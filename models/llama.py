@@ -291,3 +291,11 @@ def _logical_axes(*names: str) -> dict[str, Any]:
     """Metadata that names a parameter's axes; checkpoint.py maps the names to a mesh when it places the weights."""
     # Eager sharding would want a mesh as soon as the parameter is created.
     return {"out_sharding": names, "eager_sharding": False}
+
+
+def feed_forward_nbytes(config: ModelConfig, tokens: int, dtype: DTypeLike) -> int:
+    """Bytes that the feed-forward network works in, when `tokens` tokens of prompts pass it.
+
+    Three inner activations of the tokens that it takes at a time (`FEED_FORWARD_TOKENS`).
+    """
+    return 3 * config.intermediate_size * min(tokens, FEED_FORWARD_TOKENS) * jnp.dtype(dtype).itemsize

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mustafar_jax import generation
-from mustafar_jax.backends.xla.prompt import CHUNK as PREFILL_CHUNK
+from mustafar_jax.attention import prefill_attention_nbytes
 from mustafar_jax.cache import LayerCache
-from mustafar_jax.cache.packed import packed_by_kernel
+from mustafar_jax.cache.packed import packing_nbytes
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.models import llama
+from mustafar_jax.generation import prefilled_tokens
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
+from mustafar_jax.models.llama import Llama, feed_forward_nbytes
 
 USABLE = 0.95
 """The share of a device's memory to give JAX, by XLA_PYTHON_CLIENT_MEM_FRACTION; the driver takes some of the rest."""
@@ -77,7 +77,7 @@ def weight_nbytes(config: ModelConfig, dtype: DTypeLike) -> int:
 @functools.lru_cache
 def num_weights(config: ModelConfig) -> int:
     """How many numbers a model's weights are."""
-    model = nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
 
 
@@ -86,25 +86,18 @@ def working_nbytes(
 ) -> int:
     """An allowance for what prefill holds beside weights and caches on an NVIDIA GPU; decoding holds less.
 
-    Of the tokens that are prefilled at a time (`generation.PREFILL_TOKENS`, or one prompt where that is longer), the
-    hidden states, and the largest of what follows one another: attention (hidden states, queries, outputs, and keys and
-    values once; in float32, which cuDNN does not take, also the scores of some queries, three times),
-    compression, unless the cache is dense (hidden states, and keys and values: twice where a kernel packs them on GPUs,
-    else four times), and the feed-forward network on the tokens that it takes at a time (three inner activations of
-    `llama.FEED_FORWARD_TOKENS`). Two float32 logits per sequence, and `RESERVE`.
+    The hidden states of the tokens that are prefilled at a time, and the largest of what follows one another:
+    attention or packing, each beside hidden states of its own, and the feed-forward network. Two float32 logits per
+    sequence, and `RESERVE`.
     """
-    total = batch * length
-    tokens, chunk = min(total, max(generation.PREFILL_TOKENS, length)), min(total, llama.FEED_FORWARD_TOKENS)
-    queries, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
-    copies = 2 if packed_by_kernel(abstract_caches(config, compression, length, dtype=dtype)[0]) else 4
-    scores = 0 if jnp.dtype(dtype).itemsize == 2 else 3 * config.num_heads * min(length, PREFILL_CHUNK)
-    largest = max(
-        tokens * (config.hidden_size + 2 * queries + kv + scores),
-        tokens * (config.hidden_size + copies * kv) * (not compression.is_dense),
-        chunk * 3 * config.intermediate_size,
-    )
+    total, tokens = batch * length, prefilled_tokens(batch, length)
+    shape: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim, "dtype": dtype}
+    hidden = tokens * config.hidden_size * jnp.dtype(dtype).itemsize
+    attending = prefill_attention_nbytes(tokens, length, num_heads=config.num_heads, **shape)
+    packing = packing_nbytes(abstract_caches(config, compression, length, dtype=dtype)[0], tokens)
+    largest = max(hidden + attending, hidden + packing, feed_forward_nbytes(config, total, dtype))
     logits = 2 * 4 * batch * config.vocab_size
-    return jnp.dtype(dtype).itemsize * (tokens * config.hidden_size + largest) + logits + RESERVE
+    return hidden + largest + logits + RESERVE
 
 
 def abstract_caches(

@@ -1,6 +1,7 @@
 """Pruned, bitmap-packed KV caches for JAX: the cache is physically small, and attention is computed on it as it is."""
 
 import importlib
+import importlib.metadata
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ __all__ = [
     "unpack",
     "value_spmv",
 ]
+
+try:
+    __version__ = importlib.metadata.version("mustafar_jax")
+except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mustafar_jax.backends import registry
 from mustafar_jax.backends.record import OperationName
 from mustafar_jax.backends.registry import Candidates, Implementation, candidates
+from mustafar_jax.backends.xla.prompt import CHUNK
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
 from mustafar_jax.cache.base import check_cache
 from mustafar_jax.operands import DenseAttention, PackedAttention, PromptAttention
@@ -148,3 +150,16 @@ def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | Non
 def _check_window(sliding_window: Any) -> None:
     if sliding_window is not None and (not isinstance(sliding_window, int | np.integer) or sliding_window < 1):
         raise ValueError(f"{sliding_window=} must be an integer of at least 1, or None")
+
+
+def prefill_attention_nbytes(
+    tokens: int, length: int, *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+) -> int:
+    """Bytes that attention over prompts of `length` tokens, `tokens` in all, works in on an NVIDIA GPU.
+
+    Queries and outputs, keys and values once; in float32, which cuDNN does not take, also the scores of some queries
+    (`prompt.CHUNK`), three times.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    scores = 0 if itemsize == 2 else 3 * num_heads * min(length, CHUNK)
+    return tokens * itemsize * (2 * (num_heads + num_kv_heads) * head_dim + scores)

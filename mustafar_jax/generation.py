@@ -298,6 +298,11 @@ def _rows_at_a_time(batch: int, length: int) -> int:
     return -(-batch // parts)
 
 
+def prefilled_tokens(batch: int, length: int) -> int:
+    """How many tokens of a batch of prompts [B, S] are prefilled at a time, at most; one prompt always goes whole."""
+    return min(batch * length, max(PREFILL_TOKENS, length))
+
+
 def decode_step(
     model: Model, token: jax.Array, caches: Caches, *, implementation: Implementation = None
 ) -> tuple[jax.Array, Caches]:

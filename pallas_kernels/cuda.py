@@ -83,7 +83,7 @@ _only_p.def_impl(lambda x, **options: jax.jit(functools.partial(_only_p.bind, **
 
 
 def _lower_elsewhere(_context: Any, _x: Any, *, kernels: str, before: Callable[[], None]) -> Any:
-    raise NotImplementedError(f"the {kernels} kernels lower for CUDA alone; elsewhere pass interpret=True, or use XLA")
+    raise NotImplementedError(f"the {kernels} kernels lower for CUDA alone; implementation=None or 'xla' runs here")
 
 
 def _lower_for_cuda(_context: Any, x: Any, *, kernels: str, before: Callable[[], None]) -> list[Any]:

@@ -1,13 +1,15 @@
 """How the four packages hang together: which imports which, what importing costs, and what they export."""
 
 import ast
+import graphlib
 import importlib
 import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 
@@ -78,13 +80,51 @@ class G:
     assert set(_imports(tree, lazy=True)) == {"a.b", "c", "f", "h.i", "j"}
 
 
-@pytest.mark.parametrize("file", files("mustafar_jax.pallas_kernels"), ids=lambda file: file.name)
-def test_the_kernels_depend_on_jax_alone(file):
+BELOW_THE_KERNELS = ("backends.record", "codecs", "layout", "operands", "pruning", "rope", "rows", "writes")
+"""What the kernels may import of the library: what is given to them, and what that is made of."""
+
+
+@pytest.mark.parametrize("file", files("mustafar_jax.pallas_kernels"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_kernels_depend_on_jax_and_what_is_below_them_alone(file):
     # jaxlib, jax's other half, holds the MLIR that Mosaic GPU kernels are written in
     allowed = {"jax", "numpy"} | ({"jaxlib"} if file.name in ("lowering.py", "ptx.py") else set())
+    below = [f"mustafar_jax.{name}" for name in BELOW_THE_KERNELS]
     for module in imports(file, lazy=True):
         assert not is_third_party(module) or module.split(".")[0] in allowed
-        assert not within(module, "mustafar_jax") or within(module, "mustafar_jax.pallas_kernels")
+        if within(module, "mustafar_jax"):
+            assert any(within(module, name) for name in ["mustafar_jax.pallas_kernels", *below]), module
+
+
+def test_what_is_below_the_kernels_needs_nothing_above():
+    """So that no circle comes about."""
+    below = {f"mustafar_jax.{name}" for name in BELOW_THE_KERNELS}
+    for name in below:
+        path = ROOT / (name.replace(".", "/") + ".py")
+        for file in [path] if path.exists() else sorted(path.with_suffix("").glob("*.py")):
+            for module in imports(file, lazy=True):
+                assert not within(module, "mustafar_jax") or any(within(module, other) for other in below), module
+
+
+def module_of(name: str, modules: Collection[str]) -> str | None:
+    """The module that `package.module.name` is of; the longest name wins."""
+    parts = name.split(".")
+    candidates = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((candidate for candidate in candidates if candidate in modules), None)
+
+
+def test_there_is_no_circle_of_imports():
+    """Not even one that a function's import closes."""
+    modules: dict[str, pathlib.Path] = {}
+    for package, folder in PACKAGES.items():
+        for file in files(package):
+            parts = file.relative_to(folder).with_suffix("").parts
+            modules[".".join([package, *(part for part in parts if part != "__init__")])] = file
+    graph = {
+        name: {module_of(found, modules) for found in imports(file, lazy=True)} - {None, name}
+        for name, file in modules.items()
+    }
+    order = graphlib.TopologicalSorter(graph)
+    order.prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("backend", ["mosaic", "triton"])
@@ -97,10 +137,11 @@ def test_the_backends_of_kernels_are_apart(backend):
         assert not [module for module in imports(file, lazy=True) if within(module, f"{kernels}.{other}")], file.name
 
 
-@pytest.mark.parametrize("file", files("mustafar_jax"), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", files("mustafar_jax"), ids=lambda file: str(file.relative_to(ROOT)))
 def test_the_core_needs_no_model(file):
-    extras = {"rich"} if file.name == "cli.py" else set()
-    for module in imports(file, lazy=file.name != "cli.py"):
+    in_cli = file.is_relative_to(PACKAGES["mustafar_jax"] / "cli")
+    extras = {"rich"} if in_cli else set()
+    for module in imports(file, lazy=not in_cli):
         assert not within(module, "mustafar_jax.models")
         assert not is_third_party(module) or module.split(".")[0] in {"jax", "numpy"} | extras
 
@@ -163,6 +204,30 @@ def test_what_is_exported_exists_and_is_documented(name):
 def test_the_installed_version_is_that_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert importlib.metadata.version("mustafar_jax") == project["version"]
+    assert importlib.import_module("mustafar_jax").__version__ == project["version"]
+
+
+def test_a_checkout_that_is_not_installed_can_be_imported():
+    program = """
+import importlib.metadata
+version = importlib.metadata.version
+def not_installed(name):
+    if name == "mustafar_jax":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = not_installed
+import mustafar_jax.models
+assert mustafar_jax.__version__ == "0+unknown"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_readme_begins_with_what_can_be_made():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    first = readme.split("```")[1]
+    assert re.findall("^make ([a-z-]+)", first, flags=re.MULTILINE) == ["demo", "test"]
+    assert {"demo", "test"} <= set(re.findall("make ([a-z-]+)", readme)) <= set(targets)
 
 
 def test_the_packages_are_installed_from_their_folders():

@@ -386,6 +386,9 @@ def _check(tasks: Sequence[str], questions: Sequence[pathlib.Path]) -> None:
             raise ValueError(f"task {name!r} is none of {sorted(TASKS)}")
         if name in QUESTIONS[len(questions) :]:
             raise ValueError(f"{name} needs {QUESTIONS.index(name) + 1} question files; got {len(questions)}")
+    if questions and tasks and QUESTIONS[len(questions) - 1] not in tasks:
+        last = QUESTIONS[len(questions) - 1]
+        raise ValueError(f"questions names {len(questions)} files, the last for {last}; tasks={list(tasks)} lacks it")
 
 
 def _ask(

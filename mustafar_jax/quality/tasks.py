@@ -1,6 +1,5 @@
 """The evaluations by name, as `mustafar eval` takes them."""
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +7,7 @@ from typing import Any
 
 from mustafar_jax.arguments import parse_count
 from mustafar_jax.quality import choice, longbench, needle, perplexity, ruler
+from mustafar_jax.quality.evaluate import ANSWERS, TOKENS
 from mustafar_jax.quality.examples import Example, Problem
 from mustafar_jax.quality.runs import Record, fingerprint
 
@@ -20,40 +20,60 @@ class Task:
 
     Attributes:
         help: what it is, in a line.
-        data: what the files of --data hold; "" where none is needed.
-        examples: tokenizer, options, the model's context in tokens -> examples, and what is wrong with the data.
+        data: what its data files hold; "" where none is needed.
+        examples: tokenizer, data files, the model's context in tokens, and its own options as keyword arguments ->
+            examples, and what is wrong with the data.
         options: flags of its own, with the keyword arguments of `add_argument`; they are part of a run's settings.
         gather: records -> those that metrics are made of; if None, the examples' own.
-        locate: what --data names -> the file that is meant.
+        locate: what is named as a data file -> the file that is meant.
+        shown: the scores that its metrics are made of; all that its records have if None.
     """
 
     help: str
     data: str
-    examples: Callable[[Any, argparse.Namespace, int], Examples]
+    examples: Callable[..., Examples]
     options: Mapping[str, Mapping[str, Any]]
     gather: Callable[[Sequence[Record]], list[Record]] | None = None
     locate: Callable[[pathlib.Path], pathlib.Path] = pathlib.Path
+    shown: Sequence[str] | None = None
 
-    def settings(self, options: argparse.Namespace) -> dict[str, Any]:
-        """The values of its own flags; of files, what is in them."""
-        given = {flag: getattr(options, flag.removeprefix("--").replace("-", "_")) for flag in self.options}
-        return {flag: _setting(value) for flag, value in given.items()}
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Its own options by the names of `examples`' keyword arguments: those given, and the defaults of the others.
+
+        Raises:
+            TypeError: a name that is none of its options.
+            ValueError: an option that must be given is missing.
+        """
+        known = {option_name(flag): settings for flag, settings in self.options.items()}
+        if unknown := sorted(set(given) - set(known)):
+            raise TypeError(f"options names {unknown}; wanted names out of {sorted(known)}")
+        for name, settings in known.items():
+            if settings.get("required") and given.get(name) is None:
+                raise ValueError(f"options has no {name!r}: {settings['help']}")
+        return {name: given.get(name, settings.get("default")) for name, settings in known.items()}
+
+    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """By its own flags, the values of all its options; of files, what is in them."""
+        return {flag: _setting(options[option_name(flag)]) for flag in self.options}
+
+
+def option_name(flag: str) -> str:
+    """A flag's keyword argument, as argparse makes it."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _setting(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_setting(each) for each in value]
     return {value.name: fingerprint(value)} if isinstance(value, pathlib.Path) else value
 
 
-def _perplexity(tokenizer: Any, options: argparse.Namespace, context: int) -> Examples:
-    sizes = {name: getattr(options, name) for name in ("windows", "prompt", "continuation")}
-    return perplexity.examples(tokenizer, options.data, **sizes), []
+def _perplexity(tokenizer: Any, data: Sequence[pathlib.Path], context: int, **sizes: int) -> Examples:
+    return perplexity.examples(tokenizer, data, **sizes), []
 
 
-def _needle(tokenizer: Any, options: argparse.Namespace, context: int) -> Examples:
-    where = {name: getattr(options, name) for name in ("lengths", "depths", "repeats", "seed")}
-    hidden = [example for file in options.data for example in _named(file, needle.needles(tokenizer, file, **where))]
+def _needle(tokenizer: Any, data: Sequence[pathlib.Path], context: int, **where: Any) -> Examples:
+    hidden = [example for file in data for example in _named(file, needle.needles(tokenizer, file, **where))]
     return hidden + needle.passkeys(tokenizer, **where), []
 
 
@@ -61,19 +81,20 @@ def _named(file: pathlib.Path, examples: list[Example]) -> list[Example]:
     return [dataclasses.replace(example, id=f"{file.stem}:{example.id}") for example in examples]
 
 
-def _ruler(tokenizer: Any, options: argparse.Namespace, context: int) -> Examples:
-    if len(options.data) != 1:
-        raise ValueError(f"--data names {len(options.data)} files; RULER's tasks want one text")
-    names = {name: getattr(options, name) for name in ("tasks", "questions", "lengths", "samples", "seed")}
-    return ruler.examples(tokenizer, options.data[0], **names)
+def _ruler(tokenizer: Any, data: Sequence[pathlib.Path], context: int, **asked: Any) -> Examples:
+    if len(data) != 1:
+        raise ValueError(f"data names {len(data)} files; RULER's tasks want one text")
+    return ruler.examples(tokenizer, data[0], **asked)
 
 
-def _longbench(tokenizer: Any, options: argparse.Namespace, context: int) -> Examples:
-    return longbench.examples(tokenizer, options.data, options.prompts, context=context, max_length=options.max_length)
+def _longbench(
+    tokenizer: Any, data: Sequence[pathlib.Path], context: int, *, prompts: pathlib.Path, max_length: int | None
+) -> Examples:
+    return longbench.examples(tokenizer, data, prompts, context=context, max_length=max_length)
 
 
-def _choice(tokenizer: Any, options: argparse.Namespace, context: int) -> Examples:
-    return choice.examples(tokenizer, options.data, context=context)
+def _choice(tokenizer: Any, data: Sequence[pathlib.Path], context: int) -> Examples:
+    return choice.examples(tokenizer, data, context=context)
 
 
 def _lengths(what: str) -> dict[str, Any]:
@@ -92,6 +113,7 @@ TASKS = {
             "--prompt": {"type": parse_count, "default": 1536, "help": "tokens prefilled (%(default)s)"},
             "--continuation": {"type": parse_count, "default": 512, "help": "tokens scored (%(default)s)"},
         },
+        shown=TOKENS,
     ),
     "needle": Task(
         "a number hidden in a text, and the passkey",
@@ -103,6 +125,7 @@ TASKS = {
             "--repeats": {"type": parse_count, "default": 1, "help": "examples at each length and place (%(default)s)"},
             "--seed": _SEED,
         },
+        shown=ANSWERS,
     ),
     "ruler": Task(
         "RULER's synthetic tasks",

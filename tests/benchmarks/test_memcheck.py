@@ -80,9 +80,8 @@ def test_a_launch_is_repeated(right, tmp_path, monkeypatch):
     said, good = memcheck.launch(Driver(), tmp_path / "case.json")
     assert good == right
     assert ("the same results" in said) == right
-    monkeypatch.setattr(memcheck, "Driver", Driver)
-    assert memcheck.launch_all(tmp_path, "ca") == (not right)
-    assert memcheck.launch_all(tmp_path, "other") == 1
+    assert memcheck.launch_all(Driver(), tmp_path, "ca") == (not right)
+    assert memcheck.launch_all(Driver(), tmp_path, "other") == 1
 
 
 def test_a_launch_without_all_buffers_is_refused():

@@ -11,6 +11,7 @@ from tests.pallas_kernels.lowering import lower_for_cuda
 
 def test_the_fastest_splits_of_a_size_are_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "SWEEP_BYTES", 0)
+    monkeypatch.setattr(tune, "require_gpu", lambda _: None)
     monkeypatch.setattr(tune, "SPLITS", (1, 2))
     # interpreting a kernel takes long; that the kernels take the caches is tested below
     monkeypatch.setattr(tune, "attention", lambda *_, **__: mj.decode_attention)

@@ -30,6 +30,30 @@ def test_weights_and_caches_are_exact(compression, tied):
     assert plan.total == plan.weights + plan.caches + plan.working + plan.fragments
 
 
+LLAMA_3_8B = ModelConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8,
+    head_dim=128, max_position_embeddings=131072,
+)  # fmt: skip
+THINK = CompressionConfig.recommended(0.5, 0.5, v_method="think")
+
+
+@pytest.mark.parametrize(
+    ("compression", "batch", "capacity", "dtype", "planned"),
+    [
+        (generation.DENSE, 1, 100, "bfloat16", (16_060_522_496, 13_107_360, 510_446_848, 409_605)),
+        (generation.DENSE, 3, 2048, "bfloat16", (16_060_522_496, 805_306_848, 1_081_892_096, 25_165_839)),
+        (RECOMMENDED, 3, 2048, "bfloat16", (16_060_522_496, 320_079_840, 1_081_892_096, 10_002_495)),
+        (RECOMMENDED, 3, 70000, "float32", (32_121_044_992, 18_964_809_696, 19_426_598_144, 592_650_303)),
+        (THINK, 3, 70000, "bfloat16", (16_060_522_496, 15_499_790_304, 3_083_558_144, 484_368_447)),
+        (THINK, 40, 2048, "bfloat16", (16_060_522_496, 6_218_082_560, 2_956_961_024, 194_315_080)),
+    ],
+)
+def test_plans_are_those_that_were_recorded(compression, batch, capacity, dtype, planned):
+    """Measurements on GPUs were planned with these bytes: weights, caches, working, fragments."""
+    plan = memory.plan(LLAMA_3_8B, compression, batch=batch, capacity=capacity, dtype=dtype)
+    assert dataclasses.astuple(plan) == planned
+
+
 @CONFIGS
 @pytest.mark.parametrize("size", [0.6e9, 1e9, 4e9])
 def test_the_largest_batch_fits_and_one_more_does_not(compression, size):
@@ -66,7 +90,7 @@ def test_the_allowance_stops_growing_where_prompts_are_prefilled_some_at_a_time(
 )
 def test_what_compression_holds_depends_on_who_packs(change, compression, dtype, copies, monkeypatch):
     """Keys and values that outweigh all else: each copy is as large as the whole."""
-    monkeypatch.setattr(memory, "PREFILL_CHUNK", 1)
+    monkeypatch.setattr(memory, "prefill_attention_nbytes", lambda *_, **__: 0)
     wide = dataclasses.replace(TINY, head_dim=64, num_heads=64, num_kv_heads=64, hidden_size=8, intermediate_size=8)
     config = dataclasses.replace(wide, **change)
     tokens = 1024

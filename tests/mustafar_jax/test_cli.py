@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import importlib.util
 import io
@@ -19,14 +20,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import mustafar_jax as mj
 from mustafar_jax import cli, models
 from mustafar_jax.arguments import parse_size
+from mustafar_jax.cli import compression, generate
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import ModelConfig
 from mustafar_jax.quality.evaluate import TOKENS, Evaluator
 
+ROOT = pathlib.Path(__file__).parents[2]
 WORDS = [f"w{index}" for index in range(64)]
 PROMPT = " ".join(f"w{index % 61}" for index in range(70))
 NEW = 40
+SHORT = "w3 w1 w4"
 CAPACITY = 70 + NEW
+RECOMMENDED = CompressionConfig.recommended(0.7, 0.7)
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 32
 GENERATE = ["generate", "--model", "tiny", "--max-new-tokens", str(NEW)]
 
@@ -143,7 +148,7 @@ def test_a_terminal_shows_progress(run, tiny, monkeypatch):
 @pytest.mark.parametrize("flush", [True, False])
 def test_pieces_are_shown_as_they_come_or_together(capsys, monkeypatch, flush):
     # The prefill's token comes at 0 s, the first decode step's at 10 s since it is compiled first, the others follow.
-    monkeypatch.setattr(cli.time, "perf_counter", iter([0.0, 10.0, 11.0, 14.0]).__next__)
+    monkeypatch.setattr(generate.time, "perf_counter", iter([0.0, 10.0, 11.0, 14.0]).__next__)
     shown = []
 
     def pieces():
@@ -151,9 +156,48 @@ def test_pieces_are_shown_as_they_come_or_together(capsys, monkeypatch, flush):
             shown.append(capsys.readouterr().out)
             yield piece
 
-    assert cli._print_pieces("a", pieces(), flush=flush) == 2 / 4
+    assert generate._print_pieces("a", pieces(), flush=flush) == 2 / 4
     shown.append(capsys.readouterr().out)
     assert shown == (["a", "b", "c", "d\n"] if flush else ["", "", "", "abcd\n"])
+
+
+@pytest.fixture(scope="module")
+def eager(folder, tiny):
+    """The model `eager`: as `tiny`, but for a token that ends what it writes after this prompt."""
+    shutil.copytree(folder / "tiny", folder / "eager")
+    model, tokenizer = tiny
+    tokens = mj.generate(model, np.asarray([tokenizer(SHORT)["input_ids"]]), max_new_tokens=NEW, config=RECOMMENDED)
+    row = tokens.tokens[0].tolist()
+    stop = next(token for i, token in enumerate(row) if i > 2 and token not in row[:i])
+    (folder / "eager" / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    return row.index(stop) + 1
+
+
+def test_several_prompts_are_a_batch(run, tiny, eager):
+    prompts = [PROMPT, SHORT, "w5\n" + " w7" * 30]
+    arguments = [word for prompt in prompts for word in ("--prompt", prompt)]
+    status, out, err = run("generate", "--model", "eager", "--max-new-tokens", str(NEW), *arguments)
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[::2] == [f"--- 1: {PROMPT[:59]}… ---", f"--- 2: {SHORT} ---", f"--- 3: w5{' w7' * 19}… ---"]
+    assert len(lines[3].split()) == eager < NEW  # what comes after its end is not shown
+    model, tokenizer = models.load("eager")
+    tokens, lengths = np.zeros((3, 70), np.int32), [70, 3, 31]
+    for row, prompt, length in zip(tokens, prompts, lengths, strict=True):
+        row[:length] = tokenizer(prompt)["input_ids"]
+    options = {"lengths": lengths, "max_new_tokens": NEW, "config": RECOMMENDED, "eos_id": model.config.eos_ids}
+    wanted = mj.generate(model, tokens, **options)
+    assert lines[1::2] == [tokenizer.decode(row[:n]) for row, n in zip(wanted.tokens, wanted.lengths, strict=True)]
+    caches = tiny[0].init_cache(RECOMMENDED, batch=3, capacity=CAPACITY)
+    assert f"cache {sum(leaf.nbytes for leaf in jax.tree.leaves(caches)) / 1e3:.4g} kB" in err
+
+
+def test_the_speed_of_a_batch_counts_what_each_sequence_wrote(capsys, monkeypatch, tiny):
+    monkeypatch.setattr(generate.time, "perf_counter", iter([0.0, 10.0, 11.0, 14.0]).__next__)
+    steps = iter([np.array([2, 5]), np.array([3, 6]), np.array([9, 7])])
+    rate = generate._print_answers(["w1", "w2"], tiny[1], np.array([1, 4]), steps, [9, 6])
+    assert capsys.readouterr().out == "--- 1: w1 ---\nw1 w2 w3 w9\n--- 2: w2 ---\nw4 w5 w6\n"
+    assert rate == (2 + 1) / 4
 
 
 def test_two_tokens_are_too_few_to_time(run):
@@ -195,6 +239,11 @@ def test_the_prompt_can_come_from_a_file_or_from_standard_input(run, tiny, tmp_p
             "70 tokens of prompt and max_new_tokens=187 .* of 256; tokens has .*, padding included",
         ),
         (["--prompt", PROMPT, "--temperature", "-1"], "temperature=-1.0 must be finite and at least 0"),
+        (["--prompt", PROMPT, "--top-p", "0.9"], "--top-p has no effect with --temperature 0, which takes .*"),
+        (["--prompt", PROMPT, "--seed", "0"], "--seed has no effect with --temperature 0, which takes .*"),
+        (["--prompt", PROMPT, "--temperature", "0", "--top-p", "1"], "--top-p has no effect with --temperature 0, .*"),
+        (["--prompt", PROMPT, "--prompt", "w1", "--stream"], "--stream shows the text of one --prompt .*; got 2"),
+        (["--prompt", PROMPT, "--prompt", ""], "prompt='' is empty; wanted some text"),
         (["--prompt", PROMPT, "--implementation", "cuda"], "implementation='cuda' must be one of .*"),
         (["--prompt", PROMPT, "--model", "/no such/model"], "source='/no such/model' is no folder, .*"),
         (["--prompt", PROMPT, "--model", "absent.gguf"], "source='absent.gguf': there is no such file"),
@@ -202,7 +251,9 @@ def test_the_prompt_can_come_from_a_file_or_from_standard_input(run, tiny, tmp_p
     ids=lambda value: " ".join(value).replace(PROMPT, "...") if isinstance(value, list) else "",
 )
 def test_errors_are_one_line_and_status_1(run, options, message):
-    status, out, err = run(*GENERATE, *options)
+    usual = {"--model": "tiny", "--max-new-tokens": str(NEW)}
+    others = [word for flag, value in usual.items() if flag not in options for word in (flag, value)]
+    status, out, err = run("generate", *others, *options)
     assert (status, out) == (1, "")
     assert re.fullmatch(rf"mustafar generate: error: {message}\n", err)
 
@@ -212,7 +263,7 @@ def test_a_model_without_a_tokenizer_cannot_write(run, folder, tmp_path):
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((folder / "tiny" / name).read_bytes())
-    status, out, err = run(*GENERATE, "--prompt", PROMPT, "--model", str(bare))
+    status, out, err = run("generate", "--prompt", PROMPT, "--model", str(bare))
     assert (status, out) == (1, "")
     assert err == (
         f"mustafar generate: error: --model {bare} holds no tokenizer, which turning text into tokens needs\n"
@@ -250,7 +301,7 @@ def test_bench_and_eval_look_at_their_arguments_before_they_load(run):
     assert status == 1
     assert err.startswith("mustafar bench: error: implementation='foo' must be one of")
     status, _, err = run("eval", "perplexity", "--model", "missing", "--data", "nowhere.txt")
-    assert (status, err) == (1, "mustafar eval: error: --data names nowhere.txt, which is no file\n")
+    assert (status, err) == (1, "mustafar eval: error: data names nowhere.txt, which is no file\n")
 
 
 def test_memory_that_is_exhausted_is_one_line(run, folder, tmp_path):
@@ -264,6 +315,8 @@ def test_memory_that_is_exhausted_is_one_line(run, folder, tmp_path):
     hint = "a shorter prompt or fewer new tokens take less"
     message = rf"the device's memory is exhausted; {hint} \(RESOURCE_EXHAUSTED: .*\)"
     assert re.fullmatch(rf"mustafar generate: error: {message}\n", err)
+    _, _, err = run(*arguments, "--prompt", "w1", "--k-sparsity", "0", "--v-sparsity", "0")
+    assert "; fewer prompts take less (" in err
 
 
 def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkeypatch):
@@ -285,10 +338,11 @@ def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkey
         run("eval", "choice", "--model", "tiny", "--data", str(exam))
 
 
-def test_the_command_runs_as_a_module():
-    command = [sys.executable, "-m", "mustafar_jax.cli", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("usage: mustafar [-h] {generate,info,bench,eval}")
+@pytest.mark.parametrize("module", ["mustafar_jax", "mustafar_jax.cli"])
+def test_the_command_runs_as_a_module(module):
+    command = [sys.executable, "-m", module, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.startswith("usage: mustafar [-h] [--version] {generate,info,bench,eval}")
     assert result.stderr == ""
 
 
@@ -526,7 +580,7 @@ def test_eval_writes_records_and_metrics_and_goes_on(run, folder):
 
 def test_eval_without_data(run):
     status, _, err = run(*EVALUATE, "--output", "nowhere")
-    assert (status, err) == (1, "mustafar eval: error: --data is missing: perplexity needs text files\n")
+    assert (status, err) == (1, "mustafar eval: error: data is missing: perplexity needs text files\n")
 
 
 def test_eval_leaves_a_folder_alone_until_there_are_examples(run, folder):
@@ -538,34 +592,8 @@ def test_eval_leaves_a_folder_alone_until_there_are_examples(run, folder):
 
 def test_eval_refuses_two_files_of_one_name(run):
     status, _, err = run(*EVALUATE, "--data", "a/text.txt", "b/text.txt")
-    message = "--data names a/text.txt and b/text.txt: examples go by their file's name; rename one"
+    message = "data names a/text.txt and b/text.txt: examples go by their file's name; rename one"
     assert (status, err) == (1, f"mustafar eval: error: {message}\n")
-
-
-def test_a_model_is_known_by_its_path_and_its_description(tiny, folder, tmp_path):
-    config = tiny[0].config
-    here = cli._identity("tiny", config)
-    assert here == cli._identity(str(folder / "tiny"), config)
-    assert here["source"] == str(folder / "tiny")
-    changed = cli._identity("tiny", dataclasses.replace(config, rope_theta=5.0))
-    assert changed["source"] == here["source"]
-    assert changed["fingerprint"] != here["fingerprint"]
-    assert cli._identity("some/model", config) == here | {"source": "some/model"}
-
-
-def test_folders_are_named_after_what_they_hold():
-    names = {
-        "magnitude-0.7_magnitude-0.7": CompressionConfig.recommended(),
-        "magnitude-0.7_channel_magnitude-0.7": CompressionConfig.recommended(v_method="channel_magnitude"),
-        "2-4-0.5_magnitude-0": CompressionConfig.recommended(0.5, 0, k_method="2:4"),
-        "magnitude-0.7_magnitude-0.7_sink_tokens=0_center_keys=False_weigh_keys=False_rescale_values=False": (
-            CompressionConfig()
-        ),
-        "magnitude-0.7_magnitude-0.7_residual_length=8_group=64": CompressionConfig.recommended(
-            residual_length=8, group=64
-        ),
-    }
-    assert {cli._folder_name(config): config for config in names.values()} == names
 
 
 IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, weigh_keys=True, rescale_values=True)
@@ -593,13 +621,94 @@ IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, weigh_keys=True, r
     ],
 )
 def test_flags_make_the_config(flags, base, changes):
-    options = cli._parser().parse_args(["info", "tiny", *flags.split()])
-    assert cli._compression(options) == dataclasses.replace(base, **changes)
+    options = cli.make_parser().parse_args(["info", "tiny", *flags.split()])
+    assert compression.config_of(options) == dataclasses.replace(base, **changes)
+
+
+def test_every_field_of_the_config_has_a_flag():
+    assert sorted(compression.FLAGS) == sorted(field.name for field in dataclasses.fields(CompressionConfig))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--k-sparsity 0 --k-method think",
+            "--k-method has no effect with --k-sparsity 0, .* every entry of keys",
+        ),
+        ("--k-sparsity 0 --center-keys", "--center-keys has no effect with --k-sparsity 0, "),
+        ("--k-sparsity 0 --no-weigh-keys", "--weigh-keys has no effect with --k-sparsity 0, "),
+        (
+            "--v-sparsity 0 --v-method 2:4",
+            "--v-method has no effect with --v-sparsity 0, .* every entry of values",
+        ),
+        ("--v-sparsity 0 --rescale-values", "--rescale-values has no effect with --v-sparsity 0, "),
+        ("--v-sparsity 0 --v-method channel_magnitude --v-slots 8", "--v-method has no effect with --v-sparsity 0, "),
+        ("--v-slots 8", "v_slots=8 must be at least 1, for a v_method of unequal rows"),
+        ("--k-sparsity 0 --v-sparsity 0 --group 64", "with --k-sparsity 0 and --v-sparsity 0, which leaves keys and v"),
+        ("--k-sparsity 0 --v-sparsity 0 --sink-tokens 1", "--sink-tokens has no effect with --k-sparsity 0 and "),
+        ("--k-sparsity 0 --v-sparsity 0 --residual-length 8", "--residual-length has no effect with "),
+        ("--k-sparsity 0 --v-sparsity 0 --published-rule", "--published-rule has no effect with --k-sparsity 0 and "),
+    ],
+)
+def test_options_without_effect_are_errors(flags, message):
+    options = cli.make_parser().parse_args(["info", "tiny", *flags.split()])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compression.config_of(options)
+
+
+def commands(parser, *names):
+    """Every command that can be run, by its names."""
+    deeper = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not deeper:
+        yield names, parser
+    for name, command in (item for action in deeper for item in action.choices.items()):
+        yield from commands(command, *names, name)
+
+
+def options_of_all_commands():
+    for names, command in commands(cli.make_parser()):
+        for action in command._actions:
+            several = isinstance(action, argparse._AppendAction | argparse._HelpAction)
+            if action.option_strings and not several:
+                yield pytest.param(names, action, id=" ".join((*names, action.option_strings[0])))
+
+
+@pytest.mark.parametrize(("names", "action"), [*options_of_all_commands()])
+def test_an_option_that_is_given_again_is_an_error(capsys, names, action):
+    value = "80GB" if action.type is parse_size else "1" if action.type else "x"
+    values = [] if action.nargs == 0 else [str(next(iter(action.choices or [value])))]
+    spelled = [action.option_strings[0], *values, action.option_strings[-1], *values]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*names, *spelled])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(f"argument {'/'.join(action.option_strings)}: given more than once\n")
+
+
+def test_that_test_sees_all_commands_and_options():
+    found = [param.id for param in options_of_all_commands()]
+    assert {"generate --prompt-file", "info --center-keys", "bench --batches", "eval ruler --tasks"} <= set(found)
+    assert len(found) > 120
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"mustafar_jax {mj.__version__}, jax {jax.__version__}\n"
+
+
+def test_generate_says_whose_values_lost_entries(run):
+    options = ["--v-method", "channel_magnitude", "--v-slots", "8", "--v-sparsity", "0.5", "--max-new-tokens", "1"]
+    status, _, err = run("generate", "--model", "tiny", "--prompt", "w1 w2", "--prompt", PROMPT, *options)
+    assert status == 0
+    what = "mustafar generate: a value of prompt 2 needed more than --v-slots 8 and lost entries\n"
+    assert err.startswith(what)
 
 
 def test_generate_says_where_values_lost_entries(run):
     options = ["--v-method", "channel_magnitude", "--v-slots", "8", "--v-sparsity", "0.5", "--max-new-tokens", "1"]
-    status, _, err = run(*GENERATE, "--prompt", PROMPT, *options)
+    status, _, err = run("generate", "--model", "tiny", "--prompt", PROMPT, *options)
     assert status == 0
     assert err.startswith("mustafar generate: a value needed more than --v-slots 8 and lost entries\n")
 

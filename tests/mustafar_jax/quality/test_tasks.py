@@ -302,6 +302,8 @@ def test_ruler_is_the_same_again_and_asks_for_its_files(byte_tokenizer, text, qu
     assert len(ruler.examples(byte_tokenizer, text, questions=question_files[:1], **make)[0]) == 12
     with pytest.raises(ValueError, match="qa_2 needs 2 question files; got 1"):
         ruler.examples(byte_tokenizer, text, tasks=["qa_2"], questions=question_files[:1])
+    with pytest.raises(ValueError, match=r"questions names 1 files, the last for qa_1; tasks=\['vt'\] lacks it"):
+        ruler.examples(byte_tokenizer, text, tasks=["vt"], questions=question_files[:1])
     with pytest.raises(ValueError, match="task 'niah' is none of"):
         ruler.examples(byte_tokenizer, text, tasks=["niah"])
     with pytest.raises(ValueError, match="length=200 leaves no room for cwe"):

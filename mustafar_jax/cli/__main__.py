@@ -1,0 +1,8 @@
+"""The command as a module: python -m mustafar_jax.cli."""
+
+import sys
+
+from mustafar_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The options that say how a cache is compressed, and the config that they make."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mustafar_jax.codecs import BY_BITS
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
+
+SIDES = {"k": "keys", "v": "values"}
+
+
+class Flag(NamedTuple):
+    """An option that sets a field of the config.
+
+    Attributes:
+        sides: of what it says something, "k", "v" or "kv"; "" for what decides whether these are compressed.
+        settings: the keyword arguments of `add_argument`.
+        of_pruning: whether it has an effect only where one of its sides is pruned; else it has one where a side is
+            coded, too.
+    """
+
+    sides: str
+    settings: Mapping[str, Any]
+    of_pruning: bool = False
+
+
+def _sparsity(letter: str) -> Flag:
+    default = getattr(CompressionConfig, f"{letter}_sparsity")
+    return Flag("", {"type": float, "help": f"removed of each {SIDES[letter][:-1]}; 0: none ({default})"})
+
+
+def _bits(letter: str) -> Flag:
+    default = getattr(CompressionConfig, f"{letter}_bits")
+    text = f"of each entry of {SIDES[letter]} that is held; 16: as it is, in whatever dtype ({default})"
+    return Flag("", {"type": int, "choices": sorted(BY_BITS, reverse=True), "help": text})
+
+
+def _method(letter: str, methods: Mapping[str, Any]) -> Flag:
+    default = getattr(CompressionConfig, f"{letter}_method")
+    text = f"rule that prunes {SIDES[letter]} ({default}); with --published-rule as its paper has it"
+    return Flag(letter, {"choices": methods, "help": text}, of_pruning=True)
+
+
+def _number(sides: str, text: str) -> Flag:
+    return Flag(sides, {"type": int, "help": text})
+
+
+def _switch(sides: str, text: str, *, of_pruning: bool = True) -> Flag:
+    return Flag(sides, {"action": argparse.BooleanOptionalAction, "help": text}, of_pruning)
+
+
+FLAGS = {
+    "k_sparsity": _sparsity("k"),
+    "v_sparsity": _sparsity("v"),
+    "k_bits": _bits("k"),
+    "v_bits": _bits("v"),
+    "k_method": _method("k", KEY_METHODS),
+    "v_method": _method("v", VALUE_METHODS),
+    "v_slots": Flag("v", {"type": int, "help": "room in a packed value, where its rule keeps unequal rows"}, True),
+    "residual_length": _number("kv", f"recent tokens kept dense ({CompressionConfig.residual_length})"),
+    "sink_tokens": _number("kv", "first tokens kept dense; 4, or 0 with --published-rule"),
+    "center_keys": _switch("k", "store keys as their distance from the mean key", of_pruning=False),
+    "weigh_keys": _switch("k", "prune keys by what the prompt's last queries use as well"),
+    "rescale_values": _switch("v", "give what is kept of a value the value's norm"),
+    "group": _number("kv", f"tokens pruned at once, a multiple of 32; {CompressionConfig.group} unless given"),
+}
+"""By the config's field. What is not given is as in `CompressionConfig.recommended`."""
+
+
+def flag_of(field: str) -> str:
+    """How the command line spells it."""
+    return f"--{field.replace('_', '-')}"
+
+
+def add_compression(command: argparse.ArgumentParser) -> None:
+    """Add all of them."""
+    for field, flag in FLAGS.items():
+        command.add_argument(flag_of(field), **flag.settings)
+    command.add_argument(
+        "--published-rule",
+        action="store_true",
+        help="prune as the methods' papers do: without dense sink tokens, centred and weighed keys and rescaled values",
+    )
+
+
+def config_of(options: argparse.Namespace) -> CompressionConfig:
+    """The config; ValueError for values out of range, and for an option that has no effect beside the others."""
+    given = {field: value for field in FLAGS if (value := getattr(options, field)) is not None}
+    make = CompressionConfig if options.published_rule else CompressionConfig.recommended
+    config = make(**given)
+    for field in given:
+        _check_effect(flag_of(field), FLAGS[field], config)
+    if options.published_rule:
+        _check_effect("--published-rule", Flag("kv", {}, of_pruning=True), config)
+    return config
+
+
+def _check_effect(name: str, flag: Flag, config: CompressionConfig) -> None:
+    unpruned = [side for side in flag.sides if getattr(config, f"{side}_sparsity") == 0]
+    coded = [side for side in flag.sides if getattr(config, f"{side}_bits") < 16]
+    if flag.sides and len(unpruned) == len(flag.sides) and (flag.of_pruning or not coded):
+        sparsities = " and ".join(f"{flag_of(f'{side}_sparsity')} 0" for side in unpruned)
+        what = " and ".join(SIDES[side] for side in unpruned)
+        raise ValueError(f"{name} has no effect with {sparsities}, which leaves every entry of {what}")
