@@ -17,20 +17,19 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from mustafar_jax import text
 from mustafar_jax.arguments import parse_count, parse_size
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation import DENSE
+from mustafar_jax.generation import DENSE, text
 from mustafar_jax.implementations import check_implementation
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 if TYPE_CHECKING:
+    from mustafar_jax.generation.speed import Speed
     from mustafar_jax.models import ModelConfig
     from mustafar_jax.quality.examples import Example
     from mustafar_jax.quality.runs import Run
     from mustafar_jax.quality.tasks import Task
-    from mustafar_jax.speed import Speed
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 """Context lengths of `mustafar info`, as far as the model's own reaches."""
@@ -132,7 +131,7 @@ def info(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """Time generations through a dense and a compressed cache, and print how they compare."""
-    from mustafar_jax.speed import measure
+    from mustafar_jax.generation.speed import measure
 
     check_implementation(options.implementation)
     compressed, sizes = _compression(options), {"context": options.context, "new_tokens": options.new_tokens}
