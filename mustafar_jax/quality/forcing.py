@@ -10,11 +10,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from mustafar_jax.cache import LayerCache, prefill
+from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
-
-BLOCK = 32
-"""Tokens that a layer takes at once; at most the group of a cache's config."""
+from mustafar_jax.generation.scoring import by_blocks, forced_states
 
 TOKENS = 256
 """Tokens whose logits over the whole vocabulary are held at once."""
@@ -72,8 +70,6 @@ def hidden_states(
 ) -> list[jax.Array]:
     """Hidden states [B, n, D] from which the tokens of a continuation are predicted, through each kind of cache.
 
-    Prompts are prefilled with dense attention whatever the cache, so they pass the model once for all kinds.
-
     Args:
         model: a model of `mustafar_jax.models`, whose layers have `run_prompt` and `extend`.
         kinds: how caches are compressed.
@@ -86,26 +82,21 @@ def hidden_states(
     Raises:
         ValueError: where a value's entries did not fit their slots in a cache, naming the rows.
     """
-    batch, count = continuation.shape
-    blocks = -(-(count - 1) // BLOCK)
-    following = np.zeros((batch, blocks * BLOCK), np.int32)
-    following[:, : count - 1] = continuation[:, :-1]
-    capacity, own = prompt.shape[1] + following.shape[1], jnp.asarray(lengths)
-    hidden, after = _embed(model, jnp.asarray(prompt)), [_embed(model, jnp.asarray(following))] * len(kinds)
-    overflow = [jnp.zeros(batch, bool)] * len(kinds)
-    for done, layer in enumerate(model.layers, start=1):
-        hidden, *entries = _run_prompt(layer, hidden, own)
-        for i, kind in enumerate(kinds):
-            cache = empty_cache(model, kind, batch=batch, capacity=capacity)
-            after[i], over = _follow(layer, cache, entries, own, after[i], count - 1)
-            overflow[i] |= over
+    batch, capacity = len(prompt), prompt.shape[1] + continuation.shape[1] - 1
+
+    def empty(kind: Kind, _: int) -> LayerCache:
+        return empty_cache(model, kind, batch=batch, capacity=capacity)
+
+    def report(done: int, total: int) -> None:
         if progress is not None:
-            jax.block_until_ready(overflow)
-            progress(done / len(model.layers))
+            progress(done / total)
+
+    given = jnp.asarray(prompt), jnp.asarray(lengths), jnp.asarray(continuation)
+    makers = [functools.partial(empty, kind) for kind in kinds]
+    states, overflow = forced_states(model, makers, *given, by_blocks, report)
     for kind, over in zip(kinds, overflow, strict=True):
         check_fits(kind, over, range(batch) if names is None else names)
-    last = jnp.take_along_axis(hidden, own[:, None, None] - 1, axis=1)
-    return [jnp.concatenate([last, states[:, : count - 1]], axis=1) for states in after]
+    return states
 
 
 def check_fits(kind: Kind, overflow: ArrayLike, names: Sequence[object]) -> None:
@@ -149,42 +140,3 @@ def compare(model: Any, dense: jax.Array, compressed: Sequence[jax.Array], conti
         return leaf[:, i].reshape(-1)[:size].reshape(continuation.shape)
 
     return [Scores(*(of(leaf, i) for leaf in scores)) for i in range(count)]
-
-
-@jax.jit
-def _embed(model: Any, tokens: jax.Array) -> jax.Array:
-    return model.embed(tokens)
-
-
-# What a layer makes of a token depends on its own cache and the layer below alone, so all tokens may pass one layer
-# before any passes the next: one layer is compiled, and one layer's cache is held.
-
-
-@functools.partial(jax.jit, donate_argnames="hidden")
-def _run_prompt(layer: Any, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Prompts [B, S, D] through one layer; and its queries, keys and values."""
-    return layer.run_prompt(hidden, lengths)
-
-
-@functools.partial(jax.jit, static_argnames="given")
-def _follow(
-    layer: Any, cache: LayerCache, entries: Sequence[jax.Array], lengths: jax.Array, after: jax.Array, given: int
-) -> tuple[jax.Array, jax.Array]:
-    """What follows prompts [B, n, D] through one layer; and bool [B], whether its cache overflowed.
-
-    The cache is filled with the prompts' `entries`: queries, keys and values. Of the n tokens, `given` are the
-    continuation's; those that fill the last block up make nothing overflow.
-    """
-    query, key, value = entries
-    cache = prefill(cache, key, value, lengths, query=query)
-    blocks = after.reshape(after.shape[0], -1, BLOCK, after.shape[2]).swapaxes(0, 1)
-
-    def step(carry: tuple[LayerCache, jax.Array], block: jax.Array) -> tuple[tuple[LayerCache, jax.Array], jax.Array]:
-        cache, overflow = carry
-        before, end = cache.config.packed_tokens(cache.lengths), jnp.minimum(cache.lengths + BLOCK, lengths + given)
-        out, cache = layer.extend(block, cache)
-        packs = cache.config.packed_tokens(end) > before  # a block packs at most one group
-        return (cache, overflow | (cache.overflow & packs)), out
-
-    (_, overflow), outs = lax.scan(step, (cache, cache.overflow), blocks)
-    return outs.swapaxes(0, 1).reshape(after.shape), overflow
