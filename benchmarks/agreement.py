@@ -263,8 +263,9 @@ def free(
 
     "step"; "gap", between the reference's two best logits that the token was chosen by; "rms", of all those logits.
     """
+    length: dict[str, Any] = {"max_new_tokens": steps, "eos_id": ()}
     actual, expected = (
-        np.asarray(mj.generate(model, prompts, max_new_tokens=steps, config=config, implementation=name).tokens)
+        np.asarray(mj.generate(model, prompts, config=config, implementation=name, **length).tokens)
         for name in (implementation, reference)
     )
     if (actual == expected).all():

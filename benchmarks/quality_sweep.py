@@ -28,7 +28,6 @@ from mustafar_jax.pruning import Context, Method, largest, magnitude_bits
 from mustafar_jax.quality import needle, perplexity
 from mustafar_jax.quality.evaluate import Evaluator, cache_bytes
 from mustafar_jax.quality.examples import Example
-from mustafar_jax.quality.forcing import Kind
 from mustafar_jax.quality.quantised import Quantised
 from mustafar_jax.quality.runs import Run, fingerprint
 
@@ -78,12 +77,12 @@ class Cache(NamedTuple):
 
     rule: str
     pruned: str
-    kind: Kind
+    config: Config
 
     @property
     def name(self) -> str:
         """Unique, and fit for a folder."""
-        config = self.kind if isinstance(self.kind, Config) else DENSE
+        config = self.config
         words = f"{self.rule} {self.pruned} {max(config.k_sparsity, config.v_sparsity):g}"
         return re.sub(r"[^\w.]+", "-", words)
 
@@ -122,7 +121,7 @@ def caches() -> list[Cache]:
             Counted.recommended(0.75, 0.75, k_method="output_aware", count=13),
         ),
     ]
-    return found + [Cache(f"int{bits}", "K+V", Quantised(bits)) for bits in (4, 3, 2)]
+    return found + [Cache(f"int{bits}", "K+V", Quantised(bits=bits)) for bits in (4, 3, 2)]
 
 
 _KEYS = {"magnitude": "magnitude", "output-aware": "output_aware", "ThinK": "think"}
@@ -154,7 +153,7 @@ def main() -> None:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name, examples in tests.items():
             shown = progress.add_task(name, total=len(examples))
-            runs = [(cache.kind, _run(cache, name, examples, options.output, settings)) for cache in chosen]
+            runs = [(cache.config, _run(cache, name, examples, options.output, settings)) for cache in chosen]
             longest = max(len(example.prompt) for example in examples)
             evaluator = Evaluator(model, tokenizer, batch=options.batch, padding=options.padding or longest)
             evaluator.run_together(runs, examples, functools.partial(_show, progress, shown))
@@ -172,17 +171,17 @@ def _run(cache: Cache, test: str, examples: list[Example], output: pathlib.Path,
 
 
 def _about(cache: Cache) -> dict[str, Any]:
-    return {"rule": cache.rule, "pruned": cache.pruned, "kind": repr(cache.kind)}
+    return {"rule": cache.rule, "pruned": cache.pruned, "kind": repr(cache.config)}
 
 
 def _metrics(model: Any, cache: Cache, examples: list[Example]) -> dict[str, Any]:
     """What holds for all of a test's examples."""
-    config = cache.kind if isinstance(cache.kind, Config) else None
+    config = None if isinstance(cache.config, Quantised) else cache.config
     longest = max(len(example.prompt) + len(example.gold) for example in examples if example.gold is not None)
     return {
         "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
         "true_sparsity": None if config is None else config.true_sparsity(model.config.head_dim),
-        "bytes": cache_bytes(model, cache.kind, longest),
+        "bytes": cache_bytes(model, cache.config, longest),
     }
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +56,7 @@ def measure(slots: int, group: int, centred: bool, warps: int) -> list[str]:
     try:
         with _standard_output() as written:
             job = jax.jit(functools.partial(attend, warps=warps, centred=centred))
-            nothing = [jnp.zeros(x.shape, x.dtype) for x in operands(slots, group)]
-            jax.block_until_ready(job(*nothing))
+            jax.block_until_ready(job(*operands(slots, group)))
         log = written()
     except Exception as error:
         return [f"{type(error).__name__}: {error}".splitlines()[0][:200]]
@@ -68,14 +66,13 @@ def measure(slots: int, group: int, centred: bool, warps: int) -> list[str]:
     return [match.group(1) if match else "?" for match in matches]
 
 
-def operands(slots: int, group: int) -> Any:
-    """Query, rows of keys as of values, how many are seen, a mean key; all as shapes."""
-    how = RowFormat(HEAD_DIM, np.dtype(DTYPE), slots)
+def operands(slots: int, group: int) -> tuple[jax.Array, Rows, jax.Array, jax.Array]:
+    """Query, rows of keys as of values, how many are seen, a mean key; all of zeros."""
     return (
-        jax.ShapeDtypeStruct((1, KV_HEADS, group, HEAD_DIM), DTYPE),
-        jax.eval_shape(lambda: how.empty((1, KV_HEADS), ROWS)),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((1, KV_HEADS, HEAD_DIM), jnp.float32),
+        jnp.zeros((1, KV_HEADS, group, HEAD_DIM), DTYPE),
+        RowFormat(HEAD_DIM, np.dtype(DTYPE), slots).empty((1, KV_HEADS), ROWS),
+        jnp.zeros(1, jnp.int32),
+        jnp.zeros((1, KV_HEADS, HEAD_DIM), jnp.float32),
     )
 
 

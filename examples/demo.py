@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 import mustafar_jax as mj
-from mustafar_jax import text
-from mustafar_jax.generation import DENSE
+from mustafar_jax.generation import DENSE, text
 
 QUESTION = "\n\nList three complaints about the King that this text makes."
 MAX_NEW_TOKENS = 96

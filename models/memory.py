@@ -13,7 +13,7 @@ from mustafar_jax.attention import prefill_attention_nbytes
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.cache.packed import packing_nbytes
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation import prefilled_tokens
+from mustafar_jax.generation.prefill import prefilled_tokens
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.models.llama import Llama, feed_forward_nbytes
 

@@ -48,11 +48,13 @@ except importlib.metadata.PackageNotFoundError:  # a checkout that is not instal
     __version__ = "0+unknown"
 
 
-def __getattr__(name: str) -> Any:
-    # The models bring Flax and transformers with them; who only wants the cache need not wait for those.
-    if name == "models":
-        return importlib.import_module("mustafar_jax.models")
-    if name == "BitmapArray":
-        warnings.warn("mustafar_jax.BitmapArray is now mustafar_jax.Rows", DeprecationWarning, stacklevel=2)
-        return Rows
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker, every name would be there
+
+    def __getattr__(name: str) -> Any:
+        # The models bring Flax and transformers with them; who only wants the cache need not wait for those.
+        if name == "models":
+            return importlib.import_module("mustafar_jax.models")
+        if name == "BitmapArray":
+            warnings.warn("mustafar_jax.BitmapArray is now mustafar_jax.Rows", DeprecationWarning, stacklevel=2)
+            return Rows
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

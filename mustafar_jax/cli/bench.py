@@ -13,7 +13,7 @@ from mustafar_jax.cli.load import load_model
 from mustafar_jax.cli.parser import add_dtype, add_model
 from mustafar_jax.cli.render import progress_bars, size, table
 from mustafar_jax.generation import DENSE
-from mustafar_jax.speed import Speed, measure
+from mustafar_jax.generation.speed import Speed, measure
 
 
 def add(commands: Any) -> None:

@@ -6,7 +6,7 @@ import platform
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 import mustafar_jax
 from mustafar_jax.cache import LayerCache
@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print versions, devices, and the backends for a dense and for a compressed cache."""
     compression, shape, window = config_of(options), dict(SHAPE), None
-    inv_freq = jnp.ones(SHAPE["head_dim"] // 2)
+    inv_freq: Any = np.ones(SHAPE["head_dim"] // 2)
     if options.model is not None:
         from mustafar_jax import models
         from mustafar_jax.models.config import rope_frequencies

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mustafar_jax import generation, text
+from mustafar_jax import generation
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of
 from mustafar_jax.cli.load import load_with_tokenizer
 from mustafar_jax.cli.parser import add_dtype, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation import text
 
 HEADING = 60
 """Characters of a prompt that the line above its answer shows."""

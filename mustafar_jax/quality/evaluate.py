@@ -11,8 +11,9 @@ import numpy as np
 
 from mustafar_jax import generation
 from mustafar_jax.cache import PackedCache
+from mustafar_jax.config import CompressionConfig
 from mustafar_jax.quality.examples import Example
-from mustafar_jax.quality.forcing import Kind, check_fits, compare, empty_cache, hidden_states
+from mustafar_jax.quality.forcing import check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap_groups
 from mustafar_jax.quality.runs import Record, Run
 
@@ -35,11 +36,13 @@ class Evaluator:
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = 8, padding: int = PADDING) -> None:
         self.model, self.tokenizer, self.batch, self.padding = model, tokenizer, batch, padding
 
-    def run(self, kind: Kind, examples: Sequence[Example], run: Run, progress: Progress | None = None) -> None:
+    def run(
+        self, config: CompressionConfig, examples: Sequence[Example], run: Run, progress: Progress | None = None
+    ) -> None:
         """Evaluate the examples of which the run has no record.
 
         Args:
-            kind: how caches are compressed; examples with a given continuation are compared with dense ones as well.
+            config: how caches are compressed; examples with a given continuation are compared with dense ones as well.
             examples: with different ids.
             run: gets the records.
             progress: called as progress(done, total) when some more of the examples are done, or a part of one.
@@ -48,12 +51,15 @@ class Evaluator:
             ValueError: two examples of one id, a prompt that leaves no room for what follows it, or values beyond a
                 cache's slots, naming the examples; records of earlier batches are kept.
         """
-        self.run_together([(kind, run)], examples, progress)
+        self.run_together([(config, run)], examples, progress)
 
     def run_together(
-        self, runs: Sequence[tuple[Kind, Run]], examples: Sequence[Example], progress: Progress | None = None
+        self,
+        runs: Sequence[tuple[CompressionConfig, Run]],
+        examples: Sequence[Example],
+        progress: Progress | None = None,
     ) -> None:
-        """`run` for several kinds of caches: what they have in common, the prompts, passes the model once."""
+        """`run` for several configs: what they have in common, the prompts, passes the model once."""
         counts = collections.Counter(example.id for example in examples)
         if twice := [id_ for id_, count in counts.items() if count > 1]:
             raise ValueError(f"examples have ids {twice} more than once; wanted different ones")
@@ -95,12 +101,12 @@ class Evaluator:
         return min(room, -(-len(example.prompt) // self.padding) * self.padding)
 
     def _force(
-        self, kinds: Sequence[Kind], batch: list[Example], report: Callable[[float], object]
+        self, configs: Sequence[CompressionConfig], batch: list[Example], report: Callable[[float], object]
     ) -> Iterator[list[Record]]:
         prompts, lengths = self._prompts(batch)
         gold = np.stack([example.gold for example in batch if example.gold is not None])
-        kinds, ids = [generation.DENSE, *kinds], [example.id for example in batch]
-        dense, *hidden = hidden_states(self.model, kinds, prompts, lengths, gold, report, names=ids)
+        configs, ids = [generation.DENSE, *configs], [example.id for example in batch]
+        dense, *hidden = hidden_states(self.model, configs, prompts, lengths, gold, report, names=ids)
         for scores in compare(self.model, dense, hidden, gold):
             yield [
                 {"id": example.id, "group": example.group, **example.info, "scores": _forced_scores(*tokens)}
@@ -108,24 +114,24 @@ class Evaluator:
             ]
 
     def _write(
-        self, kinds: Sequence[Kind], batch: list[Example], report: Callable[[float], object]
+        self, configs: Sequence[CompressionConfig], batch: list[Example], report: Callable[[float], object]
     ) -> Iterator[list[Record]]:
         prompts, lengths = self._prompts(batch)
         stop, first = {*self.model.config.eos_ids, *batch[0].stop}, batch[0]
-        for done, kind in enumerate(kinds, start=1):
+        for done, config in enumerate(configs, start=1):
             result = generation.generate(
                 self.model,
                 prompts,
                 lengths=lengths,
                 max_new_tokens=first.max_new_tokens,
                 min_new_tokens=first.min_new_tokens,
-                config=kind,
+                config=config,
                 eos_id=sorted(stop) or None,
             )
-            check_fits(kind, result.overflow, [example.id for example in batch])
+            check_fits(config, result.overflow, [example.id for example in batch])
             written = zip(batch, *map(np.asarray, (result.tokens, result.lengths)), strict=True)
             yield [self._written(*each) for each in written]
-            report(done / len(kinds))
+            report(done / len(configs))
 
     def _written(self, example: Example, tokens: np.ndarray, length: int) -> Record:
         assert example.score is not None
@@ -179,12 +185,14 @@ def _summary(groups: list[list[dict[str, float]]], names: Sequence[str] | None) 
     return {name: found[name] for name in (shared if names is None else names) if name in found}
 
 
-def cache_bytes(model: Any, kind: Kind, capacity: int) -> dict[str, float]:
+def cache_bytes(model: Any, config: CompressionConfig, capacity: int) -> dict[str, float]:
     """Bytes of one sequence's caches, all layers: held, of a dense one, and with only the slots that masks fill.
 
     Those of bfloat16 caches, as are used where bytes matter, whatever dtype the model is evaluated in.
     """
-    cache = jax.eval_shape(functools.partial(empty_cache, model, kind, batch=1, capacity=capacity, dtype=jnp.bfloat16))
+    cache = jax.eval_shape(
+        functools.partial(empty_cache, model, config, batch=1, capacity=capacity, dtype=jnp.bfloat16)
+    )
     layers = model.config.num_layers
     spare = _spare_slots(cache) * cache.dtype.itemsize if isinstance(cache, PackedCache) else 0
     return {

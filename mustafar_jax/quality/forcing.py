@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +10,12 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from mustafar_jax.cache import LayerCache, prefill
+from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
-
-BLOCK = 32
-"""Tokens that a layer takes at once; at most the group of a cache's config."""
+from mustafar_jax.generation.scoring import by_blocks, forced_states
 
 TOKENS = 256
 """Tokens whose logits over the whole vocabulary are held at once."""
-
-
-class CacheKind(Protocol):
-    """What caches to measure, if not those of a `CompressionConfig`; hashable."""
-
-    def init_cache(self, model: Any, *, batch: int, capacity: int, dtype: DTypeLike | None = None) -> LayerCache:
-        """One layer's empty cache, in which everything is 0; of the model's dtype if None."""
-
-
-Kind = CompressionConfig | CacheKind
 
 
 class Scores(NamedTuple):
@@ -48,21 +36,18 @@ class Scores(NamedTuple):
     agrees: jax.Array
 
 
-def empty_cache(model: Any, kind: Kind, *, batch: int, capacity: int, dtype: DTypeLike | None = None) -> LayerCache:
-    """One layer's empty cache, of the model's dtype if None."""
-
-    def init() -> LayerCache:
-        if isinstance(kind, CompressionConfig):
-            return model.init_cache(kind, batch=batch, capacity=capacity, dtype=dtype)[0]
-        return kind.init_cache(model, batch=batch, capacity=capacity, dtype=dtype)
-
-    # Of the caches of all layers, one is needed at a time: take its shapes, and fill those with the zeros they hold.
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init))
+def empty_cache(
+    model: Any, config: CompressionConfig, *, batch: int, capacity: int, dtype: DTypeLike | None = None
+) -> LayerCache:
+    """One layer's empty cache, of the model's dtype if None; `prefill` is to fill it, since it holds zeros alone."""
+    init = functools.partial(model.init_cache, config, batch=batch, capacity=capacity, dtype=dtype)
+    # Of the caches of all layers, one is needed at a time: take its shapes.
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init)[0])
 
 
 def hidden_states(
     model: Any,
-    kinds: Sequence[Kind],
+    configs: Sequence[CompressionConfig],
     prompt: np.ndarray,
     lengths: np.ndarray,
     continuation: np.ndarray,
@@ -70,13 +55,11 @@ def hidden_states(
     *,
     names: Sequence[str] | None = None,
 ) -> list[jax.Array]:
-    """Hidden states [B, n, D] from which the tokens of a continuation are predicted, through each kind of cache.
-
-    Prompts are prefilled with dense attention whatever the cache, so they pass the model once for all kinds.
+    """Hidden states [B, n, D] from which the tokens of a continuation are predicted, through a cache of each config.
 
     Args:
         model: a model of `mustafar_jax.models`, whose layers have `run_prompt` and `extend`.
-        kinds: how caches are compressed.
+        configs: how caches are compressed.
         prompt: int32 [B, S], padded on the right; prefilled.
         lengths: int32 [B], the prompts' own.
         continuation: int32 [B, n]; each token is appended to the cache, whatever the model would have written.
@@ -86,33 +69,28 @@ def hidden_states(
     Raises:
         ValueError: where a value's entries did not fit their slots in a cache, naming the rows.
     """
-    batch, count = continuation.shape
-    blocks = -(-(count - 1) // BLOCK)
-    following = np.zeros((batch, blocks * BLOCK), np.int32)
-    following[:, : count - 1] = continuation[:, :-1]
-    capacity, own = prompt.shape[1] + following.shape[1], jnp.asarray(lengths)
-    hidden, after = _embed(model, jnp.asarray(prompt)), [_embed(model, jnp.asarray(following))] * len(kinds)
-    overflow = [jnp.zeros(batch, bool)] * len(kinds)
-    for done, layer in enumerate(model.layers, start=1):
-        hidden, *entries = _run_prompt(layer, hidden, own)
-        for i, kind in enumerate(kinds):
-            cache = empty_cache(model, kind, batch=batch, capacity=capacity)
-            after[i], over = _follow(layer, cache, entries, own, after[i], count - 1)
-            overflow[i] |= over
+    batch, capacity = len(prompt), prompt.shape[1] + continuation.shape[1] - 1
+
+    def empty(config: CompressionConfig, _: int) -> LayerCache:
+        return empty_cache(model, config, batch=batch, capacity=capacity)
+
+    def report(done: int, total: int) -> None:
         if progress is not None:
-            jax.block_until_ready(overflow)
-            progress(done / len(model.layers))
-    for kind, over in zip(kinds, overflow, strict=True):
-        check_fits(kind, over, range(batch) if names is None else names)
-    last = jnp.take_along_axis(hidden, own[:, None, None] - 1, axis=1)
-    return [jnp.concatenate([last, states[:, : count - 1]], axis=1) for states in after]
+            progress(done / total)
+
+    given = jnp.asarray(prompt), jnp.asarray(lengths), jnp.asarray(continuation)
+    makers = [functools.partial(empty, config) for config in configs]
+    states, overflow = forced_states(model, makers, *given, by_blocks, report)
+    for config, over in zip(configs, overflow, strict=True):
+        check_fits(config, over, range(batch) if names is None else names)
+    return states
 
 
-def check_fits(kind: Kind, overflow: ArrayLike, names: Sequence[object]) -> None:
+def check_fits(config: CompressionConfig, overflow: ArrayLike, names: Sequence[object]) -> None:
     """Raise ValueError with the names of the rows for which `overflow` [B] is set."""
     over = [name for name, flag in zip(names, np.asarray(overflow), strict=True) if flag]
     if over:
-        raise ValueError(f"{kind}: a packed value needs more entries than its slots hold, in rows {over}")
+        raise ValueError(f"{config}: a packed value needs more entries than its slots hold, in rows {over}")
 
 
 @jax.jit
@@ -149,42 +127,3 @@ def compare(model: Any, dense: jax.Array, compressed: Sequence[jax.Array], conti
         return leaf[:, i].reshape(-1)[:size].reshape(continuation.shape)
 
     return [Scores(*(of(leaf, i) for leaf in scores)) for i in range(count)]
-
-
-@jax.jit
-def _embed(model: Any, tokens: jax.Array) -> jax.Array:
-    return model.embed(tokens)
-
-
-# What a layer makes of a token depends on its own cache and the layer below alone, so all tokens may pass one layer
-# before any passes the next: one layer is compiled, and one layer's cache is held.
-
-
-@functools.partial(jax.jit, donate_argnames="hidden")
-def _run_prompt(layer: Any, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Prompts [B, S, D] through one layer; and its queries, keys and values."""
-    return layer.run_prompt(hidden, lengths)
-
-
-@functools.partial(jax.jit, static_argnames="given")
-def _follow(
-    layer: Any, cache: LayerCache, entries: Sequence[jax.Array], lengths: jax.Array, after: jax.Array, given: int
-) -> tuple[jax.Array, jax.Array]:
-    """What follows prompts [B, n, D] through one layer; and bool [B], whether its cache overflowed.
-
-    The cache is filled with the prompts' `entries`: queries, keys and values. Of the n tokens, `given` are the
-    continuation's; those that fill the last block up make nothing overflow.
-    """
-    query, key, value = entries
-    cache = prefill(cache, key, value, lengths, query=query)
-    blocks = after.reshape(after.shape[0], -1, BLOCK, after.shape[2]).swapaxes(0, 1)
-
-    def step(carry: tuple[LayerCache, jax.Array], block: jax.Array) -> tuple[tuple[LayerCache, jax.Array], jax.Array]:
-        cache, overflow = carry
-        before, end = cache.config.packed_tokens(cache.lengths), jnp.minimum(cache.lengths + BLOCK, lengths + given)
-        out, cache = layer.extend(block, cache)
-        packs = cache.config.packed_tokens(end) > before  # a block packs at most one group
-        return (cache, overflow | (cache.overflow & packs)), out
-
-    (_, overflow), outs = lax.scan(step, (cache, cache.overflow), blocks)
-    return outs.swapaxes(0, 1).reshape(after.shape), overflow

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mustafar_jax import text
+from mustafar_jax.generation import text
 from mustafar_jax.quality import metrics
 from mustafar_jax.quality.examples import Example, Problem, first_tokens, read_rows, tokens_of, usable
 

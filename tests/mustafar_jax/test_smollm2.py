@@ -11,10 +11,9 @@ import pytest
 from flax import nnx
 
 import mustafar_jax as mj
-from mustafar_jax import text
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation import DENSE
+from mustafar_jax.generation import DENSE, text
 from mustafar_jax.quality.forcing import compare, hidden_states
 
 pytestmark = pytest.mark.slow

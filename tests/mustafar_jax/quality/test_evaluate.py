@@ -17,7 +17,7 @@ from mustafar_jax.models import Llama, ModelConfig
 from mustafar_jax.quality.evaluate import TOKENS, Evaluator, cache_bytes, summarise
 from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.forcing import compare, hidden_states
-from mustafar_jax.quality.quantised import Quantised, QuantisedCache, quantise
+from mustafar_jax.quality.quantised import Quantised, quantise
 from mustafar_jax.quality.runs import Run
 
 VOCABULARY, LAYERS, HEAD_DIM = 96, 2, 32
@@ -142,7 +142,7 @@ def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
 
 
 def test_kinds_together_are_scored_as_alone(model, tokenizer, tmp_path):
-    examples, kinds = forced(), {"dense": DENSE, "published": PUBLISHED, "int4": Quantised(4)}
+    examples, kinds = forced(), {"dense": DENSE, "published": PUBLISHED, "int4": Quantised(bits=4)}
     evaluator = Evaluator(model, tokenizer, batch=2, padding=100)
     runs = {name: Run(tmp_path / name, {}) for name in kinds}
     evaluator.run(kinds["int4"], examples[1:2], runs["int4"])
@@ -266,13 +266,12 @@ def test_quantised_numbers(bits, levels):
 
 
 def test_a_quantised_cache_rounds_what_leaves_the_window(model):
-    kind, text = Quantised(4), tokens(2, 140)  # a batch of the shape that other tests compile
-    cache = kind.init_cache(model, batch=1, capacity=140)
+    config, text = Quantised(bits=4), tokens(2, 140)  # a batch of the shape that other tests compile
+    cache = model.init_cache(config, batch=1, capacity=140)[0]
     key, value = (
         jnp.asarray(np.random.default_rng(i).standard_normal((1, 100, 1, HEAD_DIM)), jnp.float32) for i in (0, 1)
     )
     filled = jax.jit(mj.prefill)(cache, key, value)
-    assert isinstance(filled, QuantisedCache)
     keys, values, _ = filled.to_dense()
     np.testing.assert_array_equal(keys[:, 64:100], key[:, 64:])
     np.testing.assert_array_equal(values[0, :64, 0], quantise(value[0, :64, 0], 4))
@@ -280,8 +279,21 @@ def test_a_quantised_cache_rounds_what_leaves_the_window(model):
     # 96 of 140 tokens can be packed: 5 bits a number, beside 64 slots of the ring, lengths and flags.
     assert cache.nbytes == 2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 4) + 5
     held = LAYERS * (2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 2) + 5)
-    assert cache_bytes(model, kind, 140)["held"] == cache_bytes(model, kind, 140)["own_count"] == held
+    assert cache_bytes(model, config, 140)["held"] == cache_bytes(model, config, 140)["own_count"] == held
     args = text[:, :100], np.array([100, 100]), text[:, 100:]
-    dense, *rounded = hidden_states(model, [DENSE, kind, Quantised(8)], *args)
+    dense, *rounded = hidden_states(model, [DENSE, config, Quantised(bits=8)], *args)
     kl = [scores.kl.mean() for scores in compare(model, dense, rounded, args[2])]
     assert kl[1] < kl[0] / 10
+
+
+@pytest.mark.parametrize("config", [Quantised(bits=8), mj.CompressionConfig(0, 0, k_bits=8, v_bits=8)])
+def test_coded_caches_write_answers(config, model, tokenizer, tmp_path):
+    """At 8 bits those of a dense cache, but for the last tokens at most."""
+    examples = [Example("e", tokens(100), max_new_tokens=6, score=len)]
+    texts = []
+    for name, each in (("coded", config), ("dense", DENSE)):
+        run = Run(tmp_path / name, {})
+        Evaluator(model, tokenizer, padding=100).run(each, examples, run)
+        texts.append(run.records[0]["prediction"].split())
+    assert len(texts[0]) == 6
+    assert texts[0][:3] == texts[1][:3]

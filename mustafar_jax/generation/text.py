@@ -5,8 +5,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from mustafar_jax import generation
-from mustafar_jax.generation import Model
+from mustafar_jax.generation import loop
+from mustafar_jax.generation.protocols import Model
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,7 +34,10 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
 
     Raises:
         ValueError: an empty prompt, or `chat` where the tokenizer has no chat template.
+        TypeError: a prompt that is no text.
     """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is of type {type(prompt).__name__}; wanted one text")
     if not prompt:
         raise ValueError("prompt='' is empty; wanted some text")
     if not chat:
@@ -56,15 +59,15 @@ def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any
         model: the model.
         tokenizer: a Hugging Face tokenizer.
         tokens: int32 [1, S], as `encode` gives them.
-        options: those of `generate`; `eos_id` is the model's own unless given.
+        options: those of `generate`.
 
     Raises:
-        ValueError: as `generate` does, and more than one prompt; before any work is done.
+        ValueError, TypeError: as `generate` does, and more than one prompt; before any work is done.
     """
-    if np.ndim(tokens) == 2 and len(tokens) != 1:
+    steps = loop.stream(model, tokens, **options)
+    if len(tokens) != 1:
         raise ValueError(f"tokens has shape {np.shape(tokens)}; wanted one prompt, [1, S]")
-    options = {"eos_id": model.config.eos_ids or None} | options
-    return _pieces(tokenizer, generation.stream(model, tokens, **options))
+    return _pieces(tokenizer, steps)
 
 
 def _pieces(tokenizer: Any, stream: Generator[np.ndarray, None, np.ndarray]) -> Generator[str, None, np.ndarray]:

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
 from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation import Model, stream
+from mustafar_jax.generation.loop import stream
+from mustafar_jax.generation.protocols import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,16 @@ def measure(
     """
     if new_tokens < 2:
         raise ValueError(f"{new_tokens=} must be at least 2: the speed is that of the tokens after the first")
+    how: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "config": config,
+        "eos_id": (),
+        "implementation": implementation,
+    }
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, context))
     for _ in range(2):  # the first one compiles
         start = time.perf_counter()
-        steps = stream(model, tokens, max_new_tokens=new_tokens, config=config, implementation=implementation)
+        steps = stream(model, tokens, **how)
         times = [time.perf_counter() - start for _ in steps]
     make = functools.partial(model.init_cache, config, batch=batch, capacity=context + new_tokens)
     held = sum(cache.nbytes for cache in jax.eval_shape(make))

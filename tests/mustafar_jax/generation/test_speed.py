@@ -8,14 +8,16 @@ from flax import nnx
 
 import mustafar_jax as mj
 from mustafar_jax.generation import DENSE
+from mustafar_jax.generation.speed import measure
 from mustafar_jax.models import Llama, ModelConfig
-from mustafar_jax.speed import measure
 
 
 @pytest.fixture(scope="module")
 def model():
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
-    return Llama(ModelConfig(vocab_size=64, head_dim=32, max_position_embeddings=256, **sizes), rngs=nnx.Rngs(0))
+    stops = tuple(range(64))  # whatever is written would end a generation, which is to be timed to its end
+    config = ModelConfig(vocab_size=64, head_dim=32, max_position_embeddings=256, eos_ids=stops, **sizes)
+    return Llama(config, rngs=nnx.Rngs(0))
 
 
 def test_times_are_those_of_a_second_generation(model):

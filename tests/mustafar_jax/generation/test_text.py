@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from mustafar_jax import generation, text
+from mustafar_jax.generation import loop, text
+from tests.mustafar_jax.generation.setting import counting
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }} [end]{% endfor %}"
@@ -54,8 +55,8 @@ def write(monkeypatch):
 
     def pieces(tokenizer: Any, tokens: Any) -> list[str]:
         steps = (np.array([token], np.int32) for token in tokens)
-        monkeypatch.setattr(generation, "stream", lambda model, tokens, **options: steps)
-        model: Any = SimpleNamespace(config=SimpleNamespace(eos_ids=()))
+        monkeypatch.setattr(loop, "stream", lambda model, tokens, **options: steps)
+        model: Any = SimpleNamespace()
         return list(text.stream_text(model, tokenizer, np.ones((1, 1), np.int32)))
 
     return pieces
@@ -80,6 +81,11 @@ def test_encode_chat_makes_the_prompt_the_user_s_turn_and_adds_bos_once():
 def test_encode_refuses_an_empty_prompt(chat):
     with pytest.raises(ValueError, match="prompt='' is empty; wanted some text"):
         text.encode(byte_tokenizer(chat_template=TEMPLATE), "", chat=chat)
+
+
+def test_encode_refuses_what_is_no_text():
+    with pytest.raises(TypeError, match="prompt is of type list; wanted one text"):
+        text.encode(byte_tokenizer(), ["Who?"])
 
 
 def test_encode_refuses_chat_without_a_template():
@@ -146,28 +152,25 @@ def test_what_the_stream_returns_is_returned(monkeypatch, overflow):
         yield np.array([1], np.int32)
         return np.array([overflow])
 
-    monkeypatch.setattr(generation, "stream", stream)
-    model: Any = SimpleNamespace(config=SimpleNamespace(eos_ids=()))
+    monkeypatch.setattr(loop, "stream", stream)
+    model: Any = SimpleNamespace()
     pieces = text.Returned(text.stream_text(model, word_tokenizer(), np.ones((1, 1), np.int32)))
     assert list(pieces) == ["peace"]
     assert pieces.value.tolist() == [overflow]
 
 
-@pytest.mark.parametrize(
-    ("eos_ids", "options", "wanted"),
-    [((3, 5), {}, (3, 5)), ((), {}, None), ((3,), {"eos_id": 7}, 7), ((3,), {"eos_id": None}, None)],
-)
-def test_stop_tokens_are_the_model_s_own_unless_given(monkeypatch, eos_ids, options, wanted):
+@pytest.mark.parametrize("options", [{}, {"eos_id": 7}, {"eos_id": (), "temperature": 1.5}])
+def test_the_options_are_those_of_the_stream(monkeypatch, options):
     seen: dict[str, Any] = {}
 
     def stream(model, tokens, **options):
         seen.update(options)
         return iter(())
 
-    monkeypatch.setattr(generation, "stream", stream)
-    model: Any = SimpleNamespace(config=SimpleNamespace(eos_ids=eos_ids))
+    monkeypatch.setattr(loop, "stream", stream)
+    model: Any = SimpleNamespace()
     assert list(text.stream_text(model, byte_tokenizer(), np.ones((1, 2), int), max_new_tokens=4, **options)) == []
-    assert seen == {"eos_id": wanted, "max_new_tokens": 4}
+    assert seen == {"max_new_tokens": 4} | options
 
 
 @pytest.mark.parametrize(
@@ -176,9 +179,9 @@ def test_stop_tokens_are_the_model_s_own_unless_given(monkeypatch, eos_ids, opti
         (np.ones((2, 3), int), r"tokens has shape \(2, 3\); wanted one prompt, \[1, S\]"),
         (np.ones(3, int), r"tokens is int64\[3\]; wanted integers \[B, S\]"),
         (np.ones((1, 0), int), r"tokens has shape \(1, 0\): an empty prompt"),
+        ([[1, 2], [3]], r"tokens has rows of several lengths; wanted integers \[B, S\]"),
     ],
 )
 def test_bad_tokens_are_refused_when_called(tokens, message):
-    model: Any = SimpleNamespace(config=SimpleNamespace(eos_ids=(), vocab_size=10, max_position_embeddings=10))
     with pytest.raises(ValueError, match=message):
-        text.stream_text(model, byte_tokenizer(), tokens, max_new_tokens=2)
+        text.stream_text(counting(10), byte_tokenizer(), tokens, max_new_tokens=2)

@@ -1,0 +1,23 @@
+"""Text from a model through its layers' caches: prefill and decode, sampling, streaming, scoring."""
+
+from mustafar_jax.generation.checks import DENSE
+from mustafar_jax.generation.loop import STEPS_PER_CHECK, Generation, decode_step, generate, stream
+from mustafar_jax.generation.prefill import PREFILL_TOKENS, prefill_prompt
+from mustafar_jax.generation.protocols import Caches, Layer, Model, Progress
+from mustafar_jax.generation.scoring import log_likelihoods
+
+__all__ = [
+    "DENSE",
+    "PREFILL_TOKENS",
+    "STEPS_PER_CHECK",
+    "Caches",
+    "Generation",
+    "Layer",
+    "Model",
+    "Progress",
+    "decode_step",
+    "generate",
+    "log_likelihoods",
+    "prefill_prompt",
+    "stream",
+]

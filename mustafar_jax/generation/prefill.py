@@ -1,0 +1,136 @@
+"""Prompts through a model or one of its layers, into its caches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mustafar_jax.backends.registry import Implementation, Names, check_implementation
+from mustafar_jax.cache import LayerCache
+from mustafar_jax.generation.protocols import Caches, Layer, Model, Progress
+
+PREFILL_TOKENS = 65536
+"""Tokens of a batch of prompts that are prefilled at a time, in whole prompts: what a layer makes of them is held."""
+
+
+def prefill_prompt(
+    model: Model,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    caches: Caches,
+    *,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
+) -> tuple[jax.Array, Caches]:
+    """Run prompts through the model, layer by layer, and fill the caches.
+
+    Each layer's keys and values are pruned and packed before the next layer begins, so at most one layer's are held
+    dense; and of a large batch of long prompts only some rows go at a time (`PREFILL_TOKENS`). One layer is compiled,
+    and serves for all layers and rows.
+
+    Args:
+        model: the model.
+        tokens: int32 [B, S], padded on the right.
+        lengths: int32 [B], valid tokens.
+        caches: one empty cache per layer; donated.
+        implementation: as in `generate`.
+        progress: called as progress(done, total) after each layer of each part of the rows.
+
+    Returns:
+        float32 [B, V], the logits after each prompt's last token, and the filled caches.
+    """
+    rows, starts = _parts(*tokens.shape)
+    filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
+    for start in starts:
+        part, valid = (lax.dynamic_slice_in_dim(x, start, rows) for x in (tokens, lengths))
+        hidden = embed(model, part)
+        for i, layer in enumerate(model.layers):
+            hidden, filled[i] = _prefill_rows(layer, hidden, filled[i], valid, start, names)
+            done += 1
+            if progress is not None:
+                jax.block_until_ready(hidden)
+                progress(done, len(starts) * len(filled))
+        logits.append(_last_logits(model, hidden, valid))
+    return _joined(logits, len(tokens)), tuple(filled)
+
+
+def prefill_layer(
+    layer: Layer, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, names: Names | None
+) -> tuple[jax.Array, LayerCache]:
+    """Run prompts through one layer, and fill its cache: as many rows at a time as `prefill_prompt` takes.
+
+    Args:
+        layer: one layer.
+        hidden: [B, S, D].
+        cache: the layer's empty cache; donated.
+        lengths: int32 [B], valid tokens.
+        names: who packs, as in `generate`, in a hashable form.
+
+    Returns:
+        The layer's output [B, S, D], and the filled cache.
+    """
+    rows, starts = _parts(*hidden.shape[:2])
+    parts = []
+    for start in starts:
+        part, valid = (lax.dynamic_slice_in_dim(x, start, rows) for x in (hidden, lengths))
+        part, cache = _prefill_rows(layer, part, cache, valid, start, names)
+        parts.append(part)
+    return _joined(parts, len(hidden)), cache
+
+
+def _parts(batch: int, length: int) -> tuple[int, list[jax.Array]]:
+    """How many rows to prefill at a time, and the first row of each part.
+
+    The last part is moved back to end with the batch, so every part has the same shape; to fill a row twice is to
+    replace it by itself.
+    """
+    rows = _rows_at_a_time(batch, length)
+    return rows, [jnp.int32(min(start, batch - rows)) for start in range(0, batch, rows)]
+
+
+def _rows_at_a_time(batch: int, length: int) -> int:
+    """How many of a batch's prompts to prefill at a time: as many as `PREFILL_TOKENS` holds, in parts of one size."""
+    fit = max(1, PREFILL_TOKENS // length)
+    parts = -(-batch // fit)
+    return -(-batch // parts)
+
+
+def prefilled_tokens(batch: int, length: int) -> int:
+    """How many tokens of a batch of prompts [B, S] are prefilled at a time, at most; one prompt always goes whole."""
+    return min(batch * length, max(PREFILL_TOKENS, length))
+
+
+def _joined(parts: list[jax.Array], batch: int) -> jax.Array:
+    """What was made of the parts, as that of the batch: of the last part, without the rows that it took twice."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate([*parts[:-1], parts[-1][-batch % len(parts[0]) :]])
+
+
+@jax.jit
+def embed(model: Model, tokens: jax.Array) -> jax.Array:
+    """int32 [B, S] -> hidden [B, S, D]."""
+    return model.embed(tokens)
+
+
+@functools.partial(jax.jit, static_argnames="implementation", donate_argnames=("hidden", "cache"))
+def _prefill_rows(
+    layer: Layer,
+    hidden: jax.Array,
+    cache: LayerCache,
+    lengths: jax.Array,
+    start: jax.Array,
+    implementation: Implementation,
+) -> tuple[jax.Array, LayerCache]:
+    """Run prompts [b, S, D] through one layer; they fill the sequences start .. start + b - 1 of its cache."""
+    rows = hidden.shape[0]
+    if rows == cache.batch:
+        return layer.prefill(hidden, cache, lengths, implementation=implementation)
+    part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, rows), cache)
+    hidden, part = layer.prefill(hidden, part, lengths, implementation=implementation)
+    place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+    return hidden, jax.tree.map(place, cache, part)
+
+
+@jax.jit
+def _last_logits(model: Model, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    return model.logits(jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0])

@@ -1,0 +1,114 @@
+"""What is asked for, checked as a whole before any work: `generate`, `stream` and `log_likelihoods` begin here."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mustafar_jax.backends.registry import Implementation, Names, check_implementation
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation.checks import (
+    check_config,
+    check_integer,
+    check_model,
+    check_progress,
+    check_prompt_lengths,
+    check_tokens,
+)
+from mustafar_jax.generation.protocols import Model, Progress
+from mustafar_jax.generation.sampling import Sampling, Stops, check_sampling, check_stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The checked arguments of a generation.
+
+    Attributes:
+        tokens: int32 [B, S].
+        lengths: int32 [B], each prompt's own.
+        max_new_tokens: as in `generate`.
+        config: how the caches are compressed.
+        sampling: how tokens are drawn; None where the likeliest is taken.
+        stops: what ends a sequence.
+        implementation: as in `generate`, in a hashable form.
+        progress: as in `generate`.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    max_new_tokens: int
+    config: CompressionConfig
+    sampling: Sampling | None
+    stops: Stops
+    implementation: Names | None
+    progress: Progress | None
+
+
+def check_request(
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    max_new_tokens: int,
+    lengths: ArrayLike | Sequence[int] | None,
+    config: CompressionConfig | None,
+    temperature: float,
+    top_p: float,
+    key: jax.Array | None,
+    eos_id: int | Sequence[int] | None,
+    min_new_tokens: int,
+    implementation: Implementation,
+    progress: Progress | None,
+) -> Request:
+    """The arguments of `generate`, with its errors."""
+    texts = check_texts(model, tokens, config, implementation, progress)
+    batch, length = texts.tokens.shape
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be an integer of at least 1")
+    context = model.config.max_position_embeddings
+    if length + max_new_tokens > context:
+        raise ValueError(
+            f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}; "
+            f"tokens has shape {texts.tokens.shape}, padding included"
+        )
+    own = check_prompt_lengths(lengths, batch, length)
+    sampling = check_sampling(temperature, top_p, key)
+    stops = check_stops(model, eos_id, min_new_tokens, max_new_tokens)
+    check_caches(model, texts, length + max_new_tokens)
+    return Request(texts.tokens, own, max_new_tokens, texts.config, sampling, stops, texts.implementation, progress)
+
+
+class Texts(NamedTuple):
+    """The checked arguments that a generation and scoring share: int32 [B, S], how to compress, who attends."""
+
+    tokens: jax.Array
+    config: CompressionConfig
+    implementation: Names | None
+
+
+def check_texts(
+    model: Model,
+    tokens: ArrayLike,
+    config: CompressionConfig | None,
+    implementation: Implementation,
+    progress: Progress | None,
+) -> Texts:
+    """Each of these arguments by itself."""
+    check_model(model)
+    given = check_tokens(model, tokens)
+    compression = check_config(config)
+    check_progress(progress)
+    return Texts(given, compression, check_implementation(implementation))
+
+
+def check_caches(model: Any, texts: Texts, capacity: int) -> None:
+    """Raise what the model's caches, or attention on them, would: that shows in tracing, and nothing is allocated."""
+    batch, names = len(texts.tokens), texts.implementation
+    caches = jax.eval_shape(functools.partial(model.init_cache, texts.config, batch=batch, capacity=capacity))
+    if names is not None:  # the best that works does work
+        hidden = jax.eval_shape(model.embed, jax.ShapeDtypeStruct((batch,), jnp.int32))
+        jax.eval_shape(functools.partial(next(iter(model.layers)).decode, implementation=names), hidden, caches[0])

@@ -1,0 +1,238 @@
+"""Teacher forcing: what a model predicts of given tokens, whatever it would have written."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from mustafar_jax.backends.registry import Implementation, Names
+from mustafar_jax.cache import LayerCache, prefill
+from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation.checks import check_integer
+from mustafar_jax.generation.prefill import embed, prefill_layer
+from mustafar_jax.generation.protocols import BlockLayer, Layer, Model, Progress
+from mustafar_jax.generation.request import check_caches, check_texts
+
+BLOCK = 32
+"""Tokens that `by_blocks` takes at once; at most the group of a cache's config."""
+
+LOGITS = 64
+"""Tokens of each text whose logits over the whole vocabulary are held at once."""
+
+
+def log_likelihoods(
+    model: Model,
+    tokens: ArrayLike,
+    *,
+    prompt_length: int,
+    config: CompressionConfig | None = None,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
+) -> jax.Array:
+    """How likely a text is, token by token, when its beginning is the prompt and the rest is decoded through the cache.
+
+    Args:
+        model: as in `generate`.
+        tokens: int [B, S], texts of one length.
+        prompt_length: tokens that are prefilled, 1 .. S - 1; the others are appended one by one, whatever the model
+            would have written.
+        config, implementation: as in `generate`.
+        progress: called as progress(done, total) after each layer.
+
+    Returns:
+        float32 [B, S - prompt_length], the natural logarithm of each token's probability after those before it.
+
+    Raises:
+        ValueError, TypeError: as `generate` does, and a prompt_length outside its range; after the work, where values
+            of a text needed more than `config.v_slots`.
+        NotImplementedError: as `generate` does.
+    """
+    texts = check_texts(model, tokens, config, implementation, progress)
+    batch, length = texts.tokens.shape
+    prompt_length = check_integer("prompt_length", prompt_length)
+    if length < 2:
+        raise ValueError(f"tokens has shape {texts.tokens.shape}; wanted at least two tokens per text")
+    if not 1 <= prompt_length < length:
+        raise ValueError(f"{prompt_length=} must lie in 1 .. {length - 1}, below the {length} tokens of each text")
+    if length > (context := model.config.max_position_embeddings):
+        shape = texts.tokens.shape
+        raise ValueError(f"tokens has shape {shape}: {length} tokens exceed the model's context of {context}")
+    check_caches(model, texts, length)
+    caches = model.init_cache(texts.config, batch=batch, capacity=length)
+    prompt, continuation = texts.tokens[:, :prompt_length], texts.tokens[:, prompt_length:]
+    lengths = jnp.full(batch, prompt_length, jnp.int32)
+    how = functools.partial(by_tokens, names=texts.implementation)
+    [hidden], [overflow] = forced_states(model, [caches.__getitem__], prompt, lengths, continuation, how, progress)
+    if overflow.any():
+        rows = np.flatnonzero(overflow).tolist()
+        raise ValueError(f"v_slots={texts.config.v_slots} holds fewer entries than values of texts {rows} need")
+    return _log_probabilities(model, hidden, continuation)
+
+
+class PassLayer(Protocol):
+    """How prompts, and the tokens that are given after them, pass one layer: `by_tokens` or `by_blocks`."""
+
+    def __call__(
+        self,
+        layer: Any,
+        hidden: jax.Array,
+        lengths: jax.Array,
+        caches: Iterable[LayerCache],
+        given: Sequence[jax.Array],
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        """Fill each of several empty caches with the prompts, and go on through each.
+
+        Args:
+            layer: one layer, with the methods that this way needs.
+            hidden: [B, S, D], the prompts; donated.
+            lengths: int32 [B], their own lengths.
+            caches: empty ones, which are asked for one after the other.
+            given: for each cache, [B, n, D], the tokens that follow.
+
+        Returns:
+            The layer's output for the prompts; for each cache, its output for the tokens that follow, and bool [B],
+            whether something of a sequence did not fit in the cache.
+        """
+
+
+def forced_states(
+    model: Model,
+    empty: Sequence[Callable[[int], LayerCache]],
+    prompt: jax.Array,
+    lengths: jax.Array,
+    continuation: jax.Array,
+    pass_layer: PassLayer,
+    progress: Progress | None = None,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Hidden states from which each token of a continuation is predicted, through several kinds of caches.
+
+    What a layer makes of a token depends on its own cache and the layer below alone. So all tokens pass one layer
+    before any passes the next: one layer is compiled and serves for all, and what is held is one layer's.
+
+    Args:
+        model: the model.
+        empty: for each kind, what makes the empty cache of a layer, given the layer's number. A cache has room for
+            S + n - 1 tokens.
+        prompt: int32 [B, S], padded on the right.
+        lengths: int32 [B], the prompts' own lengths.
+        continuation: int32 [B, n].
+        pass_layer: how a layer takes prompts and given tokens.
+        progress: called as progress(done, total) after each layer.
+
+    Returns:
+        For each kind, [B, n, D], and bool [B], whether something of a sequence did not fit in a cache.
+    """
+    layers = list(model.layers)
+    hidden, given = embed(model, prompt), [embed(model, continuation[:, :-1])] * len(empty)
+    overflow = [jnp.zeros(len(prompt), bool)] * len(empty)
+    for number, layer in enumerate(layers):
+        caches = (make(number) for make in empty)
+        hidden, given, over = pass_layer(layer, hidden, lengths, caches, given)
+        overflow = [before | now for before, now in zip(overflow, over, strict=True)]
+        if progress is not None:
+            jax.block_until_ready(overflow)
+            progress(number + 1, len(layers))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return [jnp.concatenate([last, states], axis=1) for states in given], overflow
+
+
+def by_tokens(
+    layer: Layer,
+    hidden: jax.Array,
+    lengths: jax.Array,
+    caches: Iterable[LayerCache],
+    given: Sequence[jax.Array],
+    *,
+    names: Names | None = None,
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """A `PassLayer` of any layer, as `generate` would decode: one token at a time, by the implementation `names`.
+
+    The prompts pass the layer once for each cache, since `Layer.prefill` runs them and fills a cache in one.
+    """
+    prompts, outs, overflow = hidden, [], []
+    for cache, tokens in zip(caches, given, strict=True):
+        prompts, filled = prefill_layer(layer, hidden, cache, lengths, names)
+        out, filled = _decode_given(layer, tokens, filled, names)
+        outs.append(out)
+        overflow.append(filled.overflow)
+    return prompts, outs, overflow
+
+
+@functools.partial(jax.jit, static_argnames="names", donate_argnames="cache")
+def _decode_given(
+    layer: Layer, tokens: jax.Array, cache: LayerCache, names: Names | None
+) -> tuple[jax.Array, LayerCache]:
+    """Run tokens [B, n, D] through one layer, one after the other; the cache, which was donated, holds them then."""
+
+    def advance(cache: LayerCache, token: jax.Array) -> tuple[LayerCache, jax.Array]:
+        out, cache = layer.decode(token, cache, implementation=names)
+        return cache, out
+
+    cache, outs = lax.scan(advance, cache, tokens.swapaxes(0, 1))
+    return outs.swapaxes(0, 1), cache
+
+
+def by_blocks(
+    layer: BlockLayer,
+    hidden: jax.Array,
+    lengths: jax.Array,
+    caches: Iterable[LayerCache],
+    given: Sequence[jax.Array],
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """A `PassLayer` of layers that can `run_prompt` and `extend`: `BLOCK` tokens at a time, by XLA.
+
+    The prompts pass the layer once for all caches: attention over a prompt is dense, whatever it is held in.
+    """
+    hidden, *entries = _run_prompt(layer, hidden, lengths)
+    ends = [_extend(layer, cache, entries, lengths, tokens) for cache, tokens in zip(caches, given, strict=True)]
+    return hidden, [out for out, _ in ends], [over for _, over in ends]
+
+
+@functools.partial(jax.jit, donate_argnames="hidden")
+def _run_prompt(
+    layer: BlockLayer, hidden: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    return layer.run_prompt(hidden, lengths)
+
+
+@jax.jit
+def _extend(
+    layer: BlockLayer, cache: LayerCache, entries: Sequence[jax.Array], lengths: jax.Array, given: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Fill a cache with prompts' query, key and value, and run [B, n, D] after them; and whether it overflowed, [B]."""
+    query, key, value = entries
+    cache = prefill(cache, key, value, lengths, query=query)
+    batch, count, channels = given.shape
+    whole, rest = divmod(count, BLOCK)
+
+    def step(cache: LayerCache, block: jax.Array) -> tuple[LayerCache, jax.Array]:
+        out, cache = layer.extend(block, cache)
+        return cache, out
+
+    outs = []
+    if whole:
+        blocks = given[:, : whole * BLOCK].reshape(batch, whole, BLOCK, channels)
+        cache, out = lax.scan(step, cache, blocks.swapaxes(0, 1))
+        outs.append(out.swapaxes(0, 1).reshape(batch, whole * BLOCK, channels))
+    if rest:
+        cache, out = step(cache, given[:, whole * BLOCK :])
+        outs.append(out)
+    return jnp.concatenate(outs, axis=1) if outs else given, cache.overflow
+
+
+@jax.jit
+def _log_probabilities(model: Model, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities float32 [B, n] of the targets [B, n], each after a hidden state of [B, n, D]."""
+
+    def score(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, target = pair
+        logits = jax.nn.log_softmax(model.logits(hidden))
+        return jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+
+    # All logits at once could take more memory than the model.
+    return lax.map(score, (hidden.swapaxes(0, 1), targets.T), batch_size=LOGITS).T
