@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 WORD = 32
@@ -103,10 +104,12 @@ def slot_of_position(position: jax.Array, sinks: int, ring: int) -> jax.Array:
 
 
 def position_of_slot(slot: jax.Array, packed: jax.Array, sinks: int, ring: int) -> jax.Array:
-    """The position of the token in a dense slot, of a sequence that has `packed` tokens packed; all of them int32.
+    """The position of the token in a dense slot, int32, of a sequence that has `packed` tokens packed.
 
     The ring's oldest token is at position sinks + packed, in its slot packed % ring. A position at the sequence's
     length or beyond means that no token is there.
     """
-    age = lax.rem(slot - sinks - lax.rem(packed, ring) + ring, ring)
+    # All of 32 bits, a Python number too: `rem` takes one kind alone, also where integers have 64.
+    slot, packed, size = slot.astype(jnp.int32), packed.astype(jnp.int32), np.int32(ring)
+    age = lax.rem(slot - sinks - lax.rem(packed, size) + ring, size)
     return jnp.where(slot < sinks, slot, sinks + packed + age)

@@ -3,7 +3,7 @@
 Each warp works alone on 32 tokens at a time, a unit: it holds one tile in shared memory, into which it scatters the
 keys' entries and, once their product is taken, the values'. docs/kernels.md draws the tile and says who owns what.
 
-Lanes stand for tokens while entries are scattered. In matrix products (`mosaic_products`) lane 4 g + t holds what
+Lanes stand for tokens while entries are scattered. In matrix products (`products`) lane 4 g + t holds what
 `Warp.multiply_add` says; g and t below are these two.
 """
 

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def many_heads(self) -> bool:
-        """Which products: see `mosaic_products`."""
+        """Which products: see `products`."""
         return self.group > 2
 
     @property
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def pieces(self) -> int:
-        """Pieces of a head's channels, of 4 pairs each: see `mosaic_mean`."""
+        """Pieces of a head's channels, of 4 pairs each: see `mean`."""
         return self.pairs // 4
 
     @property
@@ -176,7 +176,7 @@ class State:
     """Softmax so far, in registers.
 
     Attributes:
-        m: a score of each head, that none so far exceeds by more than a little; see `mosaic_products`. With few heads
+        m: a score of each head, that none so far exceeds by more than a little; see `products`. With few heads
             one register per head, the same in all lanes; with many two per octet, of its heads 2 t and 2 t + 1.
         l: this lane's sum of weights of each head, or of heads 2 t and 2 t + 1 of each octet.
         out: sums [pairs / 8][octets][4], the accumulators of a product with values.

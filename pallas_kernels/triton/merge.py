@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mustafar_jax.layout import position_of_slot
 from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.rows import per_head
@@ -88,7 +89,7 @@ def _kernel(
     def slots_from(first: Any, size: int, end: int) -> Callable[[], _Parts]:
         """Begin to load slots first .. first + size - 1, of those before `end`."""
         slot = first + jnp.arange(size)
-        position = _position(slot, packed, sinks, slots - sinks)
+        position = position_of_slot(slot, packed, sinks, slots - sinks)
         visible = (slot < end) & (position < length)
         if window is not None:
             visible &= position >= length - window
@@ -140,12 +141,6 @@ def _over_all(sources: list[tuple[Callable[[Any, int, int], Callable[[], _Parts]
         if tiles > 1:
             state = lax.fori_loop(1, tiles, step, state)
     return state
-
-
-def _position(slot: jax.Array, packed: jax.Array, sinks: int, ring: int) -> jax.Array:
-    """The position of the token in each slot; the ring's oldest one is at sinks + packed, in slot packed % ring."""
-    age = lax.rem(slot - sinks - lax.rem(packed, ring) + ring, ring)
-    return jnp.where(slot < sinks, slot, sinks + packed + age)
 
 
 def _add(state: _State, m: jax.Array, l: jax.Array, out: jax.Array) -> _State:  # noqa: E741

@@ -342,7 +342,7 @@ def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkey
 def test_the_command_runs_as_a_module(module):
     command = [sys.executable, "-m", module, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.startswith("usage: mustafar [-h] [--version] {generate,info,bench,eval}")
+    assert result.stdout.startswith("usage: mustafar [-h] [--version] {generate,info,bench,eval,doctor}")
     assert result.stderr == ""
 
 
@@ -634,18 +634,21 @@ def test_every_field_of_the_config_has_a_flag():
     [
         (
             "--k-sparsity 0 --k-method think",
-            "--k-method has no effect with --k-sparsity 0, .* every entry of keys",
+            "--k-method has no effect with --k-sparsity 0, which leaves every entry of keys",
         ),
         ("--k-sparsity 0 --center-keys", "--center-keys has no effect with --k-sparsity 0, "),
         ("--k-sparsity 0 --no-weigh-keys", "--weigh-keys has no effect with --k-sparsity 0, "),
         (
             "--v-sparsity 0 --v-method 2:4",
-            "--v-method has no effect with --v-sparsity 0, .* every entry of values",
+            "--v-method has no effect with --v-sparsity 0, which leaves every entry of values",
         ),
         ("--v-sparsity 0 --rescale-values", "--rescale-values has no effect with --v-sparsity 0, "),
         ("--v-sparsity 0 --v-method channel_magnitude --v-slots 8", "--v-method has no effect with --v-sparsity 0, "),
         ("--v-slots 8", "v_slots=8 must be at least 1, for a v_method of unequal rows"),
-        ("--k-sparsity 0 --v-sparsity 0 --group 64", "with --k-sparsity 0 and --v-sparsity 0, which leaves keys and v"),
+        (
+            "--k-sparsity 0 --v-sparsity 0 --group 64",
+            "0 and --v-sparsity 0, which leaves every entry of keys",
+        ),
         ("--k-sparsity 0 --v-sparsity 0 --sink-tokens 1", "--sink-tokens has no effect with --k-sparsity 0 and "),
         ("--k-sparsity 0 --v-sparsity 0 --residual-length 8", "--residual-length has no effect with "),
         ("--k-sparsity 0 --v-sparsity 0 --published-rule", "--published-rule has no effect with --k-sparsity 0 and "),
@@ -757,3 +760,31 @@ def test_eval_longbench_scores_what_is_written(run, folder, tiny):
     assert len(record["prediction"].split()) == 32
     share = record["prediction"].split().count("w0")
     assert record["scores"]["score"] == pytest.approx(2 / 33 if share else 0)
+
+
+# What is installed, and which backends are taken.
+
+
+def test_doctor_says_what_is_taken_and_why_not_better(run):
+    status, out, _ = run("doctor", "--model", "tiny", "--v-bits", "8")
+    assert status == 0
+    assert f"mustafar_jax {mj.__version__}, Python" in out
+    assert f"jax {jax.__version__}" in out
+    dense, compressed = out.split("\n\n")[1:]
+    assert dense.startswith("dense cache of bfloat16, num_heads=")
+    assert "  pack" not in dense
+    assert "  pack    xla\n" in compressed
+    assert "not triton: " in compressed
+
+
+def test_doctor_needs_no_model(run):
+    status, out, _ = run("doctor", "--dtype", "float32")
+    assert status == 0
+    assert "dense cache of float32, num_heads=32, num_kv_heads=8, head_dim=128" in out
+
+
+def test_info_shows_what_codes_cost(run):
+    """Of codes of 8 bits alone, a little more than half, where the dense window is small beside them."""
+    _, out, _ = run("info", "tiny", "--k-sparsity", "0", "--v-sparsity", "0", "--k-bits", "8", "--v-bits", "8")
+    shares = [float(share) for share in re.findall(r"(\d+\.\d)%", out)]
+    assert 50 < min(shares) < 75
