@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mustafar_jax.backends.cudnn import CUDNN
-from mustafar_jax.backends.record import Backend, Operation, OperationName
+from mustafar_jax.backends.record import Backend, OperationName
 from mustafar_jax.backends.xla.backend import XLA
 from mustafar_jax.pallas_kernels.mosaic.backend import MOSAIC_GPU
 from mustafar_jax.pallas_kernels.triton.backend import TRITON
@@ -23,6 +23,9 @@ IMPLEMENTATIONS = tuple(BACKENDS)
 Implementation = str | Sequence[str] | None
 Names = str | tuple[str, ...]
 
+Reason = tuple[str, str]
+"""A backend's name, and why it cannot run something."""
+
 _log = logging.getLogger("mustafar_jax")
 
 
@@ -31,22 +34,27 @@ class Candidates(NamedTuple):
 
     Attributes:
         names: of those that are present, or of the one that was named alone.
-        absent: why others are not among them, "name: reason" each.
+        absent: others, and why they are not among them.
     """
 
     names: tuple[str, ...]
-    absent: tuple[str, ...] = ()
+    absent: tuple[Reason, ...] = ()
 
 
 def check_implementation(implementation: Implementation) -> Names | None:
-    """The argument in a hashable form; ValueError for a name that is not in `IMPLEMENTATIONS`, or for none."""
-    if implementation is None or isinstance(implementation, str):
-        names: tuple[Any, ...] = () if implementation is None else (implementation,)
-    else:
-        names = implementation = tuple(implementation)
-        if not names:
-            raise ValueError("implementation=() names none; wanted at least one name, or None")
-    for name in names:
+    """The argument in a hashable form.
+
+    Raises ValueError for a name that is not in `IMPLEMENTATIONS`, or for no name; TypeError for what holds no names.
+    """
+    if implementation is None:
+        return None
+    if not isinstance(implementation, str | Sequence):
+        raise TypeError(f"{implementation=} must be a name, a sequence of names, or None")
+    if not isinstance(implementation, str):
+        implementation = tuple(implementation)
+    if not implementation:
+        raise ValueError(f"{implementation=} names none; wanted at least one name, or None")
+    for name in (implementation,) if isinstance(implementation, str) else implementation:
         if name not in BACKENDS:
             raise ValueError(f"implementation={name!r} must be one of {IMPLEMENTATIONS}")
     return implementation
@@ -64,13 +72,12 @@ def candidates(operation: OperationName, implementation: Implementation) -> Cand
     names = check_implementation(implementation)
     if isinstance(names, str):
         return Candidates((names,))
-    able = tuple(name for name, backend in BACKENDS.items() if backend.operation(operation))
-    absent = {name: reason for name in names or able if (reason := _why_absent(BACKENDS[name]))}
-    reasons = tuple(f"{name}: {reason}" for name, reason in absent.items())
-    present = tuple(name for name in names or able if name not in absent)
+    wanted = names or _able(operation)
+    absent = {name: reason for name in wanted if (reason := _why_absent(BACKENDS[name]))}
+    present = tuple(name for name in wanted if name not in absent)
     if not present:
-        raise NotImplementedError(_refusal(operation, reasons))
-    return Candidates(present, reasons)
+        raise NotImplementedError(_refusal(operation, list(absent.items())))
+    return Candidates(present, tuple(absent.items()))
 
 
 def run(operation: OperationName, operands: Any, chosen: Candidates) -> Any:
@@ -79,35 +86,36 @@ def run(operation: OperationName, operands: Any, chosen: Candidates) -> Any:
     Raises:
         NotImplementedError: none can, with every candidate's reason.
     """
-    reasons = list(chosen.absent)
+    passed = list(chosen.absent)
     for name in chosen.names:
-        able = BACKENDS[name].operation(operation)
-        reason = _why_not(BACKENDS[name], able, operation, operands)
-        if able and reason is None:
+        reason = why_not(name, operation, operands)
+        if reason is None:
+            able = BACKENDS[name].operation(operation)
+            assert able is not None
             try:
                 result = able.run(operands)
             except NotImplementedError as error:
                 reason = str(error)
             else:
-                _tell(operation, name, _describe(operands), tuple(reasons))
+                _tell(operation, name, _describe(operands), tuple(passed))
                 return result
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(_refusal(operation, tuple(reasons)))
+        passed.append((name, reason))
+    raise NotImplementedError(_refusal(operation, passed))
 
 
 def why_not(name: str, operation: OperationName, operands: Any) -> str | None:
     """Why a backend cannot run an operation on these operands, wherever it is; None where nothing speaks against it."""
-    backend = BACKENDS[name]
-    return _why_not(backend, backend.operation(operation), operation, operands)
+    able = BACKENDS[name].operation(operation)
+    if able is None:
+        wanted = list(_able(operation))
+        return f"implementation={name!r} does not {_WORDS[operation]}; wanted one of {wanted}"
+    return able.why_not(operands)
 
 
 def reasons(operation: OperationName, operands: Any) -> dict[str, str | None]:
     """For each backend that does such a thing, best first: why it cannot do this here, or None."""
-    return {
-        name: _why_absent(backend) or why_not(name, operation, operands)
-        for name, backend in BACKENDS.items()
-        if backend.operation(operation)
-    }
+    able = _able(operation)
+    return {name: _why_absent(BACKENDS[name]) or why_not(name, operation, operands) for name in able}
 
 
 def packers(implementation: Implementation) -> Names | None:
@@ -147,11 +155,9 @@ def _why_absent(backend: Backend) -> str | None:
     return None
 
 
-def _why_not(backend: Backend, able: Operation[Any, Any] | None, operation: OperationName, operands: Any) -> str | None:
-    if able is None:
-        others = [name for name, other in BACKENDS.items() if other.operation(operation)]
-        return f"implementation={backend.name!r} does not {_WORDS[operation]}; wanted one of {others}"
-    return able.why_not(operands)
+def _able(operation: OperationName) -> tuple[str, ...]:
+    """The backends that do such a thing, best first."""
+    return tuple(name for name, backend in BACKENDS.items() if backend.operation(operation))
 
 
 _WORDS: dict[OperationName, str] = {
@@ -163,10 +169,14 @@ _WORDS: dict[OperationName, str] = {
 }
 
 
-def _refusal(operation: OperationName, reasons: tuple[str, ...]) -> str:
-    if len(reasons) == 1:
-        return reasons[0].partition(": ")[2]
-    return f"no implementation can {_WORDS[operation]} here: " + "; ".join(reasons)
+def _refusal(operation: OperationName, passed: Sequence[Reason]) -> str:
+    if len(passed) == 1:
+        return passed[0][1]
+    return f"no implementation can {_WORDS[operation]} here: {_join(passed)}"
+
+
+def _join(passed: Sequence[Reason]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in passed)
 
 
 def _describe(operands: Any) -> str:
@@ -185,6 +195,6 @@ def _arrays(value: Any) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4096)  # a shape is told once, not in every layer
-def _tell(operation: OperationName, name: str, shapes: str, reasons: tuple[str, ...]) -> None:
-    passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
-    _log.info("%s by %s: %s%s", operation, name, shapes, passed)
+def _tell(operation: OperationName, name: str, shapes: str, passed: tuple[Reason, ...]) -> None:
+    others = f"; passed over {_join(passed)}" if passed else ""
+    _log.info("%s by %s: %s%s", operation, name, shapes, others)

@@ -247,6 +247,7 @@ def test_implementations_of_prefill_fall_through():
         ("implementation='pallas' must be one of", {"implementation": "pallas"}),
         ("implementation='pallas' must be one of", {"implementation": ("xla", "pallas")}),
         (r"implementation=\(\) names none", {"implementation": ()}),
+        ("implementation='' names none", {"implementation": ""}),
     ],
 )
 def test_bad_arguments(name, message, options):
