@@ -19,7 +19,7 @@ import numpy as np
 
 import mustafar_jax as mj
 from benchmarks import cupti, device_time
-from mustafar_jax.operands import Mean, Tail
+from mustafar_jax.operands import Mean, PackedAttention, Tail
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic import lowering
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
@@ -69,18 +69,9 @@ def attention(kernels: Any, params: Any, case: Attention) -> None:
     """Both kernels of a backend, the second of which merges."""
     query, key, value, tail, packed_lengths, mean = _attention_data(case)
     recent = jnp.array([RECENT, 0, 3, 20], jnp.int32)
-    kernels.decode_attention(
-        query,
-        key,
-        value,
-        tail,
-        packed_lengths + SINKS + recent,
-        packed_lengths,
-        scale=case.head_dim**-0.5,
-        window=case.window,
-        mean=mean,
-        params=params,
-    )
+    lengths, scale = packed_lengths + SINKS + recent, case.head_dim**-0.5
+    operands = PackedAttention(query, key, value, tail, lengths, packed_lengths, mean, scale, case.window)
+    kernels.decode_attention(operands, params=params)
 
 
 def triton_attention(case: Attention) -> None:

@@ -22,8 +22,9 @@ from benchmarks.attention import calls_of, check_and_time, present, reference
 from benchmarks.gpu import require_gpu
 from benchmarks.synthetic import Shape
 from benchmarks.table import attempt
+from mustafar_jax.attention import decode_operands
 from mustafar_jax.cache import PackedCache
-from mustafar_jax.operands import Tail
+from mustafar_jax.operands import PackedAttention
 from mustafar_jax.pallas_kernels import launch
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic
 from mustafar_jax.pallas_kernels.mosaic import launch as mosaic_launch
@@ -110,17 +111,10 @@ def attention(kernel: str, splits: int) -> Any:
     decode_attention, params, _ = KERNELS[kernel]
 
     def attend(query: jax.Array, cache: PackedCache) -> jax.Array:
-        out = decode_attention(
-            query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim),
-            cache.keys.packed,
-            cache.values.packed,
-            Tail(cache.keys.dense, cache.values.dense, 0),
-            cache.lengths,
-            cache.packed_lengths,
-            scale=cache.head_dim**-0.5,
-            params=params(splits),
-        )
-        return jnp.reshape(out, query.shape)
+        grouped = query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim)
+        operands = decode_operands(grouped, cache, cache.head_dim**-0.5, None)
+        assert isinstance(operands, PackedAttention)
+        return jnp.reshape(decode_attention(operands, params=params(splits)), query.shape)
 
     return attend
 

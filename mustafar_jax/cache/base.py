@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,21 @@ COUNTS = ["lengths", "overflow"]
 
 STATIC = ["config", "capacity", "num_kv_heads", "head_dim", "dtype"]
 """The static fields of every cache."""
+
+
+class CacheShape(NamedTuple):
+    """The sizes of a cache, as in `LayerCache.init`. Hashable: static under `jax.jit`."""
+
+    batch: int
+    capacity: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: np.dtype[Any]
+
+    def fields(self) -> dict[str, Any]:
+        """What every cache of this shape begins with: no tokens, and its static fields."""
+        counts = {"lengths": jnp.zeros(self.batch, jnp.int32), "overflow": jnp.zeros(self.batch, bool)}
+        return counts | {name: getattr(self, name) for name in STATIC if name != "config"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,10 +91,10 @@ class LayerCache:
         """
         if not isinstance(config, CompressionConfig):
             raise TypeError(f"{config=} must be a CompressionConfig")
-        sizes = {"batch": batch, "capacity": capacity, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        check_sizes(**sizes)
+        check_sizes(batch=batch, capacity=capacity, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        shape = CacheShape(batch, capacity, num_kv_heads, head_dim, check_dtype(dtype))
         kind = next(kind for kind in LayerCache.__subclasses__() if kind._holds(config))
-        return kind._empty(config, **sizes, dtype=check_dtype(dtype), inv_freq=inv_freq, num_heads=num_heads)
+        return kind._empty(config, shape, inv_freq, num_heads)
 
     @property
     def batch(self) -> int:
@@ -118,18 +133,9 @@ class LayerCache:
 
     @classmethod
     def _empty(
-        cls,
-        config: CompressionConfig,
-        *,
-        batch: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: np.dtype[Any],
-        inv_freq: ArrayLike | None,
-        num_heads: int | None,
+        cls, config: CompressionConfig, shape: CacheShape, inv_freq: ArrayLike | None, num_heads: int | None
     ) -> "LayerCache":
-        """See `init`, which has checked the sizes."""
+        """See `init`, which has checked the shape."""
         raise NotImplementedError
 
     def _check_queries(self, query: jax.Array | None, leading: tuple[int, ...], *, letters: str) -> None:

@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from mustafar_jax.backends.registry import Candidates
-from mustafar_jax.cache.base import COUNTS, STATIC, LayerCache
+from mustafar_jax.cache.base import COUNTS, STATIC, CacheShape, LayerCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.writes import write_rows
 
@@ -34,18 +33,9 @@ class DenseCache(LayerCache):
 
     @classmethod
     def _empty(
-        cls,
-        config: CompressionConfig,
-        *,
-        batch: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: np.dtype[Any],
-        inv_freq: ArrayLike | None,
-        num_heads: int | None,
+        cls, config: CompressionConfig, shape: CacheShape, inv_freq: ArrayLike | None, num_heads: int | None
     ) -> "DenseCache":
-        return _empty(config, batch, capacity, num_kv_heads, head_dim, dtype)
+        return _empty(config, shape)
 
     def _prefill(
         self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, packers: Candidates
@@ -70,19 +60,8 @@ class DenseCache(LayerCache):
 
 
 # One compiled call for a layer: a model has hundreds of these arrays, and calls one by one delay its first token.
-@functools.partial(jax.jit, static_argnums=range(6))
-def _empty(
-    config: CompressionConfig, batch: int, capacity: int, num_kv_heads: int, head_dim: int, dtype: np.dtype[Any]
-) -> DenseCache:
-    key, value = (jnp.zeros((batch, capacity, num_kv_heads, head_dim), dtype) for _ in range(2))
-    return DenseCache(
-        key=key,
-        value=value,
-        lengths=jnp.zeros(batch, jnp.int32),
-        overflow=jnp.zeros(batch, bool),
-        config=config,
-        capacity=capacity,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-    )
+@functools.partial(jax.jit, static_argnames=("config", "shape"))
+def _empty(config: CompressionConfig, shape: CacheShape) -> DenseCache:
+    size = (shape.batch, shape.capacity, shape.num_kv_heads, shape.head_dim)
+    key, value = (jnp.zeros(size, shape.dtype) for _ in range(2))
+    return DenseCache(key=key, value=value, config=config, **shape.fields())

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from mustafar_jax.backends import registry
 from mustafar_jax.backends.registry import Candidates, candidates
 from mustafar_jax.cache import statistics
-from mustafar_jax.cache.base import COUNTS, STATIC, LayerCache
+from mustafar_jax.cache.base import COUNTS, STATIC, CacheShape, LayerCache
 from mustafar_jax.cache.packing import Leaving, packing_of, rule_context
 from mustafar_jax.cache.ring import Ring, place_new, place_prompt
 from mustafar_jax.config import CompressionConfig
@@ -180,25 +180,16 @@ class PackedCache(LayerCache):
 
     @classmethod
     def _empty(
-        cls,
-        config: CompressionConfig,
-        *,
-        batch: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: np.dtype[Any],
-        inv_freq: ArrayLike | None,
-        num_heads: int | None,
+        cls, config: CompressionConfig, shape: CacheShape, inv_freq: ArrayLike | None, num_heads: int | None
     ) -> "PackedCache":
+        head_dim, num_kv_heads = shape.head_dim, shape.num_kv_heads
         if head_dim % WORD and (config.k_sparsity or config.v_sparsity):
             raise ValueError(f"{head_dim=} must be a multiple of {WORD} where keys or values are pruned")
         if config.needs_queries and (num_heads is None or num_heads < 1 or num_heads % num_kv_heads):
             methods = f"k_method={config.k_method!r}, v_method={config.v_method!r}"
             raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}, since {methods} score with queries")
         frequencies = statistics.frequencies(config, inv_freq, head_dim)
-        queries = num_heads if config.needs_queries else None
-        return _empty(config, batch, capacity, num_kv_heads, head_dim, dtype, frequencies, queries)
+        return _empty(config, shape, frequencies, num_heads if config.needs_queries else None)
 
     def _check_queries(self, query: jax.Array | None, leading: tuple[int, ...], *, letters: str) -> None:
         if self.queries is None:
@@ -321,19 +312,12 @@ def _packed_by_kernel(cache: PackedCache) -> bool:
 
 
 # One compiled call for a layer: a model has hundreds of these arrays, and calls one by one delay its first token.
-@functools.partial(jax.jit, static_argnums=range(8))
+@functools.partial(jax.jit, static_argnames=("config", "shape", "inv_freq", "num_queries"))
 def _empty(
-    config: CompressionConfig,
-    batch: int,
-    capacity: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: np.dtype[Any],
-    inv_freq: tuple[float, ...] | None,
-    num_queries: int | None,
+    config: CompressionConfig, shape: CacheShape, inv_freq: tuple[float, ...] | None, num_queries: int | None
 ) -> PackedCache:
-    leading = (batch, num_kv_heads)
-    slots, rows = Ring.of(config, capacity).slots, config.packed_tokens(capacity)
+    leading, head_dim, dtype = (shape.batch, shape.num_kv_heads), shape.head_dim, shape.dtype
+    slots, rows = Ring.of(config, shape.capacity).slots, config.packed_tokens(shape.capacity)
 
     def store(how: RowFormat) -> Store:
         return Store(jnp.zeros((*leading, slots, head_dim), dtype), how.empty(leading, rows))
@@ -342,15 +326,10 @@ def _empty(
     return PackedCache(
         keys=keys,
         values=values,
-        queries=None if num_queries is None else jnp.zeros((batch, num_queries, RECENT, head_dim), dtype),
+        queries=None if num_queries is None else jnp.zeros((shape.batch, num_queries, RECENT, head_dim), dtype),
         key_mean=None if inv_freq is None else jnp.zeros((*leading, head_dim), jnp.float32),
         key_weight=jnp.ones((*leading, head_dim), jnp.float32) if config.weigh_keys and config.k_sparsity else None,
         inv_freq=inv_freq,
-        lengths=jnp.zeros(batch, jnp.int32),
-        overflow=jnp.zeros(batch, bool),
         config=config,
-        capacity=capacity,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
+        **shape.fields(),
     )

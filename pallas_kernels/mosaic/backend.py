@@ -25,18 +25,7 @@ def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:
     """Attend a packed cache; `interpret` runs the kernel as numpy, anywhere."""
     from mustafar_jax.pallas_kernels.mosaic.decode_attention import decode_attention
 
-    return decode_attention(
-        operands.query,
-        operands.key,
-        operands.value,
-        operands.tail,
-        operands.lengths,
-        operands.packed_lengths,
-        scale=operands.scale,
-        window=operands.window,
-        mean=operands.mean,
-        interpret=interpret,
-    )
+    return decode_attention(operands, interpret=interpret)
 
 
 MOSAIC_GPU = Backend(name="mosaic_gpu", needs_cuda=True, attend_packed=Operation(attend, _why_not_attend))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.operands import Mean, Tail
+from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.mosaic import launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
@@ -29,28 +29,15 @@ BOTH_DENSE = "the Mosaic GPU kernels want a bitmap for keys or for values; here 
 
 
 def decode_attention(
-    query: jax.Array,
-    key: Rows,
-    value: Rows,
-    tail: Tail,
-    lengths: jax.Array,
-    packed_lengths: jax.Array,
-    *,
-    scale: float,
-    window: int | None = None,
-    mean: Mean | None = None,
-    params: launch.MosaicParams | None = None,
-    interpret: bool = False,
+    operands: PackedAttention, *, params: launch.MosaicParams | None = None, interpret: bool = False
 ) -> jax.Array:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
     The packed rows are attended here; `merge`, a second kernel, merges the blocks' results and attends the rest.
 
     Args:
-        query, tail, lengths, packed_lengths, scale, window: as in `decode_attention.decode_attention`.
-        key, value: plain rows [B, K, S, H] of the query's dtype, at least one of them with a bitmap; what is not
-            visible may hold anything.
-        mean: where keys are centred, what they are distances from.
+        operands: of one dtype, rows of plain numbers, those of keys or of values with a bitmap; 1 to 16 query heads per
+            KV head.
         params: launch parameters; a heuristic if None.
         interpret: run as numpy and plain JAX, anywhere.
 
@@ -58,18 +45,27 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `lowering.check_supported`; also for dense keys with dense values, and for
-            rows of another dtype than the query's.
+        NotImplementedError: see `lowering.check_supported`; also for rows without a bitmap on both sides, and for rows
+            of another dtype than the query's.
         ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
+    query, tail, lengths, last = operands.query, operands.tail, operands.lengths, operands.packed_lengths
     check_tail(tail, query.dtype)
-    first = tail.first_row(lengths, window)
+    first, scale = tail.first_row(lengths, operands.window), operands.scale
     splits = attend_rows(
-        query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
+        query,
+        operands.key,
+        operands.value,
+        first,
+        last,
+        scale=scale,
+        mean=operands.mean,
+        params=params,
+        interpret=interpret,
     )
-    return merge(query, splits, tail, lengths, packed_lengths, scale=scale, window=window, interpret=interpret)
+    return merge(query, splits, tail, lengths, last, scale=scale, window=operands.window, interpret=interpret)
 
 
 def attend_rows(

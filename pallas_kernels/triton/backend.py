@@ -32,18 +32,7 @@ def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:
     """Attend a packed cache; `interpret` runs the kernels as plain JAX, anywhere."""
     from mustafar_jax.pallas_kernels.triton.decode_attention import decode_attention
 
-    return decode_attention(
-        operands.query,
-        operands.key,
-        operands.value,
-        operands.tail,
-        operands.lengths,
-        operands.packed_lengths,
-        scale=operands.scale,
-        window=operands.window,
-        mean=operands.mean,
-        interpret=interpret,
-    )
+    return decode_attention(operands, interpret=interpret)
 
 
 def _why_not_pack(packing: Packing) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mustafar_jax.operands import Mean, Tail
+from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton import launch, tile
@@ -25,18 +25,7 @@ _MEAN_UNIT = 64
 
 
 def decode_attention(
-    query: jax.Array,
-    key: Rows,
-    value: Rows,
-    tail: Tail,
-    lengths: jax.Array,
-    packed_lengths: jax.Array,
-    *,
-    scale: float,
-    window: int | None = None,
-    mean: Mean | None = None,
-    params: launch.DecodeParams | None = None,
-    interpret: bool = False,
+    operands: PackedAttention, *, params: launch.DecodeParams | None = None, interpret: bool = False
 ) -> jax.Array:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
@@ -45,15 +34,7 @@ def decode_attention(
     (`merge`) merges the blocks' results and attends the rest.
 
     Args:
-        query: [B, K, G, H], G from 1 to 16.
-        key, value: plain rows [B, K, S, H] of the query's dtype, with a bitmap or without; row r holds position
-            tail.sinks + r. What is not visible may hold anything.
-        tail: the tokens before and behind them.
-        lengths: int32 [B], tokens of each sequence.
-        packed_lengths: int32 [B], how many of them are rows of `key` and `value`.
-        scale: factor on the scores.
-        window: positions of at least length - window are visible; all if None.
-        mean: where keys are centred, what they are distances from.
+        operands: of one dtype, rows of plain numbers, with a bitmap or without; 1 to 16 query heads per KV head.
         params: launch parameters; tuned ones for this device, or a heuristic, if None.
         interpret: run as plain JAX, anywhere.
 
@@ -66,16 +47,16 @@ def decode_attention(
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
+    query, key, value, tail = operands.query, operands.key, operands.value, operands.tail
     tl.check_supported(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2])
     check_rows(key, value, query.dtype)
     check_tail(tail, query.dtype)
+    lengths, last, scale = operands.lengths, operands.packed_lengths, operands.scale
     splits = []
     if key.padded_length:
-        first = tail.first_row(lengths, window)
-        splits = attend_rows(
-            query, key, value, first, packed_lengths, scale=scale, mean=mean, params=params, interpret=interpret
-        )
-    return merge(query, splits, tail, lengths, packed_lengths, scale=scale, window=window, interpret=interpret)
+        first, mean = tail.first_row(lengths, operands.window), operands.mean
+        splits = attend_rows(query, key, value, first, last, scale=scale, mean=mean, params=params, interpret=interpret)
+    return merge(query, splits, tail, lengths, last, scale=scale, window=operands.window, interpret=interpret)
 
 
 def attend_rows(

@@ -11,7 +11,7 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.attention import decode_operands
-from mustafar_jax.operands import Mean, Tail
+from mustafar_jax.operands import Mean, PackedAttention, Tail
 from mustafar_jax.pallas_kernels.mosaic import backend as mosaic_backend
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
@@ -269,8 +269,9 @@ def abstract_call(kernel, *, k_slots, v_slots, rows, sinks, head_dim, dtype, win
     params = None if splits is None else kernel.params(splits)
 
     def call(query, key, value, dense, mean, lengths):
-        options = {"scale": 0.1, "window": window, "mean": Mean(*mean, sinks) if centred else None, "params": params}
-        return kernel.module.decode_attention(query, key, value, Tail(dense, dense, sinks), lengths, lengths, **options)
+        tail, mean = Tail(dense, dense, sinks), Mean(*mean, sinks) if centred else None
+        operands = PackedAttention(query, key, value, tail, lengths, lengths, mean, scale=0.1, window=window)
+        return kernel.module.decode_attention(operands, params=params)
 
     return call, (query, key, value, dense, mean, lengths)
 
@@ -329,7 +330,8 @@ def test_says_what_it_cannot_run(sizes, message, kernel):
 
     def call(query, key, value, tail_key, tail_value, lengths):
         tail = Tail(tail_key, tail_value, 0)
-        return kernel.module.decode_attention(query, key, value, tail, lengths, lengths, scale=0.1)
+        operands = PackedAttention(query, key, value, tail, lengths, lengths, None, scale=0.1, window=None)
+        return kernel.module.decode_attention(operands)
 
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(call, query, key, value, tail.key, tail.value, lengths)
