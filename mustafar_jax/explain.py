@@ -14,9 +14,9 @@ from mustafar_jax.cache.base import check_cache
 from mustafar_jax.operands import PromptAttention
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """What `explain` found; print it.
+    """What `explain` found, which a prompt shows and `print` prints.
 
     Attributes:
         device: where jax computes unless told otherwise.
@@ -31,7 +31,7 @@ class Explanation:
         """The backend that a step takes."""
         return next(name for name, reason in self.steps[step].items() if reason is None)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A line a step, and one for each better backend that cannot do it."""
         lines = [f"on {self.device}:"]
         for step, reasons in self.steps.items():
