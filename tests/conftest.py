@@ -4,22 +4,34 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from tests.quick import QUICK
-
-# Before jax is imported; not where there is a GPU, whose programs would run too slowly.
-if not any(pathlib.Path("/dev").glob("nvidia[0-9]*")):
-    flags = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
-
 import hypothesis
 import jax
 import pytest
 
+from tests import quick
+
 # Examples are the same in every run, so that a change is judged on what it changes; to look for new ones:
 # pytest --hypothesis-profile=explore. There is no deadline, since the first example of a shape compiles.
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=20)
+hypothesis.settings.register_profile("exhaustive", deadline=None, derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options that are this project's own."""
+    group = parser.getgroup("mustafar_jax")
+    group.addoption("--exhaustive", action="store_true", help="leave out no test, and try more examples of each")
+    group.addoption("--optimised", action="store_true", help="compile with all optimisations, as users do")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the compiler's options before anything is compiled, and the examples before a test file reads them."""
+    # Where there is a GPU, programs would run too slowly.
+    if not config.getoption("optimised") and not any(pathlib.Path("/dev").glob("nvidia[0-9]*")):
+        os.environ["XLA_FLAGS"] = f"{quick.flags()} {os.environ.get('XLA_FLAGS', '')}"
+    if config.getoption("exhaustive"):
+        hypothesis.settings.load_profile("exhaustive")
 
 
 def has_gpu() -> bool:
@@ -30,8 +42,11 @@ def has_gpu() -> bool:
         return False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked `exhaustive` unless asked for, and skip those marked `gpu` where there is none."""
+    if not config.getoption("exhaustive"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not has_gpu():
         for item in marked:

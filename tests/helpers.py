@@ -1,13 +1,17 @@
 """Data and references that several tests use."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import mustafar_jax as mj
 from mustafar_jax import CompressionConfig
 from mustafar_jax.backends.registry import BACKENDS
+from mustafar_jax.rope import rotate
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 CONFIGS = {
@@ -20,6 +24,19 @@ CONFIGS = {
     "8 bits": CompressionConfig(0, 0, k_bits=8, v_bits=8, center_keys=True, sink_tokens=4),
     "pruned in 8 bits": CompressionConfig.recommended(0.5, 0.7, k_bits=8, v_bits=8),
 }
+
+# Each compiled as one program: outside jit, every operation would be compiled by itself for every shape.
+magnitude_mask = jax.jit(mj.magnitude_mask, static_argnums=1)
+pack = jax.jit(mj.pack, static_argnames=("slots", "bits"))
+unpack = jax.jit(mj.unpack)
+rotated = jax.jit(rotate)
+to_dense = jax.jit(lambda cache: cache.to_dense())
+
+
+def exhaustive(*cases):
+    """Parameters that only --exhaustive runs; a case of several parameters is a tuple."""
+    tuples = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [pytest.param(*case, marks=pytest.mark.exhaustive) for case in tuples]
 
 
 def bits(x):
@@ -52,6 +69,7 @@ def rope_frequencies(head_dim, theta=10000.0):
     return (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames="sliding_window")
 def attention_on_dense(query, key, value, lengths, sliding_window=None):
     """What decode attention must equal: query [B, N, H] at position lengths - 1 on key, value [B, S, K, H]."""
     position, last = jnp.arange(key.shape[1]), lengths[:, None]

@@ -11,11 +11,11 @@ import zipfile
 
 import pytest
 
+from tests.helpers import exhaustive
+
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = ("LICENSE", "README.md", "pyproject.toml", "mustafar_jax", "models", "pallas_kernels")
-KINDS = ("plain", "sdist", "editable")
-
-pytestmark = pytest.mark.slow
+KINDS = ("editable", *exhaustive("plain", "sdist"))
 
 
 def package_files(folder):

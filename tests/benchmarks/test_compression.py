@@ -12,7 +12,6 @@ from mustafar_jax.pruning import magnitude_mask
 SMALL = Shape("small", 1, 1, 1, 64, 64)
 
 
-@pytest.mark.slow
 def test_rows_are_checked_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "COPY_BYTES", 2**16)
     monkeypatch.setitem(compression.SHAPES, "tiny", SMALL)

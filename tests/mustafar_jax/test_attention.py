@@ -24,7 +24,15 @@ from mustafar_jax import (
 from mustafar_jax.backends import registry
 from mustafar_jax.backends.record import Operation
 from mustafar_jax.cache import PackedCache, Store
-from tests.helpers import CONFIGS, DTYPES, attention_on_dense, replace_backend, rms_error_ratio, rope_frequencies
+from tests.helpers import (
+    CONFIGS,
+    DTYPES,
+    attention_on_dense,
+    replace_backend,
+    rms_error_ratio,
+    rope_frequencies,
+    to_dense,
+)
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 3, 2, 64, 448, 300
 TOLERANCE = {jnp.bfloat16: 5e-3, jnp.float16: 1e-3, jnp.float32: 1e-5}
@@ -65,6 +73,7 @@ def exact_products():
         yield
 
 
+@jax.jit
 def poisoned(cache):
     """The cache with NaN, or inverted bits, wherever no token has been written."""
 
@@ -101,7 +110,7 @@ def test_equals_dense_attention_on_what_is_held(name, seed, lengths, window):
     cache = filled(CONFIGS[name], lengths, rng)
     query = normal(rng, BATCH, 6, HEAD_DIM)
     out = attend(query, cache, sliding_window=window)
-    expected = attention_on_dense(query, *cache.to_dense(), sliding_window=window)
+    expected = attention_on_dense(query, *to_dense(cache), sliding_window=window)
     assert_close(out, expected)
     # The same bits with poison in every slot that no token was written to.
     np.testing.assert_array_equal(attend(query, poisoned(cache), sliding_window=window), out)
@@ -115,7 +124,7 @@ def test_equals_dense_attention_in_every_dtype(name, dtype):
     query = normal(rng, BATCH, 4, HEAD_DIM, dtype=dtype)
     out = attend(query, cache)
     assert out.dtype == dtype
-    assert rms_error_ratio(out, attention_on_dense(query, *cache.to_dense())) < TOLERANCE[dtype]
+    assert rms_error_ratio(out, attention_on_dense(query, *to_dense(cache))) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (96, 4), (128, 16), (256, 3)])
@@ -123,7 +132,7 @@ def test_every_head_dim_and_group(head_dim, group):
     rng = np.random.default_rng(2)
     cache = filled(CONFIGS["recommended"], [300, 32, 100], rng, head_dim=head_dim)
     query = normal(rng, BATCH, KV_HEADS * group, head_dim)
-    assert_close(attend(query, cache), attention_on_dense(query, *cache.to_dense()))
+    assert_close(attend(query, cache), attention_on_dense(query, *to_dense(cache)))
 
 
 def test_after_appending_past_every_boundary():
@@ -134,7 +143,7 @@ def test_after_appending_past_every_boundary():
         if step % 13 == 0:
             query = normal(rng, BATCH, 6, HEAD_DIM)
             for window in (None, 48):
-                expected = attention_on_dense(query, *cache.to_dense(), sliding_window=window)
+                expected = attention_on_dense(query, *to_dense(cache), sliding_window=window)
                 assert_close(attend(query, cache, sliding_window=window), expected)
     assert cache.packed_lengths.tolist() == [384, 96, 128]
 

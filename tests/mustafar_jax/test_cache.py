@@ -1,6 +1,7 @@
 """The cache: what it holds after any prompt and any number of tokens, its bytes, its place in memory, bad arguments."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -16,15 +17,13 @@ from mustafar_jax import (
     append,
     decode_attention,
     keep_count,
-    magnitude_mask,
     prefill,
     unpack,
 )
 from mustafar_jax.cache import DenseCache, PackedCache
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Context, query_weight, rescale_to_norm
-from mustafar_jax.rope import rotate
-from tests.helpers import CONFIGS, DTYPES, rope_frequencies
-from tests.quick import AS_USERS
+from tests.helpers import CONFIGS, DTYPES, exhaustive, magnitude_mask, rope_frequencies, rotated, to_dense
+from tests.quick import HLO_AS_USERS
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 2, 2, 64, 256, 150
 INV_FREQ = rope_frequencies(HEAD_DIM)
@@ -40,6 +39,7 @@ def prefill_jit(cache, key, value, lengths=None):
 
 
 append_jit = jax.jit(append, donate_argnums=0)
+rescaled = jax.jit(rescale_to_norm)
 
 
 def empty(config, dtype=jnp.float32, **sizes):
@@ -60,31 +60,32 @@ def expected_tokens(config, query, key, value, prompt, length):
     position = np.arange(key.shape[0])
     first, packed = config.sink_tokens, config.packed_tokens(length)
     is_packed = ((position >= first) & (position < first + packed))[:, None, None]
-    keys, values, shift = key, value, jnp.zeros_like(key)
+    key, value = np.asarray(key), np.asarray(value)
+    keys, values, shift = key, value, np.zeros_like(key)
     if config.center_keys and config.compresses_keys:
-        shift = rotate(mean_before_rope(config, key, prompt), position[:, None], jnp.asarray(INV_FREQ))
+        shift = np.asarray(rotated(mean_before_rope(config, key, prompt), position[:, None], INV_FREQ))
     if config.k_sparsity:
         weight = weight_by_queries(config, query, prompt) if config.weigh_keys else 1
-        keys = jnp.where(magnitude_mask((key - shift) * weight, config.k_sparsity), key, shift)
+        keys = np.where(magnitude_mask((key - shift) * weight, config.k_sparsity), key, shift)
     if config.v_sparsity:
         mask = magnitude_mask(value, config.v_sparsity)
-        values = jnp.where(mask, rescale_to_norm(value, mask) if config.rescale_values else value, 0)
+        values = np.where(mask, rescaled(value, mask) if config.rescale_values else value, 0)
     sides = (keys, key, shift, config.k_bits), (values, value, 0, config.v_bits)
     return [
-        (jnp.where(is_packed, held, x)[:length], 2e-5 + (is_packed * half_step(held - taken_off, bits))[:length])
+        (np.where(is_packed, held, x)[:length], 2e-5 + (is_packed * half_step(held - taken_off, bits))[:length])
         for held, x, taken_off, bits in sides
     ]
 
 
 def half_step(x, bits):
     """[..., 1]: half of the distance of two levels of codes with one scale a row; bfloat16 may round that up."""
-    return 0 if bits == 16 else jnp.abs(x).max(axis=-1, keepdims=True) / (2**bits - 1) * (1 + 2**-8)
+    return 0 if bits == 16 else np.abs(x).max(axis=-1, keepdims=True) / (2**bits - 1) * (1 + 2**-8)
 
 
 def mean_before_rope(config, key, prompt):
     """float32 [K, H]: the mean of R_-s k_s over the prompt, sinks and window left out; 0 where none is left."""
     positions = np.arange(config.sink_tokens, prompt - config.residual_length)
-    before = np.asarray(rotate(key, -np.arange(key.shape[0])[:, None], jnp.asarray(INV_FREQ)))[positions]
+    before = np.asarray(rotated(key, -np.arange(key.shape[0])[:, None], INV_FREQ))[positions]
     return before.sum(axis=0) / max(1, len(positions))
 
 
@@ -108,10 +109,11 @@ def test_holds_what_the_rule_says(name, seed, prompts, steps):
     config = CONFIGS[name]
     key, value = sequences(seed)
     cache = prefill_jit(empty(config), key[:, :PROMPT], value[:, :PROMPT], jnp.array(prompts))
-    rows = jnp.arange(BATCH)
-    for _ in range(steps):
-        cache = append_jit(cache, key[rows, cache.lengths], value[rows, cache.lengths])
-    keys, values, lengths = cache.to_dense()
+    key, value, rows = np.asarray(key), np.asarray(value), np.arange(BATCH)
+    for step in range(steps):
+        now = np.array(prompts) + step
+        cache = append_jit(cache, key[rows, now], value[rows, now])
+    keys, values, lengths = map(np.asarray, to_dense(cache))
     assert lengths.tolist() == [prompt + steps for prompt in prompts]
     for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
         wanted = expected_tokens(config, QUERY[row], key[row], value[row], prompt, length)
@@ -125,10 +127,10 @@ def test_past_capacity_nothing_is_written(name):
     key, value = sequences(0)
     lengths = jnp.array([CAPACITY, CAPACITY - 2])
     cache = prefill_jit(empty(CONFIGS[name]), key[:, :CAPACITY], value[:, :CAPACITY], lengths)
-    before = jax.tree.map(np.asarray, cache.to_dense())
+    before = jax.tree.map(np.asarray, to_dense(cache))
     for _ in range(4):
         cache = append_jit(cache, key[:, -1], value[:, -1])
-    after = cache.to_dense()
+    after = to_dense(cache)
     assert cache.lengths.tolist() == [CAPACITY, CAPACITY]
     assert cache.overflow.tolist() == [True, True]
     np.testing.assert_array_equal(after[0][0], before[0][0])
@@ -160,7 +162,7 @@ def test_rows_are_filled_alone():
     mixed = fill(both, other_key[:1, :PROMPT], other_value[:1, :PROMPT])
     assert mixed.lengths.tolist() == [150, 120]
     alone = prefill_jit(empty(config), other_key[:, :PROMPT], other_value[:, :PROMPT], jnp.array([120, 1]))
-    for whole, first, second in zip(mixed.to_dense(), both.to_dense(), alone.to_dense(), strict=True):
+    for whole, first, second in zip(*map(to_dense, (mixed, both, alone)), strict=True):
         np.testing.assert_array_equal(whole[0], first[0])
         np.testing.assert_allclose(whole[1], second[0], rtol=1e-6)  # another batch may be summed in another order
 
@@ -200,7 +202,7 @@ def test_bytes(dtype):
     assert real.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
 
 
-@pytest.mark.parametrize("capacity", [1, 3, 16, 40, 67, 68])
+@pytest.mark.parametrize("capacity", [1, 40, 68, *exhaustive(3, 16, 67)])
 def test_a_cache_too_short_to_pack_takes_no_more_than_a_dense_one(capacity):
     key, value = sequences(5, length=capacity + 1)
     cache = prefill_jit(
@@ -214,7 +216,7 @@ def test_a_cache_too_short_to_pack_takes_no_more_than_a_dense_one(capacity):
         cache = append_jit(cache, key[:, position], value[:, position])
     assert cache.overflow.all()
     if packed == 0:
-        np.testing.assert_array_equal(cache.to_dense()[0], key[:, :capacity])
+        np.testing.assert_array_equal(to_dense(cache)[0], key[:, :capacity])
 
 
 def test_outside_jit_only_the_first_token_compiles(caplog):
@@ -251,11 +253,19 @@ def compiled_step(config, dtype):
 
     cache = jax.eval_shape(lambda: empty(config, dtype, batch=4, capacity=8192))
     token, query = (jax.ShapeDtypeStruct((4, heads, HEAD_DIM), dtype) for heads in (KV_HEADS, 3 * KV_HEADS))
-    return cache, jax.jit(step, donate_argnums=0, compiler_options=AS_USERS).lower(cache, token, token, query).compile()
+    return cache, jax.jit(step, donate_argnums=0, compiler_options=HLO_AS_USERS).lower(
+        cache, token, token, query
+    ).compile()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["dense", "published", "recommended", "dense keys"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(["dense", "recommended"], DTYPES),
+        *itertools.product(["published", "dense keys"], [jnp.bfloat16]),
+        *exhaustive(*itertools.product(["published", "dense keys"], [jnp.float16, jnp.float32])),
+    ],
+)
 def test_the_compiled_step_works_in_place(name, dtype):
     if jax.default_backend() == "gpu" and (name, dtype) == ("dense", jnp.float32):
         pytest.xfail("XLA for GPUs lays a float32 dense cache out anew before its tiles are read")
@@ -398,17 +408,17 @@ def context_of(config, query, keys_seen, lengths, positions):
 def test_methods_prune_prompts_and_groups_as_their_rule_says(name):
     """A prompt, then tokens until a group has left: both are pruned by the rule on what there was at that time."""
     config, prompt, steps = METHODS[name], 130, 64
-    key, value = sequences(7)
-    query = jnp.asarray(np.random.default_rng(8).standard_normal((BATCH, CAPACITY, HEADS, HEAD_DIM)), jnp.float32)
+    key, value = map(np.asarray, sequences(7))
+    query = np.random.default_rng(8).standard_normal((BATCH, CAPACITY, HEADS, HEAD_DIM)).astype(np.float32)
     cache = jax.jit(prefill)(
         empty(config, num_heads=HEADS), key[:, :prompt], value[:, :prompt], query=query[:, :prompt]
     )
     step = jax.jit(append, donate_argnums=0)
-    seen = [(prompt, np.asarray(cache.to_dense()[0]))]
+    seen = [(prompt, np.asarray(to_dense(cache)[0]))]
     for position in range(prompt, prompt + steps):
         cache = step(cache, key[:, position], value[:, position], query=query[:, position])
-        seen.append((position + 1, np.asarray(cache.to_dense()[0])))
-    held, before = dict(zip(("key", "value"), (np.asarray(x) for x in cache.to_dense()[:2]), strict=True)), 0
+        seen.append((position + 1, np.asarray(to_dense(cache)[0])))
+    held, before = dict(zip(("key", "value"), (np.asarray(x) for x in to_dense(cache)[:2]), strict=True)), 0
     assert not cache.overflow.any()
     for index, (length, _) in enumerate(seen):
         packed = config.packed_tokens(length)
@@ -428,7 +438,7 @@ def test_methods_prune_prompts_and_groups_as_their_rule_says(name):
             shift = np.zeros_like(entries)
             if what == "key" and config.center_keys:
                 shift = np.asarray(cache.mean.at(jnp.asarray(positions)))
-            mask = method.mask(jnp.asarray(entries - shift), sparsity, context) if sparsity else True
+            mask = jax.jit(method.mask, static_argnums=1)(entries - shift, sparsity, context) if sparsity else True
             held_entries = held[what][:, at].swapaxes(1, 2)
             np.testing.assert_allclose(held_entries, np.where(mask, entries, shift), atol=2e-5)
         before = packed
@@ -493,7 +503,8 @@ def test_keys_are_weighed_by_the_last_512_queries():
     key = jnp.ones((1, length, *cache.keys.dense.shape[1::2]))
     query = jnp.asarray(np.random.default_rng(14).standard_normal((1, length, HEADS, cache.head_dim)), jnp.float32)
     early, late = (query.at[:, where].multiply(10) for where in (slice(0, length - 512), length - 512))
-    weights = [prefill(cache, key, key, query=q).key_weight for q in (query, early, late)]
+    fill = jax.jit(prefill)
+    weights = [fill(cache, key, key, query=q).key_weight for q in (query, early, late)]
     np.testing.assert_array_equal(weights[0], weights[1])
     assert (weights[0] != weights[2]).any()
 
@@ -515,7 +526,7 @@ def test_weights_do_not_depend_on_the_queries_scale(size):
     usual, scaled = (jax.jit(prefill)(empty(config, jnp.float16), key, value, query=q) for q in (query, query * size))
     np.testing.assert_allclose(scaled.key_weight, usual.key_weight, rtol=1e-5)
     assert float(usual.key_weight.max()) == 1
-    assert np.isfinite(usual.to_dense()[0]).all()
+    assert np.isfinite(to_dense(usual)[0]).all()
 
 
 def test_queries_that_are_zero_weigh_all_channels_alike():
@@ -524,7 +535,7 @@ def test_queries_that_are_zero_weigh_all_channels_alike():
         jax.jit(prefill)(empty(CompressionConfig(0.7, 0.7, weigh_keys=weigh)), key, value, query=0 * QUERY[:, :PROMPT])
         for weigh in (True, False)
     )
-    np.testing.assert_array_equal(weighed.to_dense()[0], plain.to_dense()[0])
+    np.testing.assert_array_equal(to_dense(weighed)[0], to_dense(plain)[0])
 
 
 def test_weighed_keys_ask_for_the_prompts_queries_alone():
@@ -594,5 +605,5 @@ def test_no_two_arrays_of_an_empty_cache_share_a_buffer(config):
 @pytest.mark.parametrize(("centred", "dtype"), [(True, jnp.float32), (False, jnp.bfloat16)])
 def test_centred_keys_come_out_as_attention_sees_them(centred, dtype):
     cache = empty(CompressionConfig(center_keys=centred), jnp.bfloat16)
-    key, value, _ = cache.to_dense()
+    key, value, _ = to_dense(cache)
     assert (key.dtype, value.dtype) == (dtype, jnp.bfloat16)

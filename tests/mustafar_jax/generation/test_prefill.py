@@ -13,7 +13,7 @@ from mustafar_jax.backends.record import Operation
 from mustafar_jax.cache import packed
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, prefill, prefill_prompt
-from tests.helpers import replace_backend
+from tests.helpers import replace_backend, to_dense
 from tests.mustafar_jax.generation.setting import CAPACITY, CONFIGS, LENGTHS, PROMPTS, TINY, Compilations
 
 
@@ -43,7 +43,7 @@ def test_prompts_prefilled_some_at_a_time_equal_all_at_once(llama, name, monkeyp
     assert (len(calls), calls_in_parts) == (2, [(i + 1, 6) for i in range(6)])
     np.testing.assert_allclose(in_parts, logits, atol=1e-4, rtol=0)
     for one, other in zip(caches_in_parts, caches, strict=True):
-        for held, wanted in zip(one.to_dense(), other.to_dense(), strict=True):
+        for held, wanted in zip(to_dense(one), to_dense(other), strict=True):
             np.testing.assert_allclose(held, wanted, atol=1e-4, rtol=0)
 
 

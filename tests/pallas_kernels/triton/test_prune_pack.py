@@ -15,9 +15,18 @@ from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.triton import backend
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 from mustafar_jax.pruning import rescale_to_norm
-from mustafar_jax.rope import rotate
 from mustafar_jax.rows import RowFormat
-from tests.helpers import adversarial, bits, replace_backend, rope_frequencies
+from tests.helpers import (
+    adversarial,
+    bits,
+    exhaustive,
+    magnitude_mask,
+    pack,
+    replace_backend,
+    rope_frequencies,
+    rotated,
+    unpack,
+)
 from tests.pallas_kernels.data import WHERE, jit, rows_of_words
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
@@ -50,7 +59,7 @@ def written(target, x, mask, first, start, held, rows):
         if start[b] >= words.shape[2]:
             continue
         taken = slice(first[b], first[b] + held[b])
-        packed = mj.pack(jnp.asarray(x[b, :, taken]), mask[b, :, taken], slots=values.shape[3] * values.shape[5])
+        packed = pack(x[b, :, taken], mask[b, :, taken], slots=values.shape[3] * values.shape[5])
         here = slice(start[b], start[b] + rows)
         words[b, :, here], values[b, :, start[b] // 32 : (start[b] + rows) // 32] = 0, 0
         words[b, :, start[b] : start[b] + held[b]] = packed.bitmap
@@ -61,7 +70,7 @@ def written(target, x, mask, first, start, held, rows):
 def unpacked(packed):
     """Packed rows as bits, and where an entry is held, [B, K, S, H]; values as they are or as bits."""
     rows = rows_of_words(jnp.asarray(packed.bitmap), jnp.asarray(packed.payload).view(jnp.float16))
-    return bits(mj.unpack(rows)), np.asarray(rows.mask())
+    return bits(unpack(rows)), np.asarray(rows.mask())
 
 
 # batch, KV heads, tokens, head_dim, entries kept of keys and of values, dtype, axis of heads, first, start, held, rows
@@ -88,7 +97,7 @@ def test_is_bit_equal_to_xla(case, interpret):
     actual = run(sources, targets)
     again = actual if interpret else run(sources, targets)
     for i, (x, count) in enumerate(zip(sources, kept, strict=True)):
-        wanted = written(targets[i], x, mj.magnitude_mask(x, 1 - count / head_dim), first, start, held, rows)
+        wanted = written(targets[i], x, magnitude_mask(x, 1 - count / head_dim), first, start, held, rows)
         np.testing.assert_array_equal(actual[i].bitmap, wanted.bitmap)
         np.testing.assert_array_equal(bits(actual[i].payload), wanted.payload)
         np.testing.assert_array_equal(again[i].bitmap, actual[i].bitmap)
@@ -133,7 +142,7 @@ def test_weighed_keys_are_bit_equal_to_xla(head_dim, dtype, interpret):
 
     actual = pruned(x, target, weight=weight, interpret=interpret)
     ranked = (x.astype(jnp.float32) * weight[:, :, None]).astype(dtype)
-    wanted = written(target, x, mj.magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
+    wanted = written(target, x, magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
     np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
     np.testing.assert_array_equal(bits(actual.payload), wanted.payload)
 
@@ -163,7 +172,7 @@ def test_sources_and_targets_that_do_not_go_together_are_refused(rows, shape, dt
         prune_pack(prunes, FIRST, START, HELD, rows=rows, head_axis=1, interpret=True)
 
 
-@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("weighed", [True, *exhaustive(False)])
 @pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
 def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, weighed, interpret):
     """What is left of keys after the mean is taken off; masks differ only where that of two entries is as close."""
@@ -176,10 +185,10 @@ def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, weighed, inter
 
     actual = pruned(x, target, mean=mean, weight=weight, interpret=interpret)
     position = jnp.arange(72) + (START - FIRST + 4)[:, None]
-    centred = x.astype(jnp.float32) - rotate(mean.key[:, :, None], position[:, None], mean.inv_freq)
+    centred = x.astype(jnp.float32) - rotated(mean.key[:, :, None], position[:, None], mean.inv_freq)
     ranked = (centred if weight is None else centred * weight[:, :, None]).astype(dtype)
     entries, kept = unpacked(actual)
-    masked = written(target, centred.astype(dtype), mj.magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
+    masked = written(target, centred.astype(dtype), magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
     expected, wanted = unpacked(masked)
     one, other = (x.view(jnp.dtype(dtype)).astype(np.float32)[kept & wanted] for x in (entries, expected))
     np.testing.assert_allclose(one, other, rtol=float(jnp.finfo(dtype).eps), atol=3e-5)
@@ -202,7 +211,7 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
     actual = pruned(x, target, rescale=True, interpret=interpret)
-    mask = mj.magnitude_mask(x, 0.75)
+    mask = magnitude_mask(x, 0.75)
     wanted = written(target, rescale_to_norm(x, mask), mask, FIRST, START, HELD, 64)
     np.testing.assert_array_equal(actual.bitmap, wanted.bitmap)
     assert within_an_ulp(bits(actual.payload), wanted.payload).all()

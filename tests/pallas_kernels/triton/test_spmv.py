@@ -11,7 +11,7 @@ import mustafar_jax as mj
 from mustafar_jax.backends.record import Operation
 from mustafar_jax.pallas_kernels.triton import backend, spmv
 from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
-from tests.helpers import bits, replace_backend, rms_error_ratio
+from tests.helpers import bits, magnitude_mask, pack, replace_backend, rms_error_ratio
 from tests.pallas_kernels.data import WHERE, float32, jit, rows_of, specs
 from tests.pallas_kernels.lowering import lower_for_cuda
 
@@ -49,7 +49,7 @@ def test_the_library_takes_them_with_their_gradients(product, axis, interpret, m
     replace_backend(monkeypatch, "triton", multiply=Operation(multiply))
     rng = np.random.default_rng(6)
     keys = jnp.asarray(rng.standard_normal((2, 63, 64)), jnp.float16)
-    packed = mj.pack(keys, mj.magnitude_mask(keys, 0.5))
+    packed = pack(keys, magnitude_mask(keys, 0.5), slots=32)
     heads = 20 + interpret  # a shape of its own: what is jitted by itself would share one trace
     x = jnp.asarray(rng.random((2, heads, axis)), jnp.float16)
 
