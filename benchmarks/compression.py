@@ -144,7 +144,9 @@ def measure_prompts(shape: Shape, options: argparse.Namespace, bandwidth: float)
     ]
     programs = device_time.compile_all({key: job for prompt in prompts for key, job in _prompt_jobs(prompt).items()})
     for prompt in prompts:
-        nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prompt.abstract()[:2]))
+        targets, tokens, _ = prompt.abstract()
+        moved = [*tokens, *(x for rows in targets for x in (rows.bitmap, rows.payload))]
+        nbytes = sum(x.size * x.dtype.itemsize for x in moved)
         fields = {"what": "prompt", "rule": prompt.rule, "implementation": "triton", "sparsity": prompt.sparsity}
         times = {"bytes": nbytes, "copy_us": nbytes / bandwidth * 1e6, "copy_bytes_per_s": bandwidth}
         yield fields | times | attempt(functools.partial(measure_prompt, prompt, programs))
