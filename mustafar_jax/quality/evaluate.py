@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -194,7 +195,7 @@ def cache_bytes(model: Any, config: CompressionConfig, capacity: int) -> dict[st
         functools.partial(empty_cache, model, config, batch=1, capacity=capacity, dtype=jnp.bfloat16)
     )
     layers = model.config.num_layers
-    spare = _spare_slots(cache) * cache.dtype.itemsize if isinstance(cache, PackedCache) else 0
+    spare = _spare_nbytes(cache) if isinstance(cache, PackedCache) else 0
     return {
         "capacity": capacity,
         "held": cache.nbytes * layers,
@@ -203,15 +204,13 @@ def cache_bytes(model: Any, config: CompressionConfig, capacity: int) -> dict[st
     }
 
 
-def _spare_slots(cache: PackedCache) -> float:
-    """Slots that no mask fills, of rules whose rows are unequal."""
-    config = cache.config
-    kept = (1 - sparsity for sparsity in config.true_sparsity(cache.head_dim))
+def _spare_nbytes(cache: PackedCache) -> float:
+    """Bytes of slots that no mask fills, of rules whose rows are unequal."""
     spare = 0.0
-    for store, fraction in zip((cache.keys, cache.values), kept, strict=True):
-        if store.packed.bitmap is not None:
-            rows = store.packed.bitmap.size * 32 / cache.head_dim
-            spare += rows * (store.packed.slots - fraction * cache.head_dim)
+    for store, sparsity in zip((cache.keys, cache.values), cache.config.true_sparsity(cache.head_dim), strict=True):
+        rows = store.packed
+        free = rows.slots - (1 - sparsity) * rows.head_dim
+        spare += math.prod(rows.leading) * rows.padded_length * free * rows.payload.dtype.itemsize
     return spare
 
 
