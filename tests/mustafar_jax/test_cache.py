@@ -31,6 +31,10 @@ HEADS = 2 * KV_HEADS
 QUERY = jnp.asarray(np.random.default_rng(10).standard_normal((BATCH, CAPACITY, HEADS, HEAD_DIM)), jnp.float32)
 QUERY *= jnp.exp(jnp.linspace(-2, 2, HEAD_DIM))  # of unequal channels
 
+MIXED = ("dense", "recommended", "dense keys", "no window", "pruned in 8 bits")
+"""Of CONFIGS, those that have among them every part that a cache may have."""
+EVERY_PART = pytest.mark.parametrize("name", [*MIXED, *exhaustive(*(name for name in CONFIGS if name not in MIXED))])
+
 
 @jax.jit
 def prefill_jit(cache, key, value, lengths=None):
@@ -122,7 +126,7 @@ def test_holds_what_the_rule_says(name, seed, prompts, steps):
             assert not held[length:].any()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@EVERY_PART
 def test_past_capacity_nothing_is_written(name):
     key, value = sequences(0)
     lengths = jnp.array([CAPACITY, CAPACITY - 2])
@@ -139,7 +143,7 @@ def test_past_capacity_nothing_is_written(name):
     assert again.overflow.tolist() == [False, False]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@EVERY_PART
 def test_one_compilation_serves_all_steps(name):
     key, value = sequences(1)
     step = jax.jit(lambda *arguments: append(*arguments), donate_argnums=0)  # a cache of compilations of its own
@@ -173,7 +177,7 @@ def test_without_lengths_a_prompt_is_whole():
     assert cache.lengths.tolist() == [40, 40]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@EVERY_PART
 def test_lengths_out_of_range_under_jit_count_as_the_nearest_and_are_flagged(name):
     key, value = (x[:, :80] for x in sequences(5))
     cache = prefill_jit(empty(CONFIGS[name]), key, value, jnp.array([200, -5]))

@@ -17,7 +17,7 @@ from mustafar_jax.generation import DENSE, text
 from mustafar_jax.quality.forcing import compare, hidden_states
 from tests.helpers import exhaustive
 
-LENGTH, PROMPT, SCORED = 832, 512, 64  # of a text's last tokens; two groups are packed while decoding
+LENGTH, PROMPT, SCORED = 832, 256, 64  # of a text's last tokens; two groups are packed while decoding
 DECLARATION = pathlib.Path(__file__).parents[2] / "examples" / "declaration.txt"
 # Written for this test, so the model cannot know it by heart, as it may know the Declaration.
 CONTINUATION = """

@@ -85,7 +85,7 @@ CASES = {
     "centred, 16 query heads": Case(64, BF16, 16, 0.5, 0.7, 230, 2, RAGGED[:3], kv_heads=2, centred=True),
     "centred, all held": Case(64, F16, 3, 0.7, 0.01, 230, 2, RAGGED, centred=True),
 }
-FURTHER = ["1000 rows", "centred, 2 query heads", "centred, 7 query heads"]
+FURTHER = ["1000 rows", "centred, 2 query heads", "centred, 7 query heads", "centred, 16 query heads"]
 """Each differs from another case in a size or two, and compiles for seconds."""
 
 

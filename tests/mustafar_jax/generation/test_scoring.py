@@ -13,6 +13,7 @@ import mustafar_jax as mj
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, prefill, prefill_prompt, scoring
+from tests.helpers import exhaustive
 from tests.mustafar_jax.generation.setting import (
     CAPACITY,
     CONFIGS,
@@ -92,7 +93,7 @@ def makers(model, configs, capacity):
     return [model.init_cache(config, batch=4, capacity=capacity).__getitem__ for config in configs]
 
 
-@pytest.mark.parametrize("count", [1, 33, 98])
+@pytest.mark.parametrize("count", [1, 98, *exhaustive(33)])
 def test_tokens_in_blocks_pass_as_one_by_one_through_every_cache(llama, count):
     """Of no given token, those of one block, and of three blocks and one more; after prompts of four lengths."""
     continuation = jnp.asarray(np.random.default_rng(4).integers(0, VOCABULARY, (4, count)))
