@@ -6,7 +6,16 @@ import functools
 import numpy as np
 
 from mustafar_jax.models import rope
-from mustafar_jax.models.fields import is_above_zero, is_at_least_zero, is_flag, is_size, is_token
+from mustafar_jax.models.fields import (
+    A_LENGTH,
+    A_SIZE,
+    is_above_zero,
+    is_at_least_zero,
+    is_flag,
+    is_length,
+    is_size,
+    is_token,
+)
 from mustafar_jax.models.rope import RopeScaling
 
 _SIZES = (
@@ -17,7 +26,6 @@ _SIZES = (
     "num_heads",
     "num_kv_heads",
     "head_dim",
-    "max_position_embeddings",
 )
 
 
@@ -44,14 +52,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            self._check(name, is_size(getattr(self, name)), "a positive integer")
+            self._check(name, is_size(getattr(self, name)), A_SIZE)
+        self._check("max_position_embeddings", is_length(self.max_position_embeddings), A_LENGTH)
         self._check("rms_norm_eps", is_at_least_zero(self.rms_norm_eps), "a number of at least 0")
         self._check("rope_theta", is_above_zero(self.rope_theta), "a number above 0")
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             self._check(name, is_flag(getattr(self, name)), "True or False")
-        self._check("eos_ids", all(map(is_token, self.eos_ids)), "integers of at least 0")
+        self._check("eos_ids", all(map(is_token, self.eos_ids)), "integers from 0 to 2**31 - 1")
         window = self.sliding_window
-        self._check("sliding_window", window is None or is_size(window), "a positive integer, or None")
+        self._check("sliding_window", window is None or is_size(window), f"{A_SIZE}, or None")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of channels")
         if self.num_heads % self.num_kv_heads:

@@ -9,27 +9,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from mustafar_jax.models.config import ModelConfig
-from mustafar_jax.models.fields import MISSING, Field, is_at_least_zero, is_flag, is_size, is_tokens
+from mustafar_jax.models.fields import MISSING, Field, is_at_least_zero, is_flag, is_tokens, length, size
 from mustafar_jax.models.rope import read_rope, rope_problems
 
-_SIZE = "a positive integer"
 _FLAG = Field("true or false", is_flag, default=False)
 
 LLAMA_FIELDS: Mapping[str, Field] = {
-    "vocab_size": Field(_SIZE, is_size),
-    "hidden_size": Field(_SIZE, is_size),
-    "intermediate_size": Field(_SIZE, is_size),
-    "num_hidden_layers": Field(_SIZE, is_size),
-    "num_attention_heads": Field(_SIZE, is_size),
-    "num_key_value_heads": Field(_SIZE, is_size, default=None, nullable=True),
-    "head_dim": Field(_SIZE, is_size, default=None, nullable=True),
-    "max_position_embeddings": Field(_SIZE, is_size, default=2048),
+    "vocab_size": size(),
+    "hidden_size": size(),
+    "intermediate_size": size(),
+    "num_hidden_layers": size(),
+    "num_attention_heads": size(),
+    "num_key_value_heads": size(None, nullable=True),
+    "head_dim": size(None, nullable=True),
+    "max_position_embeddings": length(2048),
     "rms_norm_eps": Field("a number of at least 0", is_at_least_zero, default=1e-6),
     "tie_word_embeddings": _FLAG,
     "attention_bias": _FLAG,
     "mlp_bias": _FLAG,
     "sliding_window": Field("null: Llama attends to all tokens", lambda value: value is None, default=None),
-    "eos_token_id": Field("an integer of at least 0, or a list of such", is_tokens, default=2, nullable=True),
+    "eos_token_id": Field("an integer from 0 to 2**31 - 1, or a list of such", is_tokens, default=2, nullable=True),
 }
 """What transformers' LlamaConfig holds, with its defaults; the rotary embedding is read by `rope`."""
 

@@ -9,7 +9,10 @@ from typing import Any, TypeGuard
 MISSING = object()
 """The default of a field that has none: a file must state it."""
 
-_INT32 = 2**31
+A_SIZE = "a positive integer below 2**31"
+A_LENGTH = "a positive integer below 2**63"
+
+_INT32, _INT64 = 2**31, 2**63
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,13 @@ class Field:
 
 
 def is_size(value: object) -> bool:
-    """Whether it is an integer that an axis, or a position, can be: 1 to 2^31 - 1. True and False are no integers."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _INT32
+    """Whether it is an integer that an axis can be, 1 to 2^31 - 1. True and False are no integers."""
+    return is_token(value) and value > 0
+
+
+def is_length(value: object) -> bool:
+    """Whether it is a number of positions, 1 to 2^63 - 1. No array is as long: some files mean that there is no end."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _INT64
 
 
 def is_token(value: object) -> TypeGuard[int]:
@@ -76,3 +84,13 @@ def is_at_least_zero(value: Any) -> bool:
 def is_flag(value: object) -> bool:
     """Whether it is True or False."""
     return isinstance(value, bool)
+
+
+def size(default: Any = MISSING, *, nullable: bool = False) -> Field:
+    """A field that `is_size`."""
+    return Field(A_SIZE, is_size, default, nullable)
+
+
+def length(default: Any = MISSING) -> Field:
+    """A field that `is_length`."""
+    return Field(A_LENGTH, is_length, default)

@@ -42,14 +42,13 @@ def read_config_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | No
 
 
 def _no_config(folder: Path) -> str:
-    found = [
-        path.relative_to(folder) for pattern in ("*/", "snapshots/*/") for path in folder.glob(f"{pattern}config.json")
+    """What to say of a folder without config.json: other paths that were meant, or what lies there instead."""
+    inner = [
+        path for pattern in ("*", "snapshots/*") for path in folder.glob(pattern) if (path / "config.json").exists()
     ]
-    if gguf := _names(folder.glob("*.gguf")):
-        return f"{folder} has no config.json, but {gguf}: give the path of one of these files"
-    if found:
-        return f"{folder} has no config.json, but {', '.join(sorted(map(str, found)))}: give the path of that folder"
-    others = _names(path for pattern in (*_OTHER_WEIGHTS, "params.json") for path in folder.glob(pattern))
+    if meant := sorted(str(path.relative_to(folder)) for path in [*inner, *folder.glob("*.gguf")]):
+        return f"{folder} has no config.json, but {', '.join(meant)}: give the path of one of these"
+    others = _names(file for pattern in (*_OTHER_WEIGHTS, "params.json") for file in folder.glob(pattern))
     return f"{folder} has no config.json" + (f", but {others}; Hugging Face's layout is wanted" if others else "")
 
 

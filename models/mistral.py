@@ -5,17 +5,15 @@ from typing import Any
 
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.config_json import LLAMA_FIELDS, read_config_json
-from mustafar_jax.models.fields import Field, is_size
+from mustafar_jax.models.fields import Field, length, size
 from mustafar_jax.models.llama import Llama
-
-_SIZE = "a positive integer"
 
 # What transformers' MistralConfig holds. Where a file leaves the window out it is v0.1's; later versions say null.
 MISTRAL_FIELDS: Mapping[str, Field] = {
     **{name: field for name, field in LLAMA_FIELDS.items() if name not in ("attention_bias", "mlp_bias")},
-    "num_key_value_heads": Field(_SIZE, is_size, default=8, nullable=True),
-    "max_position_embeddings": Field(_SIZE, is_size, default=131072),
-    "sliding_window": Field(_SIZE, is_size, default=4096, nullable=True),
+    "num_key_value_heads": size(8, nullable=True),
+    "max_position_embeddings": length(131072),
+    "sliding_window": size(4096, nullable=True),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mustafar_jax.models.fields import Field, is_above_zero, is_size
+from mustafar_jax.models.fields import Field, is_above_zero, length
 
 DEFAULT_THETA = 10000.0
 
@@ -55,7 +55,6 @@ def _llama3_kept_share(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 # What config.json says
 
 _NUMBER = Field("a number above 0", is_above_zero)
-_LENGTH = Field("a positive integer", is_size)
 _KINDS: Mapping[str, Mapping[str, Field]] = {
     "default": {},
     "linear": {"factor": _NUMBER},
@@ -63,7 +62,7 @@ _KINDS: Mapping[str, Mapping[str, Field]] = {
         "factor": _NUMBER,
         "low_freq_factor": _NUMBER,
         "high_freq_factor": _NUMBER,
-        "original_max_position_embeddings": _LENGTH,
+        "original_max_position_embeddings": length(),
     },
 }
 """The fields that each `rope_type` computes with."""

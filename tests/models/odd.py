@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -25,11 +26,61 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mustafar_jax import models
+from mustafar_jax.models import LazyTensor, ModelConfig
 from tests.models.reference import TINY, forward, random_model, random_tokens, torch_logits
 
 TOKENS = random_tokens(1, 24)
 SINGLE = "model.safetensors"
 ONE_LAYER: dict[str, Any] = {**TINY, "num_hidden_layers": 1}
+
+
+SMALL = ModelConfig(
+    vocab_size=10, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+    max_position_embeddings=32,
+)  # fmt: skip
+HF_SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 10,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def small_arrays() -> dict[str, np.ndarray]:
+    """Weights for SMALL by Hugging Face name, all numbers different."""
+    layer = {
+        "self_attn.q_proj": (16, 8),
+        "self_attn.k_proj": (8, 8),
+        "self_attn.v_proj": (8, 8),
+        "self_attn.o_proj": (8, 16),
+        "mlp.gate_proj": (12, 8),
+        "mlp.up_proj": (12, 8),
+        "mlp.down_proj": (8, 12),
+        "input_layernorm": (8,),
+        "post_attention_layernorm": (8,),
+    }
+    shapes = {"model.embed_tokens.weight": (10, 8), "model.norm.weight": (8,), "lm_head.weight": (10, 8)}
+    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def lazy(arrays: dict[str, np.ndarray]) -> dict[str, LazyTensor]:
+    """Arrays as tensors of a checkpoint; each read copies."""
+    return {name: LazyTensor(array.shape, functools.partial(np.copy, array)) for name, array in arrays.items()}
+
+
+def write_small(folder: Path, arrays: dict[str, np.ndarray] | None = None, **fields: Any) -> Path:
+    """A checkpoint of SMALL."""
+    save_arrays(small_arrays() if arrays is None else arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(HF_SMALL | fields))
+    return folder
 
 
 def _made(kind: str) -> PreTrainedModel:
@@ -104,9 +155,10 @@ def theirs(folder: Path) -> Outcome:
     """What transformers makes of a folder; weights that it had to make up are an error."""
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, output_loading_info=True, use_safetensors=True, local_files_only=True
             )
+            model, report = loaded
             logits = torch_logits(model.eval(), TOKENS)
     except Exception as error:  # whatever it is: nothing came of it
         return Outcome(error=f"{type(error).__name__}: {error}")

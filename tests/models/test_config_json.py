@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from mustafar_jax.models import Llama, Mistral
+from mustafar_jax import models
+from mustafar_jax.models import Llama, Mistral, RopeScaling
 from mustafar_jax.models.config_json import LLAMA_FIELDS, ONLY
 from mustafar_jax.models.mistral import MISTRAL_FIELDS
 from tests.models import odd
@@ -225,13 +226,15 @@ MINIMAL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 16,
 }
-NO_SIZE = [True, False, "8", 8.5, 8.0, -1, 0, 2**31, 10**30, [8], {}, float("nan")]
+NO_LENGTH = [True, False, "8", 8.5, 8.0, -1, 0, 2**63, 10**30, [8], {}, float("nan")]
+NO_SIZE = [*NO_LENGTH, 2**31]
 NO_NUMBER = [True, "1.0", -1.0, float("inf"), float("nan"), 10**400, [1.0], {}]
 NO_FLAG = [0, 1, "false", None, []]
 NO_TOKENS = [2.0, -1, True, "2", [2, -1], [2.5], [None], 2**31, {}]
 BAD: dict[str, list[Any]] = {
     **dict.fromkeys(["num_key_value_heads", "head_dim"], NO_SIZE),
-    **{name: [*NO_SIZE, None] for name in (*MINIMAL, "max_position_embeddings")},
+    **{name: [*NO_SIZE, None] for name in MINIMAL},
+    "max_position_embeddings": [*NO_LENGTH, None],
     **dict.fromkeys(["tie_word_embeddings", "attention_bias", "mlp_bias"], NO_FLAG),
     "rms_norm_eps": [*NO_NUMBER, None],
     "eos_token_id": NO_TOKENS,
@@ -257,7 +260,7 @@ def test_numbers_out_of_range_are_named(family, name):
 )
 def test_rope_numbers_out_of_range_are_named(name, spelling):
     rope = {**LLAMA3, "original_max_position_embeddings": 16}
-    for value in NO_SIZE if name.startswith("original") else [*NO_NUMBER, 0, None]:
+    for value in NO_LENGTH if name.startswith("original") else [*NO_NUMBER, 0, None]:
         with pytest.raises(ValueError, match=rf"{name}=.* must be a (number above 0|positive integer)"):
             Llama.read_config(MINIMAL | {spelling: rope | {name: value}})
 
@@ -292,3 +295,47 @@ def test_a_required_field_that_is_missing_is_named_beside_what_is_wrong():
     fields = {name: value for name, value in MINIMAL.items() if name != "vocab_size"} | {"hidden_act": "relu"}
     with pytest.raises(ValueError, match="vocab_size is missing; hidden_act='relu', supported: 'silu'"):
         Llama.read_config(fields)
+
+
+# What is refused
+
+
+def test_a_config_s_fields_are_read():
+    scaling = {"type": "linear", "factor": 2}
+    fields = odd.HF_SMALL | {"rope_theta": 7, "rope_scaling": scaling, "attention_bias": True}
+    config = Llama.read_config(fields)
+    assert config.rope_theta == 7
+    assert config.rope_scaling == RopeScaling("linear", 2.0)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 4)
+    assert (config.attention_bias, config.mlp_bias, config.sliding_window) == (True, False, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', supported: 'silu'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic', supported: 'default', 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn', supported: 'default'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing beside rope_type='linear'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, supported: 1.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5, supported: 1.0"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=.*supported: the same for all"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is present"),
+        ({"vocab_size": None}, "vocab_size=None must be a positive integer"),
+        ({"hidden_act": "relu", "vocab_size": None}, "vocab_size=None must be a positive integer .*; hidden_act='relu'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral'"),
+        ({"model_type": None}, "model_type=None in config.json"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures=\['LlamaForSequenceClassification'\]"),
+        ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
+        ({"head_dim": 5}, "head_dim=5 must be even"),
+        ({"hidden_size": "8"}, "hidden_size='8' must be a positive integer"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 must be a positive integer"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor=0 must be a number above 0"),
+        ({"sliding_window": 9}, "sliding_window=9 must be null: Llama"),
+        ({"model_type": "qwen2"}, "model_type='qwen2' in config.json, supported: 'llama', 'mistral'"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_layers=2147483647 is more than the checkpoint's 21 tensors hold"),
+    ],
+)
+def test_what_is_not_supported_is_named(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        models.load(odd.write_small(tmp_path, **fields))
