@@ -1,12 +1,9 @@
 """Checkpoints: Hugging Face folders, hub ids and GGUF files, streamed tensor by tensor into a model."""
 
-import collections
 import dataclasses
-import functools
-import json
+import logging
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,13 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from mustafar_jax.cache.checks import check_dtype
 from mustafar_jax.models.config import ModelConfig
+from mustafar_jax.models.folder import open_safetensors, read_config_files
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
-from mustafar_jax.models.tensors import LazyTensor
+from mustafar_jax.models.tensors import EMBEDDING, HEAD, LazyTensor, is_harmless
 
 MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral}
 """The model class of each `model_type` of config.json."""
@@ -31,10 +28,8 @@ MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral}
 MESH_AXES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
 """Which mesh axis a logical axis of the parameters is split over; the others are whole on every device."""
 
-# Non-weights that checkpoints carry: RoPE frequencies, which follow from the config.
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
+_log = logging.getLogger("mustafar_jax")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 
 M = TypeVar("M", bound=Llama)
 Progress = Callable[[int, int], object]
@@ -70,8 +65,9 @@ def load(
     if path.is_file():
         return _load_gguf(path, dtype, mesh, progress)
     folder = path if path.is_dir() else _download(source, ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"])
-    fields = _read_json(folder / "config.json")
-    model_class, config = _read_config(folder, fields)
+    fields, generation = read_config_files(folder)
+    model_class = _model_class(fields)
+    config = model_class.read_config(fields, generation)
     tensors, stored_dtype = open_safetensors(folder)
     if dtype is None:
         dtype = _stated_dtype(fields) or stored_dtype
@@ -83,7 +79,10 @@ def load_config(source: str | os.PathLike[str]) -> ModelConfig:
     """Read a model's description alone: of a folder its config.json, of a .gguf file its header, and no weights.
 
     Args:
-        source: as `load` takes it; of a hub id only config.json and generation_config.json are fetched.
+        source: as `load` takes it; of a hub id only the files that end in config.json are fetched.
+
+    Returns:
+        The description. A head that differs from the embedding it is said to be tied to shows in the weights alone.
 
     Raises:
         FileNotFoundError: nothing is there, or no config.json.
@@ -94,8 +93,9 @@ def load_config(source: str | os.PathLike[str]) -> ModelConfig:
         from mustafar_jax.models.gguf import open_gguf  # not every caller has such a file
 
         return open_gguf(path)[0]
-    folder = path if path.is_dir() else _download(source, ["config.json", "generation_config.json"])
-    return _read_config(folder, _read_json(folder / "config.json"))[1]
+    folder = path if path.is_dir() else _download(source, ["*config.json"])
+    fields, generation = read_config_files(folder)
+    return _model_class(fields).read_config(fields, generation)
 
 
 def _local(source: str | os.PathLike[str]) -> Path:
@@ -131,9 +131,12 @@ def load_weights(
     """
     dtype = _check_dtype(dtype)
     mesh = None if mesh is None else _check_mesh(mesh)
+    if config.num_layers > len(tensors):  # before as many are made
+        raise ValueError(f"num_layers={config.num_layers} is more than the checkpoint's {len(tensors)} tensors hold")
+    config, tensors = _settle_head(config, tensors)
     graph, state = nnx.split(_abstract_model(model_class, config, dtype))
     parameters = {_stored_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    _check_fit({name: _stored_shape(variable) for name, (_, variable) in parameters.items()}, tensors, config)
+    _check_fit({name: _stored_shape(variable) for name, (_, variable) in parameters.items()}, tensors)
     total = sum(math.prod(variable.shape) * dtype.itemsize for _, variable in parameters.values())
     done = 0
     loaded = []
@@ -146,6 +149,24 @@ def load_weights(
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
+def _settle_head(
+    config: ModelConfig, tensors: Mapping[str, LazyTensor]
+) -> tuple[ModelConfig, Mapping[str, LazyTensor]]:
+    """Whether a head that is said to be tied to the embedding is, and the tensors without one that is.
+
+    As in transformers: either of the two stands for both, and a head with other numbers is a head of its own.
+    """
+    if not config.tie_word_embeddings or HEAD not in tensors:
+        return config, tensors
+    headless = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    if EMBEDDING not in tensors:
+        return config, headless | {EMBEDDING: tensors[HEAD]}
+    if np.array_equal(_read(EMBEDDING, tensors[EMBEDDING]), _read(HEAD, tensors[HEAD])):
+        return config, headless
+    _log.warning("tie_word_embeddings is true, but %s differs from %s: each is used as it is", HEAD, EMBEDDING)
+    return dataclasses.replace(config, tie_word_embeddings=False), tensors
+
+
 def _abstract_model(model_class: type[M], config: ModelConfig, dtype: np.dtype[Any]) -> M:
     """The model with shapes in place of weights."""
     # Tracing every layer's initialisers takes seconds for a deep model; all layers are alike, so one is traced.
@@ -154,59 +175,6 @@ def _abstract_model(model_class: type[M], config: ModelConfig, dtype: np.dtype[A
     model.layers = nnx.List([nnx.clone(model.layers[0]) for _ in range(config.num_layers)])
     model.config = config
     return model
-
-
-def open_safetensors(folder: Path) -> tuple[dict[str, LazyTensor], str]:
-    """The tensors of a Hugging Face folder, by name, and the dtype that most of them have; none is read.
-
-    Raises:
-        FileNotFoundError: no safetensors, or files that the index names are missing (all of them named).
-        ValueError: a damaged file, or tensors that do not hold floating-point numbers (all of them named).
-    """
-    tensors: dict[str, LazyTensor] = {}
-    kinds: dict[str, str] = {}
-    for file in _safetensors_files(folder):
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dict
-                    entry = opened.get_slice(name)
-                    kinds[name] = entry.get_dtype()
-                    read = functools.partial(_read_safetensor, file, name)
-                    tensors[name] = LazyTensor(tuple(entry.get_shape()), read)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short: {error}") from error
-    if refused := [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _DTYPES and not _is_extra(name)]:
-        raise ValueError(f"tensors of unsupported types, {', '.join(_DTYPES)} are supported: {', '.join(refused)}")
-    most_common = collections.Counter(kinds.values()).most_common(1)
-    return tensors, _DTYPES.get(most_common[0][0], "float32") if most_common else "float32"
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{folder} lacks files that {index.name} names: {', '.join(missing)}")
-        return files
-    if single.exists():
-        return [single]
-    found = sorted(
-        file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for file in folder.glob(pattern)
-    )
-    raise FileNotFoundError(
-        f"{folder} has neither {index.name} nor {single.name}"
-        + (f", but {', '.join(found)}; only safetensors under these names are read" if found else "")
-    )
-
-
-def _read_safetensor(file: Path, name: str) -> np.ndarray:
-    # Opened anew each time: a file that stays mapped counts with all its pages read so far as memory in use.
-    with safe_open(file, framework="numpy") as opened:
-        return opened.get_tensor(name)
 
 
 def _stored_name(path: tuple[Any, ...]) -> str:
@@ -231,22 +199,20 @@ def _axes(variable: nnx.Variable[Any]) -> tuple[str, ...]:
     return variable.get_metadata()["out_sharding"]
 
 
-def _is_extra(name: str) -> bool:
-    return bool(_HARMLESS.search(name))
-
-
-def _check_fit(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], config: ModelConfig) -> None:
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    missing = [name for name in wanted if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted and name not in ignored and not _is_extra(name)]
-    misshaped = [
-        f"{name} {tensors[name].shape}, wanted {shape}"
-        for name, shape in wanted.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    groups = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    if any(groups.values()):
-        lines = [f"  {what}: {', '.join(names)}" for what, names in groups.items() if names]
+def _check_fit(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor]) -> None:
+    groups = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted and not is_harmless(name)],
+        "of another shape": [
+            f"{name} {tensors[name].shape}, wanted {shape}"
+            for name, shape in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    }
+    lines = [f"  {what}: {', '.join(names)}" for what, names in groups.items() if names]
+    if groups["missing"] == [HEAD]:
+        lines.append("  a model whose head is its embedding says tie_word_embeddings: true in config.json")
+    if lines:
         raise ValueError("the checkpoint's tensors do not fit the model:\n" + "\n".join(lines))
 
 
@@ -288,21 +254,16 @@ def _check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
         raise ValueError(*error.args) from None
 
 
-def _read_config(folder: Path, fields: Mapping[str, Any]) -> tuple[type[Llama], ModelConfig]:
-    """The model class and its description that config.json's fields, and generation_config.json, give."""
-    model_class = _model_class(fields)
-    generation = folder / "generation_config.json"
-    return model_class, model_class.read_config(fields, _read_json(generation) if generation.exists() else None)
-
-
 def _model_class(fields: Mapping[str, Any]) -> type[Llama]:
     kind = fields.get("model_type")
     model_class = MODELS.get(kind) if isinstance(kind, str) else None
     if model_class is None:
         raise ValueError(f"model_type={kind!r} in config.json, supported: {', '.join(map(repr, MODELS))}")
-    architectures = fields.get("architectures") or [model_class.architecture]
-    if architectures != [model_class.architecture]:
-        raise ValueError(f"{architectures=} in config.json, supported: {[model_class.architecture]}")
+    headless = model_class.architecture.replace("ForCausalLM", "Model")
+    supported = [model_class.architecture], [headless]
+    architectures = fields.get("architectures") or supported[0]
+    if architectures not in supported:
+        raise ValueError(f"{architectures=} in config.json, supported: {' and '.join(map(str, supported))}")
     return model_class
 
 
@@ -310,20 +271,10 @@ def _stated_dtype(fields: Mapping[str, Any]) -> str | None:
     """The dtype that config.json states, in transformers 5's spelling or the older one."""
     stated = fields.get("dtype") or fields.get("torch_dtype")
     if stated is not None and stated not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype={stated!r} in config.json, supported: 'bfloat16', 'float16', 'float32'")
+        raise ValueError(
+            f"dtype={stated!r} in config.json, supported: 'bfloat16', 'float16', 'float32'; pass one of them as dtype"
+        )
     return stated
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, an object is wanted")
-    return content
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from mustafar_jax.models.config import ModelConfig, RopeScaling
+from mustafar_jax.models.config import ModelConfig
+from mustafar_jax.models.gguf_config import ROPE_FACTORS, read_gguf_config
 from mustafar_jax.models.tensors import LazyTensor
 
 _MAGIC = b"GGUF"
@@ -73,11 +74,6 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
-
-# Control tokens that end a turn of a chat. Many files name one end token alone, though the model ends with several.
-_TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
-_CONTROL_TOKEN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +142,13 @@ def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Lazy
     _check_architecture(header)
     _check_tensors(header)
     try:
-        config = _model_config(header)
+        config = _read_config(header)
     except ValueError as error:
         raise ValueError(f"{str(header.path)!r}: {error}") from error
     tensors = {
         _hugging_face_name(tensor.name): _lazy_tensor(header.path, tensor, config)
         for tensor in header.tensors.values()
-        if tensor.name != _ROPE_FACTORS
+        if tensor.name != ROPE_FACTORS
     }
     return config, tensors
 
@@ -302,148 +298,10 @@ def _kind_name(kind: GGMLQuantizationType | int) -> str:
     return kind.name if isinstance(kind, GGMLQuantizationType) else f"type {kind}"
 
 
-def _model_config(header: GGUFHeader) -> ModelConfig:
-    keys = _Keys(header.metadata)
-    num_heads = keys.integer("attention.head_count")
-    hidden_size = keys.integer("embedding_length")
-    num_layers = keys.integer("block_count")
-    intermediate_size = keys.integer("feed_forward_length")
-    max_position_embeddings = keys.integer("context_length")
-    rms_norm_eps = keys.number("attention.layer_norm_rms_epsilon")
-    keys.check_missing()
-    rope_theta = keys.number("rope.freq_base", 10000.0)
-    head_dim = _head_dim(keys, hidden_size, num_heads)
-    return ModelConfig(
-        vocab_size=_vocab_size(header),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=rms_norm_eps,
-        rope_theta=rope_theta,
-        rope_scaling=_rope_scaling(header, keys, rope_theta, head_dim),
-        sliding_window=keys.integer("attention.sliding_window", 0) or None,
-        tie_word_embeddings="output.weight" not in header.tensors,
-        attention_bias="blk.0.attn_q.bias" in header.tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
-        eos_ids=_eos_ids(header.metadata),
-    )
-
-
-class _Keys:
-    """The `llama.*` metadata; a missing key counts as 0 until `check_missing` reports all of them at once."""
-
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.metadata = metadata
-        self.missing: list[str] = []
-
-    def error(self, key: str, message: str) -> ValueError:
-        return ValueError(f"llama.{key} {message}")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.metadata.get(f"llama.{key}", default)
-        if value is None:
-            self.missing.append(f"llama.{key}")
-            return 0
-        if isinstance(value, list):  # one number for each layer
-            if len(set(value)) != 1:
-                raise self.error(key, f"differs between layers ({value}); one value for all is supported")
-            return value[0]
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, f"is {value!r}, it must be an integer")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, f"is {value!r}, it must be a number")
-        # The shortest decimal of the stored float32, which is what the model's own configuration says: 1e-05.
-        return float(str(np.float32(value)))
-
-    def check_missing(self) -> None:
-        if self.missing:
-            raise ValueError(f"metadata are missing: {', '.join(self.missing)}")
-
-
-def _head_dim(keys: _Keys, hidden_size: int, num_heads: int) -> int:
-    if num_heads <= 0:
-        raise keys.error("attention.head_count", f"is {num_heads}, it must be positive")
-    head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        value = keys.integer(key, head_dim)
-        if value != head_dim:
-            raise keys.error(key, f"is {value}, it must be the head_dim, {head_dim}")
-    return head_dim
-
-
-def _vocab_size(header: GGUFHeader) -> int:
-    """The embedding's rows, which some files pad beyond the tokens that their metadata counts."""
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ValueError("the tensor 'token_embd.weight' is missing")
-    return embedding.shape[0]
-
-
-def _eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end a text, a turn or a message, as named by id or by their well-known text."""
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens, kinds = metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ())
-    ids += [
-        index
-        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == _CONTROL_TOKEN and token in _TURN_ENDS
-    ]
-    return tuple(dict.fromkeys(index for index in ids if isinstance(index, int)))
-
-
-def _rope_scaling(header: GGUFHeader, keys: _Keys, rope_theta: float, head_dim: int) -> RopeScaling | None:
-    linear = _linear_scaling(keys)
-    if _ROPE_FACTORS not in header.tensors:
-        return linear
-    if linear is not None:
-        raise ValueError(f"linear RoPE scaling and {_ROPE_FACTORS!r} are both there; one at a time is supported")
-    scaling = _llama3_scaling(_read_tensor(header.path, header.tensors[_ROPE_FACTORS]), rope_theta, head_dim)
-    if scaling is None:
-        raise ValueError(
-            f"the frequency factors in {_ROPE_FACTORS!r} are not those of Llama 3 (low_freq_factor 1, "
-            "high_freq_factor 4, original context 8192); no others are supported"
-        )
-    return None if scaling.factor == 1 else scaling
-
-
-def _llama3_scaling(divisors: np.ndarray, rope_theta: float, head_dim: int) -> RopeScaling | None:
-    """The scaling that divides the frequencies by `divisors` [head_dim / 2]; None where Llama 3's does not."""
-    if not np.isfinite(divisors).all() or divisors.shape != (head_dim // 2,):
-        return None
-    # The lowest frequency is divided by the whole factor, and factors are round numbers.
-    scaling = RopeScaling("llama3", float(f"{max(1.0, divisors.max()):.5g}"))
-    expected = _llama3_divisors(scaling, rope_theta, head_dim)
-    return scaling if np.allclose(divisors.astype(np.float64), expected, rtol=1e-4, atol=0) else None
-
-
-def _llama3_divisors(scaling: RopeScaling, rope_theta: float, head_dim: int) -> np.ndarray:
-    """What Llama 3.1's scaling divides each of the head_dim / 2 frequencies by; float64."""
-    wavelengths = 2 * np.pi * rope_theta ** (np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling.original_max_position_embeddings / wavelengths
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return 1 / (kept + (1 - kept) / scaling.factor)
-
-
-def _linear_scaling(keys: _Keys) -> RopeScaling | None:
-    # Files from before 2024 say `scale_linear`; a factor without a type is a linear one.
-    factor = keys.number("rope.scaling.factor", 0.0) or keys.number("rope.scale_linear", 0.0)
-    kind = keys.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise keys.error("rope.scaling.type", f"is {kind!r}; supported are 'none' and 'linear'")
-    return RopeScaling("linear", factor) if kind == "linear" and factor not in (0.0, 1.0) else None
+def _read_config(header: GGUFHeader) -> ModelConfig:
+    factors = header.tensors.get(ROPE_FACTORS)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    return read_gguf_config(header.metadata, shapes, None if factors is None else _read_tensor(header.path, factors))
 
 
 def _hugging_face_name(name: str) -> str:

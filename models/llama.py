@@ -25,6 +25,7 @@ from mustafar_jax.blocks import extend
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
+from mustafar_jax.models.config_json import LLAMA_FIELDS, read_config_json
 from mustafar_jax.rope import rotate
 
 FEED_FORWARD_TOKENS = 16384
@@ -215,7 +216,7 @@ class Llama(nnx.Module):
     @classmethod
     def read_config(cls, fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
         """The description that config.json (and generation_config.json) gives; ValueError for what is unsupported."""
-        return ModelConfig.from_hugging_face(fields, generation)
+        return read_config_json(LLAMA_FIELDS, fields, generation)
 
     def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Logits of whole sequences, without a cache.

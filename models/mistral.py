@@ -1,11 +1,20 @@
 """Mistral in Flax NNX: Llama's computation, with the sliding window that v0.1 has and v0.2 and v0.3 do not."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from mustafar_jax.models.config import ModelConfig
+from mustafar_jax.models.config_json import LLAMA_FIELDS, read_config_json
+from mustafar_jax.models.fields import Field, length, size
 from mustafar_jax.models.llama import Llama
+
+# What transformers' MistralConfig holds. Where a file leaves the window out it is v0.1's; later versions say null.
+MISTRAL_FIELDS: Mapping[str, Field] = {
+    **{name: field for name, field in LLAMA_FIELDS.items() if name not in ("attention_bias", "mlp_bias")},
+    "num_key_value_heads": size(8, nullable=True),
+    "max_position_embeddings": length(131072),
+    "sliding_window": size(4096, nullable=True),
+}
 
 
 class Mistral(Llama):
@@ -20,9 +29,4 @@ class Mistral(Llama):
     @classmethod
     def read_config(cls, fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
         """The description that config.json (and generation_config.json) gives; ValueError for what is unsupported."""
-        # What a file leaves out has the value that transformers' MistralConfig gives it: a window of 4096 as in v0.1.
-        # Later versions say null.
-        defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-        fields = {**defaults, **fields, "attention_bias": False, "mlp_bias": False}
-        config = super().read_config(fields, generation)
-        return dataclasses.replace(config, sliding_window=fields["sliding_window"])
+        return read_config_json(MISTRAL_FIELDS, fields, generation)

@@ -1,9 +1,24 @@
-"""Tensors of a checkpoint, whatever its format."""
+"""Tensors of a checkpoint, whatever its format: what each is called, and which are the same numbers."""
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# A tensor of every checkpoint: what stands before it is the prefix of all.
+_ANCHOR = "layers.0.input_layernorm.weight"
+# Non-weights that checkpoints carry: RoPE frequencies, which follow from the config.
+_HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
+_PARTS = frozenset({"embed_tokens", "layers", "norm"})
+# What PyTorch's wrappers put into names: torch.compile, activation checkpointing, FSDP.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,3 +27,30 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor of this name is no weight, and may be left unread."""
+    return bool(_HARMLESS.search(name))
+
+
+def with_usual_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Call tensors as transformers' models with a head do: "model.layers.0. ...", "lm_head.weight".
+
+    Models saved without their head lack the "model."; wrappers of PyTorch put parts of their own into names, or before
+    all of them ("module.", "_orig_mod.", "base_model.model."). Names come back as they are where it is not plain what
+    they stand for.
+    """
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in tensors}
+    anchors = [name.removesuffix(_ANCHOR) for name in plain.values() if name.endswith(_ANCHOR)]
+    if len(anchors) != 1:
+        return dict(tensors)
+    usual = {_usual_name(name, anchors[0]): tensors[original] for original, name in plain.items()}
+    return usual if len(usual) == len(tensors) else dict(tensors)
+
+
+def _usual_name(name: str, prefix: str) -> str:
+    if name.endswith(HEAD) and prefix.startswith(name.removesuffix(HEAD)):
+        return HEAD
+    inner = name.removeprefix(prefix)
+    return f"model.{inner}" if name.startswith(prefix) and inner.split(".")[0] in _PARTS else name

@@ -14,62 +14,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from mustafar_jax import models
-from mustafar_jax.models import LazyTensor, Llama, Mistral, ModelConfig, RopeScaling, load_weights
-from mustafar_jax.models.checkpoint import open_safetensors
+from mustafar_jax.models import LazyTensor, Llama, Mistral, load_weights
+from mustafar_jax.models.folder import open_safetensors
+from tests.models.odd import HF_SMALL, SMALL, lazy, small_arrays, write_small
 from tests.models.reference import TINY, TOLERANCE, forward, random_model, random_tokens, torch_logits
-
-SMALL = ModelConfig(
-    vocab_size=10, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
-    max_position_embeddings=32,
-)  # fmt: skip
-HF_SMALL = {
-    "model_type": "llama",
-    "vocab_size": 10,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 32,
-    "rms_norm_eps": 1e-5,
-}
-
-
-def small_arrays():
-    """Weights for SMALL by Hugging Face name, all numbers different."""
-    layer = {
-        "self_attn.q_proj": (16, 8),
-        "self_attn.k_proj": (8, 8),
-        "self_attn.v_proj": (8, 8),
-        "self_attn.o_proj": (8, 16),
-        "mlp.gate_proj": (12, 8),
-        "mlp.up_proj": (12, 8),
-        "mlp.down_proj": (8, 12),
-        "input_layernorm": (8,),
-        "post_attention_layernorm": (8,),
-    }
-    shapes = {"model.embed_tokens.weight": (10, 8), "model.norm.weight": (8,), "lm_head.weight": (10, 8)}
-    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
-    rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-
-
-def lazy(arrays):
-    return {name: LazyTensor(array.shape, functools.partial(np.copy, array)) for name, array in arrays.items()}
-
-
-def write_small(folder, arrays=None, **fields):
-    """A checkpoint of SMALL."""
-    save_file(small_arrays() if arrays is None else arrays, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(HF_SMALL | fields))
-    return folder
 
 
 def weights_of(model):
@@ -182,71 +136,9 @@ def test_progress_is_reported_in_bytes_of_the_model(tmp_path):
 def test_harmless_extra_tensors_are_ignored(tmp_path):
     arrays = small_arrays() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     models.load(write_small(tmp_path, arrays))
-    model, _ = models.load(write_small(tmp_path, arrays, tie_word_embeddings=True))
-    assert not hasattr(model, "lm_head")
 
 
-# Folders that do not hold what they should
-
-
-def test_no_config(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
-        models.load(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '"llama"'])
-def test_a_config_that_is_no_json_object(text, tmp_path):
-    write_small(tmp_path)
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config.json (is not valid JSON|holds)"):
-        models.load(tmp_path)
-
-
-def test_weights_that_are_not_safetensors(tmp_path):
-    write_small(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors, but pytorch_model.bin; only safetensors"):
-        models.load(tmp_path)
-
-
-def test_no_weights(tmp_path):
-    write_small(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors.index.json nor model.safetensors$"):
-        models.load(tmp_path)
-
-
-def test_all_missing_shards_are_named(tmp_path):
-    reference = LlamaForCausalLM(LlamaConfig(**TINY))
-    reference.save_pretrained(tmp_path, max_shard_size="60KB")
-    shards = sorted(file.name for file in tmp_path.glob("*.safetensors"))
-    for name in shards[1:3]:
-        (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"index.json names: {shards[1]}, {shards[2]}$"):
-        models.load(tmp_path)
-
-
-def test_an_index_without_a_weight_map(tmp_path):
-    write_small(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index.json has no weight_map"):
-        models.load(tmp_path)
-
-
-@pytest.mark.parametrize("kept", [0, 5, 100, 3000, -1])
-def test_a_file_cut_short(kept, tmp_path):
-    file = write_small(tmp_path) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut short: "):
-        models.load(tmp_path)
-
-
-def test_all_tensors_of_unsupported_types_are_named(tmp_path):
-    arrays = small_arrays()
-    for name in ("model.norm.weight", "lm_head.weight"):
-        arrays[name] = arrays[name].astype(np.int8)
-    with pytest.raises(ValueError, match=r"supported: lm_head.weight \(I8\), model.norm.weight \(I8\)"):
-        models.load(write_small(tmp_path, arrays))
+# Hub ids
 
 
 def test_a_source_that_is_nothing(tmp_path, monkeypatch):
@@ -274,61 +166,6 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
     model, _ = models.load("some/model")
     assert asked == ["some/model"]
     assert type(model) is Llama
-
-
-# Configurations
-
-
-def test_a_config_s_fields_are_read():
-    scaling = {"type": "linear", "factor": 2}
-    fields = HF_SMALL | {"rope_theta": 7, "rope_scaling": scaling, "attention_bias": True, "sliding_window": 9}
-    config = Llama.read_config(fields)
-    assert config.rope_theta == 7
-    assert config.rope_scaling == RopeScaling("linear", 2.0)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 4)
-    assert (config.attention_bias, config.mlp_bias, config.sliding_window) == (True, False, None)
-
-
-@pytest.mark.parametrize(("reader", "config_class"), [(Llama, LlamaConfig), (Mistral, MistralConfig)])
-def test_defaults_are_those_of_transformers(reader, config_class):
-    required = {name: HF_SMALL[name] for name in HF_SMALL if name.endswith(("size", "layers", "attention_heads"))}
-    required |= {"hidden_size": 64, "num_attention_heads": 16}
-    config, wanted = reader.read_config(required), config_class(**required)
-    assert config.num_kv_heads == wanted.num_key_value_heads
-    assert config.head_dim == wanted.head_dim
-    assert config.max_position_embeddings == wanted.max_position_embeddings
-    assert config.rms_norm_eps == wanted.rms_norm_eps
-    assert config.rope_theta == wanted.rope_parameters["rope_theta"]
-    assert config.tie_word_embeddings == wanted.tie_word_embeddings
-    assert config.sliding_window == getattr(wanted, "sliding_window", None)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu', supported: 'silu'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic', supported: 'default', 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn', supported: 'default'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing beside rope_type='linear'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, supported: 1.0"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5, supported: 1.0"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=.*supported: the same for all"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is present"),
-        ({"vocab_size": None}, "vocab_size is missing"),
-        ({"hidden_act": "relu", "vocab_size": None}, "vocab_size is missing; hidden_act='relu'"),
-        ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral'"),
-        ({"model_type": None}, "model_type=None in config.json"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures=\['LlamaForSequenceClassification'\]"),
-        ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
-        ({"head_dim": 5}, "head_dim=5 must be even"),
-        ({"hidden_size": "8"}, "hidden_size='8' must be a positive integer"),
-        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 must be a positive integer"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor=0.0 must be above 0"),
-    ],
-)
-def test_what_is_not_supported_is_named(fields, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        models.load(write_small(tmp_path, **fields))
 
 
 # Tensors

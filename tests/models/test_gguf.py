@@ -8,9 +8,10 @@ from gguf import GGMLQuantizationType as Kind
 
 from mustafar_jax.models import gguf as gguf_module
 from mustafar_jax.models.checkpoint import load_weights
-from mustafar_jax.models.config import ModelConfig, RopeScaling
+from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.gguf import open_gguf, read_header
 from mustafar_jax.models.llama import Llama
+from mustafar_jax.models.rope import RopeScaling
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 40, 64, 96, 2, 4, 2, 16
 
@@ -146,6 +147,7 @@ def test_config(tmp_path):
         ),
         ({"llama.rope.scale_linear": 2.0}, {"rope_scaling": RopeScaling("linear", 2.0)}),
         ({"tokenizer.ggml.eos_token_id": 7, "tokenizer.ggml.eot_token_id": 9}, {"eos_ids": (7, 9)}),
+        ({"tokenizer.ggml.eos_token_id": 2**32 - 1, "tokenizer.ggml.eot_token_id": VOCAB}, {"eos_ids": ()}),
         (
             {
                 "tokenizer.ggml.eos_token_id": 2,
@@ -250,6 +252,14 @@ def test_two_kinds_of_rope_scaling_are_refused(tmp_path):
         ({"llama.rope.freq_base": "big"}, r"rope\.freq_base is 'big', it must be a number"),
         ({"llama.rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn'; supported are"),
         ({"general.alignment": 0}, "general.alignment is 0"),
+        ({"llama.attention.causal": False}, r"llama\.attention\.causal is False, supported: True"),
+        ({"llama.attention.scale": 0.5}, r"llama\.attention\.scale is 0\.5, supported: 0"),
+        ({"llama.logit_scale": 8.0}, r"llama\.logit_scale is 8\.0, supported: 0, 1"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, r"llama\.rope\.scaling\.attn_factor is 2\.0, supported: 1"),
+        ({"llama.rope.freq_base": 0.0}, r"rope_theta=0\.0 must be a number above 0"),
+        ({"llama.rope.scaling.factor": -2.0}, r"factor=-2\.0 must be a number above 0"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, r"rms_norm_eps=nan must be a number of at least 0"),
+        ({"llama.context_length": 0}, r"max_position_embeddings=0 must be a positive integer"),
     ],
 )
 def test_metadata_errors(tmp_path, changes, message):
