@@ -28,6 +28,7 @@ MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral}
 MESH_AXES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
 """Which mesh axis a logical axis of the parameters is split over; the others are whole on every device."""
 
+_MANY_LAYERS = 1000
 _log = logging.getLogger("mustafar_jax")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -79,7 +80,7 @@ def load_config(source: str | os.PathLike[str]) -> ModelConfig:
     """Read a model's description alone: of a folder its config.json, of a .gguf file its header, and no weights.
 
     Args:
-        source: as `load` takes it; of a hub id only the files that end in config.json are fetched.
+        source: as `load` takes it; of a hub id only config.json and generation_config.json are fetched.
 
     Returns:
         The description. A head that differs from the embedding it is said to be tied to shows in the weights alone.
@@ -93,7 +94,7 @@ def load_config(source: str | os.PathLike[str]) -> ModelConfig:
         from mustafar_jax.models.gguf import open_gguf  # not every caller has such a file
 
         return open_gguf(path)[0]
-    folder = path if path.is_dir() else _download(source, ["*config.json"])
+    folder = path if path.is_dir() else _download(source, ["config.json", "generation_config.json"])
     fields, generation = read_config_files(folder)
     return _model_class(fields).read_config(fields, generation)
 
@@ -131,7 +132,7 @@ def load_weights(
     """
     dtype = _check_dtype(dtype)
     mesh = None if mesh is None else _check_mesh(mesh)
-    if config.num_layers > len(tensors):  # before as many are made
+    if config.num_layers > max(_MANY_LAYERS, len(tensors)):  # before as many are made, and named one by one
         raise ValueError(f"num_layers={config.num_layers} is more than the checkpoint's {len(tensors)} tensors hold")
     config, tensors = _settle_head(config, tensors)
     graph, state = nnx.split(_abstract_model(model_class, config, dtype))
