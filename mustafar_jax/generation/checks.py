@@ -47,13 +47,13 @@ def check_tokens(model: Any, tokens: Any) -> jax.Array:
         raise ValueError(
             f"tokens holds {given.min()} .. {given.max()}; the vocabulary is 0 .. {model.config.vocab_size - 1}"
         )
-    return jnp.asarray(given, jnp.int32)
+    return jax.device_put(given.astype(np.int32))
 
 
 def check_prompt_lengths(lengths: ArrayLike | Sequence[int] | None, batch: int, longest: int) -> jax.Array:
     """Lengths of prompts as int32 [batch], 1 .. longest; `longest` each if None."""
     given = None if lengths is None else numbers("lengths", lengths, f"integers [{batch}]")
-    return check_lengths(given, batch, longest, shortest=1)
+    return jax.device_put(np.asarray(check_lengths(given, batch, longest, shortest=1), np.int32))
 
 
 def check_config(config: Any) -> CompressionConfig:
@@ -100,7 +100,7 @@ def numbers(name: str, given: Any, wanted: str, *, text: str = "", ragged: str =
     if isinstance(given, jax.core.Tracer):
         raise TypeError(f"{name} is traced; wanted {wanted}: call this outside of jit, it compiles what it runs")
     try:
-        array = np.asarray(given)
+        array = np.asarray(jax.device_get(given))
     except ValueError as error:
         raise ValueError(f"{name} has rows of several lengths; wanted {wanted}" + (ragged and f": {ragged}")) from error
     except TypeError as error:  # of an array of jax.random keys
