@@ -84,6 +84,19 @@ def check_number(name: str, value: Any) -> float:
     return float(given)
 
 
+def not_finite(model: Any, steps: Mapping[str, int] | None = None) -> str:
+    """That a model's logits are not finite, in words.
+
+    Args:
+        model: the model.
+        steps: the first step at which they were not, by the name of each sequence; step 1 gives the first new token.
+    """
+    where = ", ".join(f"of {name} from step {step} on" for name, step in (steps or {}).items())
+    is_half = getattr(model, "dtype", None) == jnp.float16
+    hint = "; float16 holds no number beyond 65504: try bfloat16" if is_half else ""
+    return f"the model's logits are not finite{where and ': those '}{where}{hint}"
+
+
 def numbers(name: str, given: Any, wanted: str, *, text: str = "", ragged: str = "") -> np.ndarray:
     """The argument as an array of numbers, of whatever shape.
 

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from mustafar_jax.backends.registry import Implementation, Names
 from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation.checks import check_integer
+from mustafar_jax.generation.checks import check_integer, not_finite
 from mustafar_jax.generation.prefill import embed, prefill_layer
 from mustafar_jax.generation.protocols import BlockLayer, Layer, Model, Progress
 from mustafar_jax.generation.request import check_caches, check_texts
@@ -49,7 +49,8 @@ def log_likelihoods(
 
     Raises:
         ValueError, TypeError: as `generate` does, and a prompt_length outside its range; after the work, where values
-            of a text needed more than `config.v_slots`.
+            of a text needed more than `config.v_slots`, and where the model's logits are not finite, with the texts
+            and the steps from which on.
         NotImplementedError: as `generate` does.
     """
     texts = check_texts(model, tokens, config, implementation, progress)
@@ -71,7 +72,11 @@ def log_likelihoods(
     [hidden], [overflow] = forced_states(model, [caches.__getitem__], prompt, lengths, continuation, how, progress)
     if rows := np.flatnonzero(jax.device_get(overflow)).tolist():
         raise ValueError(f"v_slots={texts.config.v_slots} holds fewer entries than values of texts {rows} need")
-    return _log_probabilities(model, hidden, continuation)
+    found = _log_probabilities(model, hidden, continuation)
+    unknown = np.isnan(jax.device_get(found))
+    if broken := {f"text {row}": int(unknown[row].argmax()) + 1 for row in np.flatnonzero(unknown.any(axis=1))}:
+        raise ValueError(not_finite(model, broken))
+    return found
 
 
 class PassLayer(Protocol):
