@@ -63,7 +63,7 @@ class Attention(nnx.Module):
 
     def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """Append a few tokens to each sequence, and attend from each: hidden [B, n, D] -> [B, n, D]."""
-        positions = cache.lengths[:, None] + jnp.arange(hidden.shape[1])
+        positions = cache.lengths[:, None] + jnp.arange(hidden.shape[1])[None]
         query, key, value = self._project(hidden, positions[..., None])
         attended, cache = extend(cache, query, key, value, sliding_window=self.config.sliding_window)
         return self.o_proj(attended), cache

@@ -100,7 +100,7 @@ def _prefill(
     window: int | None,
     chosen: Candidates,
 ) -> jax.Array:
-    valid = jnp.arange(query.shape[1]) < lengths[:, None]
+    valid = jnp.arange(query.shape[1])[None] < lengths[:, None]
     value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
     out: jax.Array = registry.run("attend_prompt", PromptAttention(query, key, value, scale, window), chosen)
     return out

@@ -42,7 +42,7 @@ def extend(
     if query.shape[1] > cache.config.group:
         raise ValueError(f"query has {query.shape[1]} tokens; at most group={cache.config.group} are taken at a time")
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    position = cache.lengths[:, None] + jnp.arange(query.shape[1])
+    position = cache.lengths[:, None] + jnp.arange(query.shape[1])[None]
     columns = jnp.arange(cache.capacity)[None]
     if isinstance(cache, DenseCache):
         grown = _extend_dense(cache, key, value)
@@ -57,7 +57,7 @@ def extend(
     full = cache.write_tokens(key, value, query, cache.lengths, filled)
     after = full.pack_oldest(packed).write_tokens(key, value, query, cache.lengths, position[:, -1] + 1)
     leaves = (after.packed_lengths > packed)[:, None]
-    group = cache.config.sink_tokens + packed[:, None] + jnp.arange(cache.config.group)
+    group = cache.config.sink_tokens + packed[:, None] + jnp.arange(cache.config.group)[None]
     in_group = leaves & (columns >= group[:, :1]) & (columns <= group[:, -1:])
     of_cache = _visible(position, columns, sliding_window) & ~(early[..., None] & in_group[:, None])
     of_group = _visible(position, group, sliding_window) & early[..., None] & leaves[..., None]
@@ -71,7 +71,7 @@ def extend(
 
 def _extend_dense(cache: DenseCache, key: jax.Array, value: jax.Array) -> DenseCache:
     lengths = cache.lengths + key.shape[1]
-    index = (jnp.arange(cache.capacity) - cache.lengths[:, None])[..., None, None]  # of the token for each place
+    index = (jnp.arange(cache.capacity)[None] - cache.lengths[:, None])[..., None, None]  # of the token for each place
 
     def written(held: jax.Array, new: jax.Array) -> jax.Array:
         given = jnp.take_along_axis(new, index, axis=1, mode="clip")

@@ -132,7 +132,7 @@ class CompressionConfig:
         They follow the sinks, come in whole groups, and leave at least `residual_length` tokens dense behind them.
         """
         groups = (length - self.sink_tokens - self.residual_length) // self.group
-        return groups * (groups > 0) * self.group
+        return (groups + abs(groups)) // 2 * self.group  # 0 where there are fewer than none
 
     @property
     def key_method(self) -> Method:

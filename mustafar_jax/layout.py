@@ -50,13 +50,18 @@ def deinterleave(payload: jax.Array) -> jax.Array:
 def to_words(mask: jax.Array) -> jax.Array:
     """Bool [..., H] -> uint32 [..., H / 32]: channel c is bit c % 32 of word c // 32."""
     bits = mask.reshape(*mask.shape[:-1], mask.shape[-1] // WORD, WORD).astype(jnp.uint32)
-    return jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    return jnp.sum(bits << _channels(bits.ndim), axis=-1, dtype=jnp.uint32)
 
 
 def to_mask(words: jax.Array) -> jax.Array:
     """The inverse of `to_words`."""
-    bits = words[..., None] >> jnp.arange(WORD, dtype=jnp.uint32) & 1
+    bits = words[..., None] >> _channels(words.ndim + 1) & 1
     return bits.astype(bool).reshape(*words.shape[:-1], words.shape[-1] * WORD)
+
+
+def _channels(rank: int) -> jax.Array:
+    """uint32 [1, ..., 32]: the channels of a word."""
+    return lax.broadcast_to_rank(jnp.arange(WORD, dtype=jnp.uint32), rank)
 
 
 def compress(entries: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +88,7 @@ def compress(entries: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array
 
 def expand(slots: jax.Array, words: jax.Array) -> jax.Array:
     """The inverse of `compress`: [..., slots] and bitmap words [..., H / 32] -> [..., H], zero where none is held."""
-    below = words[..., None] & ((jnp.uint32(1) << jnp.arange(WORD, dtype=jnp.uint32)) - 1)
+    below = words[..., None] & ((jnp.uint32(1) << _channels(words.ndim + 1)) - 1)
     counts = lax.population_count(words).astype(jnp.int32)
     before = jnp.cumsum(counts, axis=-1) - counts
     rank = before[..., None] + lax.population_count(below).astype(jnp.int32)

@@ -188,7 +188,7 @@ class Packing:
 
     def taken(self, source: jax.Array) -> jax.Array:
         """The tokens [B, K, rows, H] of a source that leave."""
-        row = (self.first[:, None] + jnp.arange(self.rows))[:, :, None, None]
+        row = (self.first[:, None] + jnp.arange(self.rows)[None])[:, :, None, None]
         if self.head_axis == 1:
             return jnp.take_along_axis(source, row.swapaxes(1, 2), axis=2)
         return jnp.take_along_axis(source, row, axis=1).swapaxes(1, 2)

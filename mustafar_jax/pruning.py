@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 RECENT = 32
@@ -16,7 +17,11 @@ RECENT = 32
 WEIGHING = 512
 """The most recent queries of a prompt that entries of keys are weighed by."""
 
-_BITS_OF = {jnp.dtype(jnp.bfloat16): jnp.uint16, jnp.dtype(jnp.float16): jnp.uint16, jnp.dtype(jnp.float32): jnp.uint32}
+_BITS_OF: dict[np.dtype[Any], type[np.unsignedinteger[Any]]] = {
+    jnp.dtype(jnp.bfloat16): np.uint16,
+    jnp.dtype(jnp.float16): np.uint16,
+    jnp.dtype(jnp.float32): np.uint32,
+}
 
 
 def check_sparsity(name: str, sparsity: float) -> None:
@@ -216,9 +221,9 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     if x.dtype not in _BITS_OF:
         raise TypeError(f"x has dtype {x.dtype}; wanted bfloat16, float16 or float32")
     unsigned = _BITS_OF[x.dtype]
-    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, x.dtype), unsigned)
-    bits = lax.bitcast_convert_type(x, unsigned) & jnp.array(jnp.iinfo(unsigned).max >> 1, unsigned)
-    return jnp.minimum(bits, infinity + jnp.array(1, unsigned))
+    infinity = np.array(np.inf, x.dtype).view(unsigned)  # as numpy has it: jax would report it under jax_debug_infs
+    bits = lax.bitcast_convert_type(x, unsigned) & unsigned(jnp.iinfo(unsigned).max >> 1)
+    return jnp.minimum(bits, infinity + unsigned(1))
 
 
 def largest(bits: jax.Array, count: int) -> jax.Array:
@@ -238,8 +243,8 @@ def kth_largest(bits: jax.Array, k: int) -> jax.Array:
     """
     highest = jnp.iinfo(bits.dtype).bits - 2  # the sign's bit is always clear
 
-    def step(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        candidate = threshold | (jnp.array(1, bits.dtype) << (highest - i).astype(bits.dtype))
+    def step(i: jax.Array | int, threshold: jax.Array) -> jax.Array:  # an integer under `jax.disable_jit`
+        candidate = threshold | (jnp.array(1, bits.dtype) << jnp.asarray(highest - i, bits.dtype))
         reached = jnp.sum(bits >= candidate, axis=-1, keepdims=True) >= k
         return jnp.where(reached, candidate, threshold)
 

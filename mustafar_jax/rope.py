@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def rotate(x: jax.Array, positions: jax.Array, inv_freq: jax.Array) -> jax.Array:
@@ -15,6 +16,7 @@ def rotate(x: jax.Array, positions: jax.Array, inv_freq: jax.Array) -> jax.Array
     Returns:
         float32 [..., H].
     """
+    positions, inv_freq = lax.broadcast_to_rank(positions, x.ndim - 1), lax.broadcast_to_rank(inv_freq, x.ndim)
     angles = positions[..., None].astype(jnp.float32) * inv_freq.astype(jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

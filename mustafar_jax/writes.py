@@ -38,7 +38,7 @@ def _by_slices(axis: int, array: jax.Array, update: jax.Array, start: jax.Array)
 
 def _by_scatter(axis: int, array: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
     batch = jnp.arange(start.shape[0])[:, None]
-    rows = start[:, None] + jnp.arange(update.shape[axis])
+    rows = start[:, None] + jnp.arange(update.shape[axis])[None]
     index = (batch, *[slice(None)] * (axis - 1), rows)
     moved = jnp.moveaxis(update, axis, 1)  # where a slice stands between them, indexed axes come first
     return array.at[index].set(moved, mode="drop", unique_indices=True)

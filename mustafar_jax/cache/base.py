@@ -198,7 +198,7 @@ def prefill(
     cache._check_prompt_queries(query, key.shape[:2])
     if key.shape[1] > cache.capacity:
         raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
-    given = check_lengths(lengths, batch, key.shape[1])
+    given = jnp.asarray(check_lengths(lengths, batch, key.shape[1]))
     lengths = jnp.clip(given, 0, key.shape[1])  # under jit they are not known to lie there
     part = cache if rows is None else jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)
     part = part._prefill(key, value, lengths, query, packers)

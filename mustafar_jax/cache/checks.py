@@ -11,22 +11,23 @@ from jax.typing import ArrayLike, DTypeLike
 
 def check_lengths(
     lengths: ArrayLike | Sequence[int] | None, batch: int, longest: int, *, shortest: int = 0
-) -> jax.Array:
-    """Lengths as int32 [batch], `longest` each if None.
+) -> np.ndarray | jax.Array:
+    """Lengths as int32 [batch], `longest` each if None; a numpy array unless they are traced.
 
     Raises ValueError for another shape, a dtype that is not integer, or (where concrete) a value outside
     [shortest, longest].
     """
     if lengths is None:
-        return jnp.full(batch, longest, jnp.int32)
+        return np.full(batch, longest, np.int32)
     given = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if given.shape != (batch,) or not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(f"lengths is {given.dtype}{list(given.shape)}; wanted integers [{batch}]")
-    if not isinstance(given, jax.core.Tracer):
-        given = np.asarray(given)
-        if given.min() < shortest or given.max() > longest:
-            raise ValueError(f"lengths={given.tolist()} must lie in {shortest} .. {longest}")
-    return jnp.asarray(given, jnp.int32)
+    if isinstance(given, jax.core.Tracer):
+        return given.astype(jnp.int32)
+    given = np.asarray(given)
+    if given.min() < shortest or given.max() > longest:
+        raise ValueError(f"lengths={given.tolist()} must lie in {shortest} .. {longest}")
+    return given.astype(np.int32)
 
 
 def check_rows(rows: ArrayLike | Sequence[int], batch: int) -> int:

@@ -24,7 +24,7 @@ class DenseCache(LayerCache):
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
-        held = (jnp.arange(self.capacity) < self.lengths[:, None])[..., None, None]
+        held = (jnp.arange(self.capacity)[None] < self.lengths[:, None])[..., None, None]
         return jnp.where(held, self.key, 0), jnp.where(held, self.value, 0), self.lengths
 
     @staticmethod
@@ -40,7 +40,7 @@ class DenseCache(LayerCache):
     def _prefill(
         self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, packers: Candidates
     ) -> Self:
-        held = (jnp.arange(key.shape[1]) < lengths[:, None])[..., None, None]
+        held = (jnp.arange(key.shape[1])[None] < lengths[:, None])[..., None, None]
         return dataclasses.replace(
             self,
             key=self.key.at[:, : key.shape[1]].set(jnp.where(held, key, 0)),

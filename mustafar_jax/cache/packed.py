@@ -251,7 +251,7 @@ class PackedCache(LayerCache):
             queries=self._with_query(query, fits),
             keys=Store(dense[0], self.keys.packed),
             values=Store(dense[1], self.values.packed),
-            lengths=self.lengths + fits,
+            lengths=self.lengths + fits.astype(jnp.int32),
             overflow=self.overflow | ~fits,
         )
         return written.pack_oldest(self.packed_lengths, packers)

@@ -47,12 +47,12 @@ class Ring:
 
         A sequence's length or more where there is none.
         """
-        slots = jnp.arange(self.slots, dtype=jnp.int32)
+        slots = jnp.arange(self.slots, dtype=jnp.int32)[None]
         return layout.position_of_slot(slots, packed[:, None], self.sinks, self.size)
 
     def newest(self, lengths: jax.Array) -> jax.Array:
         """int32 [B, slots]: the last token that each slot has come to hold, of sequences of these lengths; or -1."""
-        last, slot = lengths[:, None] - 1, jnp.arange(self.slots)
+        last, slot = lengths[:, None] - 1, jnp.arange(self.slots)[None]
         in_ring = last - (last - slot) % self.size
         sink = jnp.where(slot <= last, slot, -1)
         return jnp.where(slot < self.sinks, sink, jnp.where(in_ring >= self.sinks, in_ring, -1))

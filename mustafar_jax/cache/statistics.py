@@ -31,18 +31,18 @@ def frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim:
 
 def mean_key(config: CompressionConfig, key: jax.Array, lengths: jax.Array, inv_freq: tuple[float, ...]) -> jax.Array:
     """float32 [B, K, H]: the mean, before RoPE, of a prompt's keys [B, S, K, H] but for the sinks and the window."""
-    position = jnp.arange(key.shape[1])
+    position = jnp.arange(key.shape[1])[None]
     last = lengths[:, None] - config.residual_length
     counted = (position >= config.sink_tokens) & (position < last)
-    before_rope = rotate(key, -position[:, None], jnp.asarray(inv_freq))
+    before_rope = rotate(key, -position[..., None], jnp.asarray(inv_freq))
     total = jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
-    return total / jnp.maximum(counted.sum(axis=1), 1)[:, None, None]
+    return total / jnp.maximum(counted.sum(axis=1), 1).astype(jnp.float32)[:, None, None]
 
 
 def key_weight(config: CompressionConfig, query: jax.Array, lengths: jax.Array, num_kv_heads: int) -> jax.Array:
     """float32 [B, K, H]: `query_weight` of a prompt's last queries of [B, S, N, H]; 1 where the prompt is too short."""
     recent = min(WEIGHING, query.shape[1])
-    position = lengths[:, None] - recent + jnp.arange(recent)
+    position = lengths[:, None] - recent + jnp.arange(recent)[None]
     is_long = lengths > config.sink_tokens + config.residual_length
     last = jnp.take_along_axis(query, position[:, :, None, None], axis=1, mode="clip")
     return query_weight(last, (position >= 0) & is_long[:, None], num_kv_heads)
@@ -51,7 +51,7 @@ def key_weight(config: CompressionConfig, query: jax.Array, lengths: jax.Array, 
 def query_positions(lengths: jax.Array) -> jax.Array:
     """int32 [B, 32]: the position of the query in each slot of the recent ones, negative where there is none."""
     last = lengths[:, None] - 1
-    return last - (last - jnp.arange(RECENT)) % RECENT
+    return last - (last - jnp.arange(RECENT)[None]) % RECENT
 
 
 def recent_queries(query: jax.Array, lengths: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -76,7 +76,7 @@ def attention_received(queries: jax.Array, positions: jax.Array, key: jax.Array)
     position = jnp.tile(positions, (1, group))[:, None, :, None]
     exact = queries, key.astype(jnp.float32)
     scores = jnp.einsum("bkqh,bskh->bkqs", *exact, precision=lax.Precision.HIGHEST) / math.sqrt(key.shape[-1])
-    visible = (jnp.arange(key.shape[1]) <= position) & (position >= 0)
+    visible = (jnp.arange(key.shape[1])[None, None, None] <= position) & (position >= 0)
     lowest = jnp.finfo(jnp.float32).min
     largest = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=lowest)
     weights = jnp.where(visible, jnp.exp(scores - largest), 0)

@@ -18,6 +18,7 @@ from mustafar_jax.cli.parser import add_dtype, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import text
+from mustafar_jax.generation.checks import not_finite
 
 HEADING = 60
 """Characters of a prompt that the line above its answer shows."""
@@ -61,9 +62,12 @@ def run(options: argparse.Namespace) -> None:
     if len(prompts) == 1:
         rate = _print_pieces(first, coming, flush=options.stream)
     else:
-        rate = _print_answers(prompts, tokenizer, first, coming, model.config.eos_ids)
-    _tell_of_overflow(steps.value, config)
+        times = [time.perf_counter(), *(time.perf_counter() for _ in coming)]
+        rate = _print_answers(prompts, tokenizer, steps.value, times)
+    end = steps.value
+    _tell_of_overflow(np.asarray(end.overflow), config)
     print(_summary(rate, model, config, len(prompts), tokens.shape[1] + options.max_new_tokens), file=sys.stderr)
+    _check_finite(model, end)
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -110,8 +114,8 @@ def _batch(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def _stream(
     model: Any, tokenizer: Any, tokens: np.ndarray, lengths: np.ndarray, settings: dict[str, Any]
-) -> Generator[Any, None, np.ndarray]:
-    """Of one prompt the pieces of its text, of several each step's tokens, int32 [B]; returns what overflowed."""
+) -> Generator[Any, None, generation.Generation]:
+    """Of one prompt the pieces of its text, of several each step's tokens, int32 [B]; returns the generation."""
     if len(tokens) == 1:
         return text.stream_text(model, tokenizer, tokens, **settings)
     return generation.stream(model, tokens, lengths=lengths, eos_id=model.config.eos_ids or None, **settings)
@@ -132,30 +136,20 @@ def _print_pieces(first: str, pieces: Iterable[str], *, flush: bool) -> float | 
 
 
 def _print_answers(
-    prompts: Sequence[str], tokenizer: Any, first: np.ndarray, steps: Iterable[np.ndarray], stops: Sequence[int]
+    prompts: Sequence[str], tokenizer: Any, end: generation.Generation, times: Sequence[float]
 ) -> float | None:
     """Print each prompt's answer under a line that names the prompt; tokens per second of all, or None."""
-    written, times = [first], [time.perf_counter()]
-    for step in steps:
-        written.append(step)
-        times.append(time.perf_counter())
-    answers = [_until_stop(row, stops) for row in np.stack(written, axis=1)]
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1):
+    tokens, lengths = np.asarray(end.tokens), np.asarray(end.lengths)
+    for number, (prompt, row, length) in enumerate(zip(prompts, tokens, lengths, strict=True), start=1):
         print(f"--- {number}: {_shortened(prompt)} ---")
-        print(tokenizer.decode(answer, skip_special_tokens=True))
-    return _rate(map(len, answers), times)
+        print(tokenizer.decode(row[:length], skip_special_tokens=True))
+    return _rate(lengths.tolist(), times)
 
 
 def _rate(counts: Iterable[int], times: Sequence[float]) -> float | None:
     """Tokens per second of sequences of so many tokens, which came at these times; None where there are too few."""
     # The first token comes from the prefill, and the second waits for the decode step's compilation.
     return sum(max(count - 2, 0) for count in counts) / (times[-1] - times[1]) if len(times) > 2 else None
-
-
-def _until_stop(tokens: np.ndarray, stops: Sequence[int]) -> np.ndarray:
-    """A sequence's tokens [n] up to and with the first that ends it; what follows is none of it."""
-    ends = np.flatnonzero(np.isin(tokens, stops))
-    return tokens[: ends[0] + 1] if ends.size else tokens
 
 
 def _shortened(prompt: str) -> str:
@@ -170,6 +164,13 @@ def _tell_of_overflow(overflow: np.ndarray, config: CompressionConfig) -> None:
         whose = f" of prompt {number}" if len(overflow) > 1 else ""
         what = f"a value{whose} needed more than --v-slots {config.v_slots} and lost entries"
         print(f"mustafar generate: {what}", file=sys.stderr)
+
+
+def _check_finite(model: Any, end: generation.Generation) -> None:
+    """Raise ValueError for prompts whose answers ended since there were no logits to go on from."""
+    lengths = np.asarray(end.lengths)
+    if broken := {f"prompt {row + 1}": lengths[row] + 1 for row in np.flatnonzero(~np.asarray(end.finite))}:
+        raise ValueError(not_finite(model, broken))
 
 
 def _summary(rate: float | None, model: Any, config: CompressionConfig, batch: int, capacity: int) -> str:

@@ -47,13 +47,13 @@ def check_tokens(model: Any, tokens: Any) -> jax.Array:
         raise ValueError(
             f"tokens holds {given.min()} .. {given.max()}; the vocabulary is 0 .. {model.config.vocab_size - 1}"
         )
-    return jnp.asarray(given, jnp.int32)
+    return jax.device_put(given.astype(np.int32))
 
 
 def check_prompt_lengths(lengths: ArrayLike | Sequence[int] | None, batch: int, longest: int) -> jax.Array:
     """Lengths of prompts as int32 [batch], 1 .. longest; `longest` each if None."""
     given = None if lengths is None else numbers("lengths", lengths, f"integers [{batch}]")
-    return check_lengths(given, batch, longest, shortest=1)
+    return jax.device_put(np.asarray(check_lengths(given, batch, longest, shortest=1), np.int32))
 
 
 def check_config(config: Any) -> CompressionConfig:
@@ -84,6 +84,19 @@ def check_number(name: str, value: Any) -> float:
     return float(given)
 
 
+def not_finite(model: Any, steps: Mapping[str, int] | None = None) -> str:
+    """That a model's logits are not finite, in words.
+
+    Args:
+        model: the model.
+        steps: the first step at which they were not, by the name of each sequence; step 1 gives the first new token.
+    """
+    where = ", ".join(f"of {name} from step {step} on" for name, step in (steps or {}).items())
+    is_half = getattr(model, "dtype", None) == jnp.float16
+    hint = "; float16 holds no number beyond 65504: try bfloat16" if is_half else ""
+    return f"the model's logits are not finite{where and ': those '}{where}{hint}"
+
+
 def numbers(name: str, given: Any, wanted: str, *, text: str = "", ragged: str = "") -> np.ndarray:
     """The argument as an array of numbers, of whatever shape.
 
@@ -100,7 +113,7 @@ def numbers(name: str, given: Any, wanted: str, *, text: str = "", ragged: str =
     if isinstance(given, jax.core.Tracer):
         raise TypeError(f"{name} is traced; wanted {wanted}: call this outside of jit, it compiles what it runs")
     try:
-        array = np.asarray(given)
+        array = np.asarray(jax.device_get(given))
     except ValueError as error:
         raise ValueError(f"{name} has rows of several lengths; wanted {wanted}" + (ragged and f": {ragged}")) from error
     except TypeError as error:  # of an array of jax.random keys

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation.checks import not_finite
 from mustafar_jax.generation.prefill import prefill_prompt
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.request import Request, check_request
@@ -22,24 +23,33 @@ STEPS_PER_CHECK = 16
 """Steps that `generate` takes between looks at whether all sequences have stopped: on a GPU the host waits to look."""
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "lengths", "overflow", "finite"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns.
+    """What `generate` returns. A pytree.
 
     Attributes:
         tokens: int32 [B, max_new_tokens]; 0 after a stop token.
         lengths: int32 [B], tokens up to and with the stop token, or max_new_tokens.
         overflow: bool [B], whether a value of the sequence, in any layer's cache, needed more than `config.v_slots`:
             what did not fit was missing from then on.
+        finite: bool [B], whether the model gave the sequence logits to choose each token from. Where they were NaN, or
+            the largest was infinite, the sequence ended without that token: `lengths` says after how many, and 0 stands
+            in `tokens` from there on. The other sequences go on. Numbers that overflow float16 do this, for example.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     overflow: jax.Array
+    finite: jax.Array
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["token", "finished", "overflow", "step", "caches"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["token", "finished", "lengths", "finite", "overflow", "step", "caches"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
@@ -48,13 +58,17 @@ class DecodeState:
     Attributes:
         token: int32 [B], not yet in the caches.
         finished: bool [B], whether each sequence has stopped.
+        lengths: int32 [B], tokens that each sequence has got.
+        finite: bool [B], whether each sequence had logits to choose all its tokens from.
         overflow: bool [B], whether something of it did not fit in a cache before it stopped.
-        step: int32, tokens so far.
+        step: int32, steps so far; a sequence that has not stopped got a token in each.
         caches: one per layer.
     """
 
     token: jax.Array
     finished: jax.Array
+    lengths: jax.Array
+    finite: jax.Array
     overflow: jax.Array
     step: jax.Array
     caches: Caches
@@ -114,9 +128,10 @@ def generate(
         implementation=implementation,
         progress=progress,
     )
-    state, how = _start(model, request), (request.sampling, request.stops, request.implementation)
-    written, count, state = _decode_loop(model, state, *how, request.max_new_tokens)
-    return Generation(written, count, state.overflow)
+    state, _ = _start(model, request)
+    how = request.sampling, request.stops, request.implementation
+    written, state = _decode_loop(model, state, *how, request.max_new_tokens)
+    return Generation(written, state.lengths, state.overflow, state.finite)
 
 
 def stream(
@@ -133,11 +148,14 @@ def stream(
     min_new_tokens: int = 0,
     implementation: Implementation = None,
     progress: Progress | None = None,
-) -> Generator[np.ndarray, None, np.ndarray]:
+) -> Generator[np.ndarray, None, Generation]:
     """Continue a batch of prompts, yielding each step's tokens, int32 [B], as they come.
 
     Arguments, errors and tokens are those of `generate`; the stream ends when every sequence has stopped. What the
-    generator returns then, its StopIteration's value, is `Generation.overflow`.
+    generator returns then, its StopIteration's value, is the `Generation`.
+
+    Raises:
+        ValueError: also where no sequence had logits that are finite to its end, when the stream ends.
     """
     request = check_request(
         model,
@@ -168,37 +186,64 @@ def decode_step(
     return model.logits(hidden), tuple(grown)
 
 
-def _start(model: Model, request: Request) -> DecodeState:
+Shown = tuple[jax.Array, jax.Array, jax.Array]
+"""What the host looks at after a step: tokens, int32 [B]; whether any sequence got one; whether all have stopped."""
+
+
+def _start(model: Model, request: Request) -> tuple[DecodeState, Shown]:
     """Prefill, and choose the first token."""
     batch, length = request.tokens.shape
     caches = model.init_cache(request.config, batch=batch, capacity=length + request.max_new_tokens)
     how: dict[str, Any] = {"implementation": request.implementation, "progress": request.progress}
     logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, **how)
-    step = jnp.int32(0)
-    token = choose(logits, request.sampling, request.stops, step)
-    return DecodeState(token, is_stop(token, request.stops), _overflow(caches, batch), step + 1, caches)
+    state, shown = _first(logits, [cache.overflow for cache in caches], request.sampling, request.stops)
+    return dataclasses.replace(state, caches=caches), shown
 
 
-def _steps(model: Model, request: Request) -> Generator[np.ndarray, None, np.ndarray]:
+@jax.jit
+def _first(
+    logits: jax.Array, overflow: list[jax.Array], sampling: Sampling | None, stops: Stops
+) -> tuple[DecodeState, Shown]:
+    """The state, but for the caches, after the prompts' logits [B, V] and their caches' flags [B]."""
+    zeros, never = jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), bool)
+    state = DecodeState(zeros, never, zeros, ~never, never, jnp.int32(0), ())
+    state = _advanced(state, logits, overflow, sampling, stops)
+    return state, _shown(state)
+
+
+def _steps(model: Model, request: Request) -> Generator[np.ndarray, None, Generation]:
     """What `stream` yields and returns."""
-    state = _start(model, request)
-    yield np.asarray(state.token)  # before the step is compiled
-    if request.max_new_tokens == 1 or state.finished.all():
-        return np.asarray(state.overflow)
+    tokens = np.zeros((len(request.tokens), request.max_new_tokens), np.int32)
+    for number, (latest, shown) in enumerate(_states(model, request)):
+        state = latest
+        token, wrote, finished = jax.device_get(shown)
+        if wrote:
+            tokens[:, number] = token
+            yield token
+        if finished:
+            break
+    end = Generation(jax.device_put(tokens), state.lengths, state.overflow, state.finite)
+    if not jax.device_get(end.finite).any():
+        lengths = jax.device_get(end.lengths).tolist()
+        raise ValueError(not_finite(model, {f"sequence {row}": length + 1 for row, length in enumerate(lengths)}))
+    return end
+
+
+def _states(model: Model, request: Request) -> Iterator[tuple[DecodeState, Shown]]:
+    """The states of a generation and what the host looks at; all but the first when the next is on its way."""
+    state, shown = _start(model, request)
+    yield state, shown  # before the step is compiled
+    if request.max_new_tokens == 1:
+        return
     # Flattened once, not in every step: of 32 layers that takes 2.5 ms.
     leaves, structure = jax.tree.flatten(model)
     step = functools.partial(_stream_step, leaves, structure=structure, implementation=request.implementation)
     state, shown = step(state, request.sampling, request.stops)
     for _ in range(request.max_new_tokens - 2):
-        # The next step is on its way to the device before the host waits for this one's tokens.
         state, coming = step(state, request.sampling, request.stops)
-        token, finished = jax.device_get(shown)
-        yield token
-        if finished:
-            return np.asarray(state.overflow)
+        yield state, shown
         shown = coming
-    yield np.asarray(shown[0])
-    return np.asarray(state.overflow)
+    yield state, shown
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "implementation"), donate_argnames="state")
@@ -209,29 +254,50 @@ def _stream_step(
     stops: Stops,
     structure: Any,
     implementation: Implementation,
-) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
-    """The next state of the model that is given by leaves and their structure; and what the host looks at.
-
-    That is not donated with the state: the tokens, and whether all have stopped.
-    """
+) -> tuple[DecodeState, Shown]:
+    """The next state of the model that is given by leaves and their structure; and what is not donated with it."""
     state = _step(jax.tree.unflatten(structure, leaves), state, sampling, stops, implementation)
-    return state, (state.token, state.finished.all())
+    return state, _shown(state)
+
+
+def _shown(state: DecodeState) -> Shown:
+    return state.token, (state.lengths == state.step).any(), state.finished.all()
 
 
 def _step(
     model: Model, state: DecodeState, sampling: Sampling | None, stops: Stops, implementation: Implementation
 ) -> DecodeState:
-    """The next token of every sequence; 0 for those that have stopped."""
+    """The next token of every sequence."""
     logits, caches = decode_step(model, state.token, state.caches, implementation=implementation)
-    token = jnp.where(state.finished, 0, choose(logits, sampling, stops, state.step))
+    state = _advanced(state, logits, [cache.overflow for cache in caches], sampling, stops)
+    return dataclasses.replace(state, caches=caches)
+
+
+def _advanced(
+    state: DecodeState, logits: jax.Array, overflow: list[jax.Array], sampling: Sampling | None, stops: Stops
+) -> DecodeState:
+    """The state with one more token of every sequence that has not stopped, 0 for the others; with its old caches.
+
+    Args:
+        state: before.
+        logits: float32 [B, V], of the token to come. A sequence stops where there is none to be chosen.
+        overflow: bool [B] each, whether something of a sequence did not fit in a layer's cache.
+        sampling, stops: as in `Request`.
+    """
+    is_finite = jnp.isfinite(logits.max(axis=-1))  # a model may give some tokens -inf
+    writes = ~state.finished & is_finite
+    token = jnp.where(writes, choose(logits, sampling, stops, state.step), 0)
     # What a cache is given of a sequence that has stopped is no token of it.
-    overflow = state.overflow | (_overflow(caches, len(token)) & ~state.finished)
-    return DecodeState(token, state.finished | is_stop(token, stops), overflow, state.step + 1, caches)
-
-
-def _overflow(caches: Caches, batch: int) -> jax.Array:
-    """bool [B]: whether something of a sequence did not fit in any of the caches."""
-    return functools.reduce(jnp.logical_or, (cache.overflow for cache in caches), jnp.zeros(batch, bool))
+    lost = functools.reduce(jnp.logical_or, overflow, jnp.zeros_like(state.overflow)) & ~state.finished
+    return DecodeState(
+        token=token,
+        finished=~writes | is_stop(token, stops),
+        lengths=state.lengths + writes.astype(jnp.int32),
+        finite=state.finite & (state.finished | is_finite),
+        overflow=state.overflow | lost,
+        step=state.step + 1,
+        caches=state.caches,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "max_new_tokens"), donate_argnames="state")
@@ -242,25 +308,24 @@ def _decode_loop(
     stops: Stops,
     implementation: Implementation,
     max_new_tokens: int,
-) -> tuple[jax.Array, jax.Array, DecodeState]:
-    """All steps on the device: tokens [B, max_new_tokens], their counts [B], and the state, which was donated."""
+) -> tuple[jax.Array, DecodeState]:
+    """All steps on the device: tokens [B, max_new_tokens], and the state, which was donated."""
     batch = state.token.shape[0]
     written = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(state.token)
-    Carry = tuple[DecodeState, jax.Array, jax.Array]  # noqa: N806
+    Carry = tuple[DecodeState, jax.Array]  # noqa: N806
     checks = -(-(max_new_tokens - 1) // STEPS_PER_CHECK)
     steps = -(-(max_new_tokens - 1) // max(checks, 1))  # a few more in all, perhaps: all have stopped then
 
     def unfinished(carry: Carry) -> jax.Array:
-        state, _, _ = carry
+        state, _ = carry
         return (state.step < max_new_tokens) & ~state.finished.all()
 
     def advance(_: jax.Array, carry: Carry) -> Carry:
-        state, written, count = carry
+        state, written = carry
         new = _step(model, state, sampling, stops, implementation)
         written = written.at[:, state.step].set(new.token, mode="drop")
-        finished = new.finished | (new.step >= max_new_tokens)
-        return dataclasses.replace(new, finished=finished), written, count + ~state.finished
+        return dataclasses.replace(new, finished=new.finished | (new.step >= max_new_tokens)), written
 
-    start = (state, written, jnp.ones(batch, jnp.int32))
-    state, written, count = lax.while_loop(unfinished, lambda carry: lax.fori_loop(0, steps, advance, carry), start)
-    return written, count, state
+    start = (state, written)
+    state, written = lax.while_loop(unfinished, lambda carry: lax.fori_loop(0, steps, advance, carry), start)
+    return written, state

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mustafar_jax.backends.registry import Implementation, Names, check_implementation
@@ -43,7 +44,7 @@ def prefill_prompt(
     rows, starts = _parts(*tokens.shape)
     filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
     for start in starts:
-        part, valid = (lax.dynamic_slice_in_dim(x, start, rows) for x in (tokens, lengths))
+        part, valid = _rows_from(start, (tokens, lengths), rows)
         hidden = embed(model, part)
         for i, layer in enumerate(model.layers):
             hidden, filled[i] = _prefill_rows(layer, hidden, filled[i], valid, start, names)
@@ -73,7 +74,7 @@ def prefill_layer(
     rows, starts = _parts(*hidden.shape[:2])
     parts = []
     for start in starts:
-        part, valid = (lax.dynamic_slice_in_dim(x, start, rows) for x in (hidden, lengths))
+        part, valid = _rows_from(start, (hidden, lengths), rows)
         part, cache = _prefill_rows(layer, part, cache, valid, start, names)
         parts.append(part)
     return _joined(parts, len(hidden)), cache
@@ -86,7 +87,7 @@ def _parts(batch: int, length: int) -> tuple[int, list[jax.Array]]:
     replace it by itself.
     """
     rows = _rows_at_a_time(batch, length)
-    return rows, [jnp.int32(min(start, batch - rows)) for start in range(0, batch, rows)]
+    return rows, [jax.device_put(np.int32(min(start, batch - rows))) for start in range(0, batch, rows)]
 
 
 def _rows_at_a_time(batch: int, length: int) -> int:
@@ -99,6 +100,13 @@ def _rows_at_a_time(batch: int, length: int) -> int:
 def prefilled_tokens(batch: int, length: int) -> int:
     """How many tokens of a batch of prompts [B, S] are prefilled at a time, at most; one prompt always goes whole."""
     return min(batch * length, max(PREFILL_TOKENS, length))
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _rows_from(start: jax.Array, arrays: tuple[jax.Array, jax.Array], rows: int) -> tuple[jax.Array, jax.Array]:
+    """Some rows of each array; a copy, which may be donated."""
+    first, second = (lax.dynamic_slice_in_dim(x, start, rows) for x in arrays)
+    return first, second
 
 
 def _joined(parts: list[jax.Array], batch: int) -> jax.Array:

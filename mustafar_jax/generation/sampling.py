@@ -52,7 +52,7 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 def is_stop(token: jax.Array, stops: Stops) -> jax.Array:
     """int32 [n] -> bool [n]: whether each token ends a sequence."""
-    return (token[:, None] == stops.tokens).any(axis=-1)
+    return (token[:, None] == stops.tokens[None]).any(axis=-1)
 
 
 def check_sampling(temperature: Any, top_p: Any, key: Any) -> Sampling | None:
@@ -70,9 +70,10 @@ def check_sampling(temperature: Any, top_p: Any, key: Any) -> Sampling | None:
         return None
     if key is None:
         raise ValueError(f"key=None: {temperature=} draws tokens at random, which needs a jax.random.key")
-    # XLA takes subnormal numbers for 0.
-    temperature = max(temperature, float(jnp.finfo(jnp.float32).tiny))
-    return Sampling(key, jnp.float32(temperature), jnp.float32(top_p))
+    # XLA takes subnormal numbers for 0, and may multiply by the inverse instead of dividing.
+    smallest = float(jnp.finfo(jnp.float32).tiny)
+    temperature = min(max(temperature, smallest), 1 / smallest)
+    return Sampling(key, jax.device_put(np.float32(temperature)), jax.device_put(np.float32(top_p)))
 
 
 def _check_key(key: Any) -> None:
@@ -100,4 +101,4 @@ def check_stops(model: Any, eos_id: int | Sequence[int] | None, min_new_tokens: 
         raise ValueError(f"{eos_id=} must be {wanted}")
     if given.size and not 0 <= given.min() <= given.max() < 2**31:
         raise ValueError(f"{eos_id=} must hold tokens, 0 .. 2**31 - 1")
-    return Stops(jnp.asarray(given, jnp.int32), jnp.int32(min_new_tokens))
+    return Stops(jax.device_put(given.astype(np.int32)), jax.device_put(np.int32(min_new_tokens)))

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from mustafar_jax.backends.registry import Implementation, Names
 from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation.checks import check_integer
+from mustafar_jax.generation.checks import check_integer, not_finite
 from mustafar_jax.generation.prefill import embed, prefill_layer
 from mustafar_jax.generation.protocols import BlockLayer, Layer, Model, Progress
 from mustafar_jax.generation.request import check_caches, check_texts
@@ -49,7 +49,8 @@ def log_likelihoods(
 
     Raises:
         ValueError, TypeError: as `generate` does, and a prompt_length outside its range; after the work, where values
-            of a text needed more than `config.v_slots`.
+            of a text needed more than `config.v_slots`, and where the model's logits are not finite, with the texts
+            and the steps from which on.
         NotImplementedError: as `generate` does.
     """
     texts = check_texts(model, tokens, config, implementation, progress)
@@ -64,14 +65,18 @@ def log_likelihoods(
         raise ValueError(f"tokens has shape {shape}: {length} tokens exceed the model's context of {context}")
     check_caches(model, texts, length)
     caches = model.init_cache(texts.config, batch=batch, capacity=length)
-    prompt, continuation = texts.tokens[:, :prompt_length], texts.tokens[:, prompt_length:]
-    lengths = jnp.full(batch, prompt_length, jnp.int32)
+    given = jax.device_get(texts.tokens)
+    prompt, continuation = jax.device_put((given[:, :prompt_length], given[:, prompt_length:]))
+    lengths = jax.device_put(np.full(batch, prompt_length, np.int32))
     how = functools.partial(by_tokens, names=texts.implementation)
     [hidden], [overflow] = forced_states(model, [caches.__getitem__], prompt, lengths, continuation, how, progress)
-    if overflow.any():
-        rows = np.flatnonzero(overflow).tolist()
+    if rows := np.flatnonzero(jax.device_get(overflow)).tolist():
         raise ValueError(f"v_slots={texts.config.v_slots} holds fewer entries than values of texts {rows} need")
-    return _log_probabilities(model, hidden, continuation)
+    found = _log_probabilities(model, hidden, continuation)
+    unknown = np.isnan(jax.device_get(found))
+    if broken := {f"text {row}": int(unknown[row].argmax()) + 1 for row in np.flatnonzero(unknown.any(axis=1))}:
+        raise ValueError(not_finite(model, broken))
+    return found
 
 
 class PassLayer(Protocol):
@@ -128,17 +133,30 @@ def forced_states(
         For each kind, [B, n, D], and bool [B], whether something of a sequence did not fit in a cache.
     """
     layers = list(model.layers)
-    hidden, given = embed(model, prompt), [embed(model, continuation[:, :-1])] * len(empty)
-    overflow = [jnp.zeros(len(prompt), bool)] * len(empty)
+    hidden, given = embed(model, prompt), [_embed_given(model, continuation)] * len(empty)
+    overflow = []
     for number, layer in enumerate(layers):
         caches = (make(number) for make in empty)
         hidden, given, over = pass_layer(layer, hidden, lengths, caches, given)
-        overflow = [before | now for before, now in zip(overflow, over, strict=True)]
+        overflow.append(over)
         if progress is not None:
-            jax.block_until_ready(overflow)
+            jax.block_until_ready(over)
             progress(number + 1, len(layers))
+    by_kind = zip(*overflow, strict=True)
+    return _predicting(hidden, lengths, given), [functools.reduce(jnp.logical_or, over) for over in by_kind]
+
+
+@jax.jit
+def _embed_given(model: Model, continuation: jax.Array) -> jax.Array:
+    """int32 [B, n] -> hidden [B, n - 1, D]: the last token is predicted, and given to no layer."""
+    return model.embed(continuation[:, :-1])
+
+
+@jax.jit
+def _predicting(hidden: jax.Array, lengths: jax.Array, given: list[jax.Array]) -> list[jax.Array]:
+    """The states [B, n, D] that predict: of prompts [B, S, D] the last, then those of given tokens [B, n - 1, D]."""
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return [jnp.concatenate([last, states], axis=1) for states in given], overflow
+    return [jnp.concatenate([last, states], axis=1) for states in given]
 
 
 def by_tokens(

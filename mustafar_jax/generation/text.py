@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from mustafar_jax.generation import loop
+from mustafar_jax.generation.loop import Generation
 from mustafar_jax.generation.protocols import Model
 
 T = TypeVar("T")
@@ -49,11 +50,11 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)[None]
 
 
-def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Generator[str, None, np.ndarray]:
+def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Generator[str, None, Generation]:
     """Continue one prompt, yielding the text that each step adds; '' where a character is not yet whole.
 
     Together the pieces are the text of all tokens: what is not whole when the last step has come is yielded after it.
-    What the generator returns then, its StopIteration's value, is `Generation.overflow`.
+    What the generator returns then, its StopIteration's value, is the `Generation`.
 
     Args:
         model: the model.
@@ -70,7 +71,7 @@ def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any
     return _pieces(tokenizer, steps)
 
 
-def _pieces(tokenizer: Any, stream: Generator[np.ndarray, None, np.ndarray]) -> Generator[str, None, np.ndarray]:
+def _pieces(tokenizer: Any, stream: Generator[np.ndarray, None, Generation]) -> Generator[str, None, Generation]:
     """The text that each step adds, and what is left at the end; returns what the stream does."""
     steps = Returned(stream)
     written: list[int] = []

@@ -13,7 +13,8 @@ import numpy as np
 from mustafar_jax import generation
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.quality.examples import Example
+from mustafar_jax.generation.checks import not_finite
+from mustafar_jax.quality.examples import Example, Problem
 from mustafar_jax.quality.forcing import check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap_groups
 from mustafar_jax.quality.runs import Record, Run
@@ -39,7 +40,7 @@ class Evaluator:
 
     def run(
         self, config: CompressionConfig, examples: Sequence[Example], run: Run, progress: Progress | None = None
-    ) -> None:
+    ) -> list[Problem]:
         """Evaluate the examples of which the run has no record.
 
         Args:
@@ -48,25 +49,31 @@ class Evaluator:
             run: gets the records.
             progress: called as progress(done, total) when some more of the examples are done, or a part of one.
 
+        Returns:
+            Which examples were left out, since the model's logits were not finite; they get no record.
+
         Raises:
             ValueError: two examples of one id, a prompt that leaves no room for what follows it, or values beyond a
                 cache's slots, naming the examples; records of earlier batches are kept.
         """
-        self.run_together([(config, run)], examples, progress)
+        return self.run_together([(config, run)], examples, progress)
 
     def run_together(
         self,
         runs: Sequence[tuple[CompressionConfig, Run]],
         examples: Sequence[Example],
         progress: Progress | None = None,
-    ) -> None:
-        """`run` for several configs: what they have in common, the prompts, passes the model once."""
+    ) -> list[Problem]:
+        """`run` for several configs: what they have in common, the prompts, passes the model once.
+
+        An example that is left out under one of them may have a record under another.
+        """
         counts = collections.Counter(example.id for example in examples)
         if twice := [id_ for id_, count in counts.items() if count > 1]:
             raise ValueError(f"examples have ids {twice} more than once; wanted different ones")
         missing = [run.missing(counts) for _, run in runs]
         pending = [example for example in examples if any(example.id in ids for ids in missing)]
-        done = len(examples) - len(pending)
+        done, problems = len(examples) - len(pending), []
 
         def report(more: float) -> None:
             if progress is not None:
@@ -79,8 +86,14 @@ class Evaluator:
             answers = answer([runs[i][0] for i in asked], batch, functools.partial(_times, report, len(batch)))
             for i, records in zip(asked, answers, strict=True):
                 runs[i][1].add(record for record in records if record["id"] in missing[i])
+                answered = {record["id"] for record in records}
+                problems += [self._broken(example) for example in batch if example.id in missing[i] - answered]
             done += len(batch)
             report(0)
+        return list(dict.fromkeys(problems))
+
+    def _broken(self, example: Example) -> Problem:
+        return Problem(f"example {example.id}", 0, not_finite(self.model))
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
         """Examples of one shape that stop alike, the longest first: what does not fit the memory fails at once."""
@@ -112,6 +125,7 @@ class Evaluator:
             yield [
                 {"id": example.id, "group": example.group, **example.info, "scores": _forced_scores(*tokens)}
                 for example, *tokens in zip(batch, *map(np.asarray, scores), strict=True)
+                if np.isfinite(tokens[:3]).all()
             ]
 
     def _write(
@@ -130,8 +144,8 @@ class Evaluator:
                 eos_id=sorted(stop) or None,
             )
             check_fits(config, result.overflow, [example.id for example in batch])
-            written = zip(batch, *map(np.asarray, (result.tokens, result.lengths)), strict=True)
-            yield [self._written(*each) for each in written]
+            written = zip(batch, *map(np.asarray, (result.tokens, result.lengths, result.finite)), strict=True)
+            yield [self._written(*each) for *each, is_finite in written if is_finite]
             report(done / len(configs))
 
     def _written(self, example: Example, tokens: np.ndarray, length: int) -> Record:

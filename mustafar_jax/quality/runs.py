@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -43,7 +44,7 @@ class Run:
         """Append records, each on a line of its own, and leave them on disk."""
         records = list(records)
         with open(self.folder / "records.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         self.records += records
 
     def finish(self, metrics: dict[str, Any]) -> None:
@@ -62,10 +63,20 @@ class Run:
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file whole or not at all; a number that is infinite, which JSON has none of, is null."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(file)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of infinite numbers."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def fingerprint(file: pathlib.Path) -> str:
@@ -94,10 +105,15 @@ def _read_records(file: pathlib.Path) -> list[Record]:
     return records
 
 
+def _refuse(name: str) -> None:
+    """Called for NaN and infinities, which Python's parser takes, and JSON has not."""
+    raise ValueError(f"{name} is no number of JSON's")
+
+
 def _parse(text: bytes, where: str, what: str) -> dict[str, Any]:
     """The JSON object of a text; ValueError saying where it stands and what it should be."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
     except ValueError as error:  # JSON's or UTF-8's
         raise ValueError(f"{where} is no {what}: {error}") from error
     if not isinstance(value, dict):

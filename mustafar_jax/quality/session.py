@@ -28,7 +28,7 @@ class Outcome:
     Attributes:
         metrics: by group of examples and score, as `evaluate.summarise` gives them.
         nbytes: of a cache that holds the longest example, as `evaluate.cache_bytes` gives them.
-        problems: what is wrong with the data, and was left out.
+        problems: what is wrong with the data, and which examples the model has no finite logits for: left out.
         folder: where records and metrics are.
     """
 
@@ -95,10 +95,11 @@ class Session:
             source: the model's folder, file or hub id, by which results are told from another model's.
             batch: examples at once.
             progress: called as progress(done, total), in examples.
-            warn: called, before the work, with each problem of the data.
+            warn: called with each problem: of the data before the work, of examples without finite logits after it.
 
         Raises:
-            ValueError: no example, a folder that holds records of other settings, and as `Evaluator.run` does.
+            ValueError: no example, or none with finite logits, a folder that holds records of other settings, and as
+                `Evaluator.run` does.
         """
         examples, problems = self.task.examples(
             tokenizer, self.data, model.config.max_position_embeddings, **self.options
@@ -110,7 +111,13 @@ class Session:
         if not examples:
             raise ValueError("the data and options ask for no example: nothing to evaluate")
         run = Run(self.folder, self.settings(model, source))
-        Evaluator(model, tokenizer, batch=batch).run(self.config, examples, run, progress)
+        broken = Evaluator(model, tokenizer, batch=batch).run(self.config, examples, run, progress)
+        for problem in broken:
+            if warn is not None:
+                warn(problem)
+        if len(broken) == len(examples):
+            raise ValueError(f"no example could be evaluated; {broken[0]}")
+        problems = [*problems, *broken]
         outcome = Outcome(self._metrics(examples, run), self._nbytes(model, examples), problems, self.folder)
         run.finish({"metrics": outcome.metrics, "bytes": outcome.nbytes, "problems": list(map(str, problems))})
         return outcome

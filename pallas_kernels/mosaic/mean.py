@@ -35,7 +35,7 @@ def turns(mean: Mean, plan: Plan) -> jax.Array:
     starts = mean.offset + np.arange(plan.units) * TOKENS
     positions = np.concatenate([-starts, np.arange(_QUADS) * 4, [1]]).astype(np.float32)
     pairs = np.arange(plan.pairs).reshape(-1, 4, 4).swapaxes(1, 2).reshape(-1)
-    angle = jnp.asarray(positions)[:, None] * mean.inv_freq[pairs]
+    angle = jnp.asarray(positions)[:, None] * mean.inv_freq[pairs][None]
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
 
 

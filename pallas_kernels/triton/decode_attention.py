@@ -254,13 +254,13 @@ def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.A
         Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
         `TileReader.times_table`, of H rows, a pair's cosine and its sine after each other, times _MEAN_UNIT.
     """
-    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + plan.rotations.tokens
-    angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq
+    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + plan.rotations.tokens[None]
+    angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq[None, None]
     of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
     row, token = plan.reader.table_order(plan.rotations)
-    tokens = jnp.arange(plan.tiles_per_split)[:, None] * TOKENS + token
-    angle = tokens.astype(jnp.float32) * mean.inv_freq[row >> 1]
-    of_token = _MEAN_UNIT * jnp.where(row & 1, jnp.sin(angle), jnp.cos(angle))
+    tokens = jnp.arange(plan.tiles_per_split)[:, None] * TOKENS + token[None]
+    angle = tokens.astype(jnp.float32) * mean.inv_freq[row >> 1][None]
+    of_token = _MEAN_UNIT * jnp.where(row[None] & 1, jnp.sin(angle), jnp.cos(angle))
     words = lax.bitcast_convert_type(of_token.astype(plan.reader.dtype).reshape(-1, 2), jnp.int32)
     return of_rotation.reshape(-1), words
 

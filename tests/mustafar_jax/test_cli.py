@@ -10,9 +10,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -97,6 +98,16 @@ def statistics(config, tiny):
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     dense = 2 * LAYERS * CAPACITY * KV_HEADS * HEAD_DIM * 4
     return rf"\d+\.\d tokens/s · cache {held / 1e3:.4g} kB, dense {dense / 1e3:.4g} kB \({held / dense:.1%}\)"
+
+
+@pytest.fixture
+def broken(folder, tiny):
+    """The model `broken`: `tiny`, for which the words w7 and w8 are NaN."""
+    if not (folder / "broken").exists():
+        shutil.copytree(folder / "tiny", folder / "broken")
+        tensors = load_file(folder / "tiny" / "model.safetensors")
+        tensors["model.embed_tokens.weight"][7:9] = np.nan
+        save_file(tensors, folder / "broken" / "model.safetensors", {"format": "pt"})
 
 
 # mustafar generate
@@ -192,12 +203,27 @@ def test_several_prompts_are_a_batch(run, tiny, eager):
     assert f"cache {sum(leaf.nbytes for leaf in jax.tree.leaves(caches)) / 1e3:.4g} kB" in err
 
 
-def test_the_speed_of_a_batch_counts_what_each_sequence_wrote(capsys, monkeypatch, tiny):
-    monkeypatch.setattr(generate.time, "perf_counter", iter([0.0, 10.0, 11.0, 14.0]).__next__)
-    steps = iter([np.array([2, 5]), np.array([3, 6]), np.array([9, 7])])
-    rate = generate._print_answers(["w1", "w2"], tiny[1], np.array([1, 4]), steps, [9, 6])
+def test_the_speed_of_a_batch_counts_what_each_sequence_wrote(capsys, tiny):
+    flags, tokens = jnp.zeros(2, bool), jnp.array([[1, 2, 3, 9], [4, 5, 6, 0]])
+    end = mj.Generation(tokens, jnp.array([4, 3]), flags, ~flags)
+    rate = generate._print_answers(["w1", "w2"], tiny[1], end, [0.0, 10.0, 11.0, 14.0])
     assert capsys.readouterr().out == "--- 1: w1 ---\nw1 w2 w3 w9\n--- 2: w2 ---\nw4 w5 w6\n"
     assert rate == (2 + 1) / 4
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_logits_that_are_not_finite_are_an_error(run, broken, stream):
+    status, out, err = run("generate", "--model", "broken", "--prompt", "w1 w7", "--max-new-tokens", "3", *stream)
+    message = "the model's logits are not finite: those of sequence 0 from step 1 on"
+    assert (status, out, err) == (1, "", f"mustafar generate: error: {message}\n")
+
+
+def test_of_several_prompts_the_one_without_logits_is_named_after_the_others_answers(run, broken):
+    prompts = ["--prompt", "w1 w2", "--prompt", "w1 w7"]
+    status, out, err = run("generate", "--model", "broken", *prompts, "--max-new-tokens", "2")
+    assert status == 1
+    assert re.fullmatch(r"--- 1: w1 w2 ---\nw\d+ w\d+\n--- 2: w1 w7 ---\n\n", out)
+    assert err.endswith("error: the model's logits are not finite: those of prompt 2 from step 1 on\n")
 
 
 def test_two_tokens_are_too_few_to_time(run):

@@ -41,16 +41,16 @@ def attend_packed(operands: PackedAttention) -> jax.Array:
     query, tail, lengths, window = operands.query, operands.tail, operands.lengths, operands.window
     slots, rows, sinks = tail.key.shape[2], operands.key.length, tail.sinks
     packed = operands.packed_lengths[:, None]
-    positions = layout.position_of_slot(jnp.arange(slots), packed, sinks, slots - sinks)
+    positions = layout.position_of_slot(jnp.arange(slots)[None], packed, sinks, slots - sinks)
     dense = _attend(query, tail.key, tail.value, _visible(positions, lengths, window), operands.scale)
     if rows == 0:
         return _normalise(dense)
     tile = min(TILE, rows)
 
     def see(i: jax.Array) -> jax.Array:
-        row = _tile_start(i, tile, rows) + jnp.arange(tile)
+        row = _tile_start(i, tile, rows) + jnp.arange(tile)[None]
         fresh = (row >= i * tile) & (row < packed)  # the last tile may overlap the one before
-        return fresh & _visible(sinks + row[None], lengths, window)
+        return fresh & _visible(sinks + row, lengths, window)
 
     def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
         start = _tile_start(i, tile, rows)
@@ -67,8 +67,8 @@ def attend_dense(operands: DenseAttention) -> jax.Array:
     tile = min(TILE, capacity)
 
     def see(i: jax.Array) -> jax.Array:
-        position = _tile_start(i, tile, capacity) + jnp.arange(tile)
-        return (position >= i * tile) & _visible(position[None], operands.lengths, operands.window)
+        position = _tile_start(i, tile, capacity) + jnp.arange(tile)[None]
+        return (position >= i * tile) & _visible(position, operands.lengths, operands.window)
 
     def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
         start = _tile_start(i, tile, capacity)

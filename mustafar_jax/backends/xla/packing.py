@@ -14,7 +14,7 @@ def pack(packing: Packing) -> tuple[Rows, Rows]:
     targets = packing.key.target, packing.value.target
 
     def compress() -> tuple[Rows, Rows]:
-        offset = jnp.arange(packing.rows)
+        offset = jnp.arange(packing.rows)[None]
         positions = packing.offset + packing.start[:, None] + offset
         valid = offset < packing.held[:, None]
         context = packing.context(positions, valid)

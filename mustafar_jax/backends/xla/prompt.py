@@ -20,7 +20,7 @@ def attend_prompt(operands: PromptAttention) -> jax.Array:
     def attend(start: jax.Array) -> jax.Array:
         # The last chunk is moved back to end with the prompt, so every chunk has the same shape.
         rows = jnp.minimum(start, length - chunk) + jnp.arange(chunk)
-        distance = rows[:, None] - jnp.arange(length)
+        distance = rows[:, None] - jnp.arange(length)[None]
         visible = (distance >= 0) & (distance < (length if operands.window is None else operands.window))
         part = jnp.take(query, rows, axis=1)
         mask = visible[None, None]

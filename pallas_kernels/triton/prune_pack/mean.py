@@ -26,7 +26,7 @@ def mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
         return []
     numbers: Any = np if isinstance(mean.inv_freq, np.ndarray) else jnp
     by_part = mean.inv_freq.reshape(-1, 8, 4).swapaxes(0, 1)
-    angle = (numbers.arange(BLOCK, dtype=np.float32)[:, None, None] * by_part[:, None]).reshape(8, -1, 4)
+    angle = (numbers.arange(BLOCK, dtype=np.float32)[None, :, None, None] * by_part[:, None]).reshape(8, -1, 4)
     whole = [jnp.asarray(x) for x in (mean.inv_freq, numbers.stack([numbers.cos(angle), numbers.sin(angle)]))]
     return [of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in whole)]
 

@@ -115,8 +115,8 @@ def test_tokens_are_the_same_wherever_the_loop_looks_for_stops(new):
 
 
 def test_the_loop_takes_a_known_number_of_steps_between_looks():
-    never = jnp.zeros(2, bool)
-    state = loop.DecodeState(jnp.zeros(2, jnp.int32), never, never, jnp.int32(1), ())
+    never, ones = jnp.zeros(2, bool), jnp.ones(2, jnp.int32)
+    state = loop.DecodeState(ones, never, ones, ~never, never, jnp.int32(1), ())
     stops = sampling.Stops(jnp.zeros(1, jnp.int32), jnp.int32(0))
     compiled = loop._decode_loop.lower(counting(), state, None, stops, None, 40).compile()
     assert re.findall(r'"known_trip_count":{"n":"(\d+)"}', compiled.as_text()) == ["13"]  # 39 steps in three parts
@@ -291,7 +291,7 @@ def test_a_cache_that_overflows_is_told_of(tokens, overflow):
     assert result.overflow.tolist() == overflow
     steps = Returned(mj.stream(model, prompts, **options))
     assert len(list(steps)) == 35
-    assert steps.value.tolist() == overflow
+    assert steps.value.overflow.tolist() == overflow
 
 
 @compressed

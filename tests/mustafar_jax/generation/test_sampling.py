@@ -89,6 +89,13 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_that_reach_top_p(logits, top
 nucleus = jax.jit(sampling.nucleus)
 
 
+@pytest.mark.parametrize("temperature", [3.5e38, 1e300])
+def test_a_temperature_beyond_float32_draws_all_tokens_alike_but_those_that_must_not_come(temperature):
+    options = {"temperature": temperature, "eos_id": 3, "min_new_tokens": 1}
+    probabilities = np.where(np.arange(len(LOGITS)) == 3, 0, 1 / (len(LOGITS) - 1))
+    assert_frequencies(draw(LOGITS, "rows", **options), probabilities)
+
+
 @pytest.mark.parametrize(
     "options", [{"top_p": 1e-6}, {"temperature": 1e-3}, {"temperature": 1e-30}, {"temperature": 1e-44}]
 )

@@ -200,6 +200,17 @@ def test_broken_settings_are_named(tmp_path, text):
         Run(tmp_path, {})
 
 
+def test_what_is_not_finite_is_never_written(tmp_path):
+    run = Run(tmp_path, {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.add([{"id": "a", "scores": {"loss": float("nan")}}])
+    run.finish({"perplexity": [float("inf"), 2.0]})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"perplexity": [None, 2.0]}
+    (tmp_path / "records.jsonl").write_text('{"id": "a", "scores": {"loss": NaN}}\n')
+    with pytest.raises(ValueError, match=r"records.jsonl:1 is no record: NaN is no number of JSON's"):
+        Run(tmp_path, {})
+
+
 def test_ids_must_be_different(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"examples have ids \['e1'\] more than once"):
         Evaluator(model, tokenizer).run(PUBLISHED, [*forced(), *forced()[1:2]], Run(tmp_path, {}))
@@ -219,6 +230,18 @@ def test_written_answers(model, tokenizer, tmp_path):
     assert [record["prediction"] for record in run.records] == [tokenizer.decode(row) for row in np.asarray(expected)]
     assert [record["scores"] for record in run.records] == [{"score": 1.0}] * 2
     assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["answers"] == ["x"]
+
+
+def test_answers_without_finite_logits_are_left_out(model, tokenizer, tmp_path):
+    broken = nnx.clone(model)
+    broken.embed_tokens.embedding[...] = broken.embed_tokens.embedding[...].at[95].set(jnp.nan)
+    prompts = np.where(tokens(3, 30) == 95, 0, tokens(3, 30))
+    prompts[1, 7] = 95
+    examples = [Example(f"e{i}", row, max_new_tokens=5, score=lambda text: 1.0) for i, row in enumerate(prompts)]
+    run = Run(tmp_path, {})
+    problems = Evaluator(broken, tokenizer, padding=8).run(PUBLISHED, examples, run)
+    assert list(map(str, problems)) == ["example e1: the model's logits are not finite"]
+    assert [record["id"] for record in run.records] == ["e0", "e2"]
 
 
 @pytest.mark.parametrize("order", [1, -1])

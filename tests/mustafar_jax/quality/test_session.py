@@ -79,6 +79,28 @@ def test_a_session_tells_of_bad_lines_before_the_work(model, byte_tokenizer, tmp
         )
 
 
+def test_examples_without_finite_logits_are_named_and_left_out(byte_tokenizer, tmp_path):
+    """A model for which one byte, in the second line's document alone, is NaN."""
+    model = Llama(CONFIG, dtype=jnp.float16, rngs=nnx.Rngs(0))
+    byte = byte_tokenizer.convert_tokens_to_ids("!")
+    model.embed_tokens.embedding[...] = model.embed_tokens.embedding[...].at[byte].set(jnp.nan)
+    row = {"context": "It is so.", "question": "Is it?", "choices": ["yes", "no"], "answer": 0}
+    file, told = tmp_path / "exam.jsonl", []
+    file.write_text("".join(json.dumps(each) + "\n" for each in (row, row | {"context": "It is so!"})))
+    asked = Session("choice", RECOMMENDED, data=[file], folder=tmp_path / "out")
+    outcome = asked.run(model, byte_tokenizer, source="x", warn=lambda problem: told.append(str(problem)))
+    what = "the model's logits are not finite; float16 holds no number beyond 65504: try bfloat16"
+    assert sorted(told) == [f"example exam:2:{choice}: {what}" for choice in (0, 1)]
+    assert sorted(map(str, outcome.problems)) == sorted(told)
+    assert outcome.metrics["all"]["accuracy"]["n"] == 1
+    names = [json.loads(line)["id"] for line in (asked.folder / "records.jsonl").read_text().splitlines()]
+    assert sorted(names) == ["exam:1:0", "exam:1:1"]
+    file.write_text(json.dumps(row | {"context": "It is so!"}) + "\n")
+    nothing = Session("choice", RECOMMENDED, data=[file], folder=tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no example could be evaluated; example exam:1:[01]: .* logits are not"):
+        nothing.run(model, byte_tokenizer, source="x")
+
+
 @pytest.mark.parametrize(
     ("task", "options", "error", "message"),
     [
