@@ -195,9 +195,12 @@ CLEANED_UP = [kind for kind in KINDS if kind.startswith("bytes, cleaned up")]
 
 
 @pytest.mark.parametrize("kind", CLEANED_UP)
-def test_no_letter_is_lost_where_spaces_are_cleaned_up(kind):
+@pytest.mark.parametrize(
+    "written", ["the word 'social' .", "do n't, do n ' t", "a ' .", "a ' b ' ?", "I 've 're 'm 's ' '"]
+)
+def test_no_letter_is_lost_where_spaces_are_cleaned_up(kind, written):
     tokenizer = tokenizer_of(kind)
-    tokens = tokenizer("the word 'social' .", add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
     assert "".join(write(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
