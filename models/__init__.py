@@ -5,11 +5,22 @@ import os
 # transformers is here for tokenizers and chat templates alone; it would advise whoever lacks PyTorch to install it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from mustafar_jax.models.checkpoint import load, load_config, load_weights
+from mustafar_jax.models.checkpoint import Checkpoint, load, load_config, load_weights, open_checkpoint
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
 from mustafar_jax.models.rope import RopeScaling
 from mustafar_jax.models.tensors import LazyTensor
 
-__all__ = ["LazyTensor", "Llama", "Mistral", "ModelConfig", "RopeScaling", "load", "load_config", "load_weights"]
+__all__ = [
+    "Checkpoint",
+    "LazyTensor",
+    "Llama",
+    "Mistral",
+    "ModelConfig",
+    "RopeScaling",
+    "load",
+    "load_config",
+    "load_weights",
+    "open_checkpoint",
+]

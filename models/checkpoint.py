@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,6 +20,7 @@ from mustafar_jax.models.folder import open_safetensors, read_config_files
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
 from mustafar_jax.models.tensors import EMBEDDING, HEAD, LazyTensor, is_harmless
+from mustafar_jax.models.tokenizer_folder import load_folder_tokenizer
 
 MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral}
 """The model class of each `model_type` of config.json."""
@@ -30,7 +30,6 @@ MESH_AXES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "m
 
 _MANY_LAYERS = 1000
 _log = logging.getLogger("mustafar_jax")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 M = TypeVar("M", bound=Llama)
 Progress = Callable[[int, int], object]
@@ -59,12 +58,54 @@ def load(
 
     Raises:
         FileNotFoundError: nothing is there, or files of the checkpoint are missing (all of them named).
-        ValueError: an unsupported or damaged checkpoint, or tensors that do not fit the model (all of them named).
+        ValueError: an unsupported or damaged checkpoint, a tokenizer that cannot be read, or tensors that do not fit
+            the model (all of them named).
+    """
+    checkpoint = open_checkpoint(source, dtype=dtype)
+    tokenizer = checkpoint.load_tokenizer()  # before the weights, which take longer
+    return checkpoint.load_model(mesh=mesh, progress=progress), tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its model's description and tensors, of which none is read, and their dtype to be."""
+
+    path: Path
+    model_class: type[Llama]
+    config: ModelConfig
+    tensors: Mapping[str, LazyTensor]
+    dtype: DTypeLike
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, None where there is none; ValueError for files that cannot be read, named."""
+        if self.path.is_dir():
+            return load_folder_tokenizer(self.path)
+        from mustafar_jax.models.tokenizer import load_gguf_tokenizer  # not every caller has such a file
+
+        return load_gguf_tokenizer(self.path)
+
+    def load_model(self, *, mesh: Mesh | None = None, progress: Progress | None = None) -> Llama:
+        """Read the weights; arguments and errors are those of `load`."""
+        return load_weights(self.model_class, self.config, self.tensors, dtype=self.dtype, mesh=mesh, progress=progress)
+
+
+def open_checkpoint(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Checkpoint:
+    """Open a checkpoint, so that its tokenizer is at hand before its weights are read, or without them.
+
+    Args:
+        source, dtype: as `load` takes them; of a hub id, the weights are fetched, too.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load` does, but for the tokenizer, and tensors that do not fit the model.
     """
     dtype = None if dtype is None else _check_dtype(dtype)
     path = _local(source)
     if path.is_file():
-        return _load_gguf(path, dtype, mesh, progress)
+        from mustafar_jax.models.gguf import open_gguf  # not every caller has such a file
+
+        if dtype is None:  # CPUs take twice as long for a bfloat16 token, which XLA emulates there
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        return Checkpoint(path, Llama, *open_gguf(path), dtype)
     folder = path if path.is_dir() else _download(source, ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"])
     fields, generation = read_config_files(folder)
     model_class = _model_class(fields)
@@ -72,8 +113,7 @@ def load(
     tensors, stored_dtype = open_safetensors(folder)
     if dtype is None:
         dtype = _stated_dtype(fields) or stored_dtype
-    model = load_weights(model_class, config, tensors, dtype=dtype, mesh=mesh, progress=progress)
-    return model, _load_tokenizer(folder)
+    return Checkpoint(folder, model_class, config, tensors, dtype)
 
 
 def load_config(source: str | os.PathLike[str]) -> ModelConfig:
@@ -276,26 +316,6 @@ def _stated_dtype(fields: Mapping[str, Any]) -> str | None:
             f"dtype={stated!r} in config.json, supported: 'bfloat16', 'float16', 'float32'; pass one of them as dtype"
         )
     return stated
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # takes a second to import, and not every caller wants text
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _load_gguf(file: Path, dtype: DTypeLike | None, mesh: Mesh | None, progress: Progress | None) -> tuple[Llama, Any]:
-    # Imported here: not every caller has such a file.
-    from mustafar_jax.models.gguf import open_gguf
-    from mustafar_jax.models.tokenizer import load_gguf_tokenizer
-
-    config, tensors = open_gguf(file)
-    if dtype is None:  # CPUs take twice as long for a bfloat16 token, which XLA emulates there
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = load_weights(Llama, config, tensors, dtype=dtype, mesh=mesh, progress=progress)
-    return model, load_gguf_tokenizer(file)
 
 
 def _download(source: str | os.PathLike[str], patterns: list[str]) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from mustafar_jax import generation
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of
-from mustafar_jax.cli.load import load_with_tokenizer
+from mustafar_jax.cli.load import open_with_tokenizer
 from mustafar_jax.cli.parser import add_dtype, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
 from mustafar_jax.config import CompressionConfig
@@ -51,9 +51,10 @@ def run(options: argparse.Namespace) -> None:
     """Load a model, continue the prompts, and say how fast and with how large a cache."""
     check_implementation(options.implementation)
     config, sampling, prompts = config_of(options), _sampling(options), _prompts(options)
+    checkpoint, tokenizer = open_with_tokenizer(options)
+    tokens, lengths = _batch([text.encode(tokenizer, prompt, chat=options.chat)[0] for prompt in prompts])
     with progress_bars() as progress:
-        model, tokenizer = load_with_tokenizer(options, progress)
-        tokens, lengths = _batch([text.encode(tokenizer, prompt, chat=options.chat)[0] for prompt in prompts])
+        model = checkpoint.load_model(progress=bar(progress, "loading"))
         settings: dict[str, Any] = {"config": config, "max_new_tokens": options.max_new_tokens} | sampling
         settings |= {"implementation": options.implementation, "progress": bar(progress, "prefilling")}
         steps = text.Returned(_stream(model, tokenizer, tokens, lengths, settings))

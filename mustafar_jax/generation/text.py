@@ -1,6 +1,8 @@
 """Between text and tokens: prompts, chat templates, and generated text as it comes."""
 
-from collections.abc import Generator, Iterator
+import re
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -8,6 +10,12 @@ import numpy as np
 from mustafar_jax.generation import loop
 from mustafar_jax.generation.loop import Generation
 from mustafar_jax.generation.protocols import Model
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's bytes, for characters without a token
+# How a text ends whose last space may go with what follows, in transformers' `clean_up_tokenization`: the beginnings of
+# " .", " n't", " 've" and the like, and " ' ", whose second space a full stop may take first.
+_MAY_LOSE_A_SPACE = re.compile(r" (?:' ?|n'?|'[vr])?$")
+_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first one counts
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,7 +42,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
         chat: make it the user's turn of a conversation, by the tokenizer's chat template, with the answer to come.
 
     Raises:
-        ValueError: an empty prompt, or `chat` where the tokenizer has no chat template.
+        ValueError: an empty prompt; `chat` where the tokenizer has no chat template, or one that fails.
         TypeError: a prompt that is no text.
     """
     if not isinstance(prompt, str):
@@ -45,15 +53,34 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
         return np.asarray(tokenizer(prompt)["input_ids"], np.int32)[None]
     if tokenizer.chat_template is None:
         raise ValueError("chat=True needs a chat template, and this tokenizer has none")
+    return np.asarray(tokenizer(_user_turn(tokenizer, prompt), add_special_tokens=False)["input_ids"], np.int32)[None]
+
+
+def _user_turn(tokenizer: Any, prompt: str) -> str:
+    """The text of a conversation that the user begins with the prompt; ValueError where the chat template fails."""
     turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)[None]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's, which may raise anything
+        line = getattr(error, "lineno", None)  # of a syntax error
+        place = f", line {line}" if line else ""
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the chat template of {_template_source(tokenizer)}{place} fails: {message}") from error
+
+
+def _template_source(tokenizer: Any) -> str:
+    """Where a tokenizer's chat template comes from: its file where that is known."""
+    name = str(getattr(tokenizer, "name_or_path", None) or "this tokenizer")
+    files = [Path(name, file) for file in _TEMPLATE_FILES]
+    return str(next((file for file in files if file.is_file()), name))
 
 
 def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Generator[str, None, Generation]:
-    """Continue one prompt, yielding the text that each step adds; '' where a character is not yet whole.
+    """Continue one prompt, yielding the text that each step adds; '' where later tokens may still change it.
 
-    Together the pieces are the text of all tokens: what is not whole when the last step has come is yielded after it.
+    That is so within a character of several tokens, and before a space that the tokenizer may clean up. Together the
+    pieces are `tokenizer.decode` of all tokens without the special ones: what is open when the last step has come is
+    yielded after it.
     What the generator returns then, its StopIteration's value, is the `Generation`.
 
     Args:
@@ -79,13 +106,40 @@ def _pieces(tokenizer: Any, stream: Generator[np.ndarray, None, Generation]) -> 
     context, shown, rest = 0, 0, ""
     for step in steps:
         written.append(int(step[0]))
-        before = tokenizer.decode(written[context:shown], skip_special_tokens=True)
-        rest = tokenizer.decode(written[context:], skip_special_tokens=True)[len(before) :]
-        if rest.endswith("\N{REPLACEMENT CHARACTER}"):
+        before = _decode(tokenizer, written[context:shown])
+        rest = _decode(tokenizer, written[context:])[len(before) :]
+        if not _is_settled(tokenizer, written[context:]):
             yield ""
             continue
         yield rest
-        context, shown, rest = shown, len(written), ""
+        # Without text of its own, a piece does not keep the first space of what follows.
+        context = shown if _decode(tokenizer, written[shown:]) else context
+        shown, rest = len(written), ""
     if rest:
         yield rest
     return steps.value
+
+
+def _is_settled(tokenizer: Any, tokens: Sequence[int]) -> bool:
+    """Whether these tokens' text stays as it is, whatever tokens come after them."""
+    if _ends_in_bytes(tokenizer, tokens):
+        return False
+    cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    text = _decode(tokenizer, tokens, **({"clean_up_tokenization_spaces": False} if cleans_up else {}))
+    if text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character that is not yet whole
+        return False
+    return not (cleans_up and _MAY_LOSE_A_SPACE.search(text))
+
+
+def _ends_in_bytes(tokenizer: Any, tokens: Sequence[int]) -> bool:
+    """Whether the last token with a text is a byte: bytes in a row that are no text together are all shown as �."""
+    for token in reversed(tokens):
+        if _BYTE_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(token) or ""):
+            return True
+        if _decode(tokenizer, [token]):
+            return False
+    return False
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int], **options: bool) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, **options)

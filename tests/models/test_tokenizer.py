@@ -12,36 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from mustafar_jax.models.gguf import GGUFHeader
 from mustafar_jax.models.tokenizer import load_gguf_tokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "\u2581"
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog; the dog doesn't mind, and it'll sleep on.",
-    "def keep_count(size, sparsity):\n    return -(-int(size * (1 - sparsity)) // 4) * 4\n\n\tif x:\n\t\tpass",
-    "In 2024 there were 1234567 of them, 3.14159 each; 007 and 42, ①½.",
-    "naïve café déjà vu, Ünïcödé, 日本語のテキスト, 한국어, русский текст, ελληνικά",
-    "aaaa aaaaaaaa    bbbb   \n\n\n  cc\t\t dd  ",
-] * 3
-TEXTS = [
-    *CORPUS[:5],
-    "",
-    " ",
-    "  leading and trailing  ",
-    "\n",
-    "don't DON'T we'LL I'Ve",
-    "x = 10**9 + 7  # 1000000007",
-    "emoji 🤖👩‍👩‍👧‍👦 ☃ and \x00 \u200b e\u0301",
-    "tabs\t\t\tand\r\nlines\r\n\r\n",
-]
-
-
-def load(others=None, **values) -> Any:
-    """The tokenizer of these `tokenizer.ggml` metadata, and of `others` in full; Any, since it may be None."""
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()} | (others or {})
-    return load_gguf_tokenizer(GGUFHeader(Path("m.gguf"), metadata, {}, 0))
-
+from tests.models.vocabularies import BYTE, CONTROL, CORPUS, NORMAL, SPACE, TEXTS, UNKNOWN, UNUSED, USER_DEFINED, load
 
 # --- byte-level BPE --------------------------------------------------------------------------------------------------
 
@@ -179,6 +151,7 @@ def test_tokens_without_text_keep_their_ids(metadata):
         ({"pre": "llama-bpe", "add_bos_token": False}, [], []),
         ({"pre": "smaug-bpe"}, [], []),
         ({"add_bos_token": True, "bos_token_id": None}, [], []),
+        ({"add_eos_token": True, "eos_token_id": None}, [], []),
     ],
 )
 def test_bos_and_eos_are_added_as_the_metadata_say(metadata, changes, before, after):
@@ -255,34 +228,6 @@ def test_sentencepiece_equals_its_algorithm(text):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_sentencepiece_equals_the_library(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the sentencepiece package")
-    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS).replace("\x00", ""), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"),
-        model_prefix=str(tmp_path / "m"),
-        model_type="bpe",
-        vocab_size=500,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
-    kinds = [BYTE if model.is_byte(i) else CONTROL if model.is_control(i) else NORMAL for i in range(len(model))]
-    values = {
-        "model": "llama",
-        "tokens": [model.id_to_piece(i) for i in range(len(model))],
-        "scores": [model.get_score(i) for i in range(len(model))],
-        "token_type": [UNKNOWN, *kinds[1:]],
-    }
-    tokenizer = load(**values)
-    for text in TEXTS:
-        assert tokenizer.encode(text) == [1, *model.encode(text)]
-
-
 def test_sentencepiece_defaults_and_flags():
     values = sentencepiece_metadata()
     tokenizer = load(**values)
@@ -334,11 +279,67 @@ def test_a_file_without_a_tokenizer_gives_none():
         ({"eos_token_id": 9999}, r"eos_token_id is 9999, the vocabulary has \d+ tokens"),
         ({"bos_token_id": "<s>"}, r"bos_token_id is '<s>', the vocabulary has \d+ tokens"),
         ({"model": "llama"}, "scores is missing"),
+        ({"model": ["gpt2"]}, r"model is \['gpt2'\]; supported are 'gpt2', 'llama'"),
+        ({"model": 7}, "model is 7; supported are 'gpt2', 'llama'"),
+        ({"pre": ["gpt-2"]}, r"pre is \['gpt-2'\]; supported are"),
+        ({"tokens": "text"}, "tokens is missing, empty or no list of texts"),
+        ({"tokens": 5}, "tokens is missing, empty or no list of texts"),
+        ({"tokens": None}, "tokens is missing, empty or no list of texts"),
+        ({"merges": "t h"}, "merges is no list of texts"),
+        ({"merges": [1, 2]}, "merges is no list of texts"),
+        ({"token_type": 3}, "token_type is no list of integers"),
+        ({"token_type": ["3"]}, "token_type is no list of integers"),
+        ({"scores": "0"}, "scores is no list of numbers"),
+        ({"scores": [0.0]}, r"scores has 1 entries for \d+ tokens"),
+        ({"eos_token_id": -1}, r"eos_token_id is -1, the vocabulary has \d+ tokens"),
+        ({"eos_token_id": 2.0}, r"eos_token_id is 2.0, the vocabulary has \d+ tokens"),
+        ({"bos_token_id": True}, r"bos_token_id is True, the vocabulary has \d+ tokens"),
+        ({"add_bos_token": "false"}, "add_bos_token is 'false'; wanted true or false"),
+        ({"add_space_prefix": 1}, "add_space_prefix is 1; wanted true or false"),
     ],
 )
 def test_errors_name_the_file_and_the_key(metadata, changes, message):
     with pytest.raises(ValueError, match=rf"'m\.gguf': tokenizer\.ggml\.{message}"):
         load(**metadata | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_type": [9]}, "token_type has 9; known types are 1 to 6"),
+        ({"token_type": [-1]}, "token_type has -1; known types are 1 to 6"),
+        ({"scores": [float("nan")]}, "scores has 1 that are not finite, the first of token 0"),
+        ({"scores": [float("-inf")]}, "scores has 1 that are not finite, the first of token 0"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces is set; supported are 'llama' tokenizers that"),
+        ({"precompiled_charsmap": [1, 2]}, "precompiled_charsmap is set; supported are 'llama' tokenizers that take"),
+    ],
+)
+def test_errors_of_sentencepiece_name_the_file_and_the_key(changes, message):
+    values = sentencepiece_metadata()
+    for key, value in changes.items():
+        values[key] = [*value, *values[key][1:]] if key in values else value  # the first token's, or the whole
+    with pytest.raises(ValueError, match=rf"'m\.gguf': tokenizer\.ggml\.{message}"):
+        load(**values)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"tokenizer.chat_template": 7}, "tokenizer.chat_template is 7; wanted a text"),
+        ({"tokenizer.chat_templates": "tool_use"}, "tokenizer.chat_templates is no list of texts"),
+        (
+            {"tokenizer.chat_templates": ["rag"], "tokenizer.chat_template.rag": ["A"]},
+            r"tokenizer.chat_template.rag is \['A'\]; wanted a text",
+        ),
+    ],
+)
+def test_chat_templates_that_are_no_text_are_refused(metadata, others, message):
+    with pytest.raises(ValueError, match=rf"'m\.gguf': {message}"):
+        load(others, **metadata)
+
+
+def test_the_tokenizer_knows_its_file(metadata):
+    assert load(**metadata).name_or_path == "m.gguf"
 
 
 def test_repeated_tokens_are_named(metadata):

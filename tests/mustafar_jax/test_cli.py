@@ -23,7 +23,7 @@ from mustafar_jax import cli, models
 from mustafar_jax.arguments import parse_size
 from mustafar_jax.cli import compression, generate
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.models import ModelConfig
+from mustafar_jax.models import ModelConfig, checkpoint
 from mustafar_jax.quality.evaluate import TOKENS, Evaluator
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -282,6 +282,20 @@ def test_errors_are_one_line_and_status_1(run, options, message):
     status, out, err = run("generate", *others, *options)
     assert (status, out) == (1, "")
     assert re.fullmatch(rf"mustafar generate: error: {message}\n", err)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_that_fails_is_one_line_before_the_weights_are_read(run, folder, tmp_path, monkeypatch, file):
+    failing = shutil.copytree(folder / "tiny", tmp_path / "failing")
+    template = "{{ raise_exception('roles must alternate') }}"
+    fields = json.loads((failing / "tokenizer_config.json").read_text())
+    if file.endswith(".json"):
+        template = json.dumps(fields | {"chat_template": template})
+    (failing / file).write_text(template)
+    monkeypatch.delattr(checkpoint, "load_weights")
+    status, out, err = run("generate", "--model", str(failing), "--prompt", PROMPT, "--chat")
+    assert (status, out) == (1, "")
+    assert err == f"mustafar generate: error: the chat template of {failing / file} fails: roles must alternate\n"
 
 
 def test_a_model_without_a_tokenizer_cannot_write(run, folder, tmp_path):

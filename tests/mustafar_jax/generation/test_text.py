@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import pathlib
 from types import SimpleNamespace
@@ -5,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE, WordLevel
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mustafar_jax.generation import loop, text
 from tests.mustafar_jax.generation.setting import counting
+from tests.small_tokenizers import KINDS, byte_level
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }} [end]{% endfor %}"
@@ -18,17 +22,6 @@ TEMPLATE = (
 )
 # One to four bytes a character: each of the tiny tokenizer's tokens is one byte.
 WRITING = "naïve café: 5 €, 🦙🦙 and 👩‍🚀.\n\nEnd"
-
-
-def byte_tokenizer(**options):
-    """Every byte is a token, and <s> and </s>; <s> is put before each text."""
-    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **options)
 
 
 def word_tokenizer():
@@ -49,28 +42,24 @@ def smollm2():
     return load_gguf_tokenizer(next(pathlib.Path(package.origin).parent.glob("*.gguf")))
 
 
-@pytest.fixture
-def write(monkeypatch):
-    """A stand-in for the model: `write(tokenizer, tokens)` are the pieces of these tokens' text."""
-
-    def pieces(tokenizer: Any, tokens: Any) -> list[str]:
-        steps = (np.array([token], np.int32) for token in tokens)
-        monkeypatch.setattr(loop, "stream", lambda model, tokens, **options: steps)
-        model: Any = SimpleNamespace()
+def write(tokenizer: Any, tokens: Any) -> list[str]:
+    """The pieces of these tokens' text, as if a model had written them."""
+    steps = (np.array([token], np.int32) for token in tokens)
+    model: Any = SimpleNamespace()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "stream", lambda model, tokens, **options: steps)
         return list(text.stream_text(model, tokenizer, np.ones((1, 1), np.int32)))
-
-    return pieces
 
 
 def test_encode_gives_the_tokenizer_s_tokens_as_one_row():
-    tokens = text.encode(byte_tokenizer(), "héllo")
+    tokens = text.encode(byte_level(), "héllo")
     assert (tokens.shape, tokens.dtype) == ((1, 7), np.int32)
-    np.testing.assert_array_equal(tokens[0], byte_tokenizer()("héllo")["input_ids"])
+    np.testing.assert_array_equal(tokens[0], byte_level()("héllo")["input_ids"])
     assert tokens[0, 0] == 256  # the bos token that this tokenizer adds
 
 
 def test_encode_chat_makes_the_prompt_the_user_s_turn_and_adds_bos_once():
-    tokenizer = byte_tokenizer(chat_template=TEMPLATE)
+    tokenizer = byte_level(chat_template=TEMPLATE)
     tokens = text.encode(tokenizer, "Who?", chat=True)
     assert (tokens.ndim, len(tokens), tokens.dtype) == (2, 1, np.int32)
     assert tokenizer.decode(tokens[0]) == "<s>[user] Who? [end][assistant] "
@@ -80,17 +69,51 @@ def test_encode_chat_makes_the_prompt_the_user_s_turn_and_adds_bos_once():
 @pytest.mark.parametrize("chat", [False, True])
 def test_encode_refuses_an_empty_prompt(chat):
     with pytest.raises(ValueError, match="prompt='' is empty; wanted some text"):
-        text.encode(byte_tokenizer(chat_template=TEMPLATE), "", chat=chat)
+        text.encode(byte_level(chat_template=TEMPLATE), "", chat=chat)
 
 
 def test_encode_refuses_what_is_no_text():
     with pytest.raises(TypeError, match="prompt is of type list; wanted one text"):
-        text.encode(byte_tokenizer(), ["Who?"])
+        text.encode(byte_level(), ["Who?"])
 
 
 def test_encode_refuses_chat_without_a_template():
     with pytest.raises(ValueError, match="chat=True needs a chat template, and this tokenizer has none"):
-        text.encode(byte_tokenizer(), "Who?", chat=True)
+        text.encode(byte_level(), "Who?", chat=True)
+
+
+FAILING_TEMPLATES = {
+    "raised": ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
+    "no system message": (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system message\nis needed') }}{% endif %}",
+        "fails: a system message is needed",
+    ),
+    "syntax": ("A\n{% for message in messages %}", "line 2 fails: Unexpected end of template"),
+    "unknown tag": ("{% frob %}", "line 1 fails: Encountered unknown tag 'frob'"),
+    "unknown filter": ("{{ messages|frob }}", "line 1 fails: No filter named 'frob'"),
+    "undefined": ("{{ system.text }}", "fails: 'system' is undefined"),
+    "wrong type": ("{{ messages + 1 }}", "fails: can only concatenate list"),
+    "division": ("{{ 1 / 0 }}", "fails: division by zero"),
+    "forbidden": ("{{ messages.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
+    "several, none the default": ({"tool_use": "A", "rag": "B"}, "fails: This model has multiple chat templates"),
+}
+
+
+@pytest.mark.parametrize(("template", "message"), FAILING_TEMPLATES.values(), ids=FAILING_TEMPLATES)
+def test_a_chat_template_that_fails_is_a_value_error_of_one_line(template, message):
+    with pytest.raises(ValueError, match=f"^the chat template of this tokenizer(, )?.*{message}") as raised:
+        text.encode(byte_level(chat_template=template), "Who?", chat=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_that_fails_is_named_by_its_file(tmp_path, file):
+    tokenizer = byte_level(chat_template=FAILING_TEMPLATES["raised"][0])
+    tokenizer.save_pretrained(tmp_path, save_jinja_files=file.endswith(".jinja"))
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the chat template of .* fails: roles must alternate") as raised:
+        text.encode(loaded, "Who?", chat=True)
+    assert f" {tmp_path / file} " in str(raised.value)
 
 
 def test_smollm2_chat(smollm2):
@@ -98,16 +121,16 @@ def test_smollm2_chat(smollm2):
     assert smollm2.decode(tokens[0]).endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_pieces_are_whole_characters_and_add_up_to_the_text(write):
-    tokens = byte_tokenizer()(WRITING, add_special_tokens=False)["input_ids"]
-    pieces = write(byte_tokenizer(), tokens)
+def test_pieces_are_whole_characters_and_add_up_to_the_text():
+    tokens = byte_level()(WRITING, add_special_tokens=False)["input_ids"]
+    pieces = write(byte_level(), tokens)
     assert len(pieces) == len(tokens) == len(WRITING.encode())
     assert "".join(pieces) == WRITING
     wanted = [piece for character in WRITING for piece in [""] * (len(character.encode()) - 1) + [character]]
     assert pieces == wanted
 
 
-def test_smollm2_pieces_add_up_to_the_text(write, smollm2):
+def test_smollm2_pieces_add_up_to_the_text(smollm2):
     tokens = smollm2(WRITING)["input_ids"]
     pieces = write(smollm2, tokens)
     assert len(pieces) == len(tokens)
@@ -116,15 +139,15 @@ def test_smollm2_pieces_add_up_to_the_text(write, smollm2):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_spaces_between_words_survive(write):
+def test_spaces_between_words_survive():
     tokenizer = word_tokenizer()
     assert tokenizer.decode([1]) == "peace"  # alone, a word has no space: pieces cannot be decoded one by one
     assert write(tokenizer, [1, 2, 3, 4, 5, 1]) == ["peace", " and", " war", "s", ".", " peace"]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_text_that_ends_within_a_character_is_yielded_to_its_end(write, cut):
-    tokenizer = byte_tokenizer()
+def test_a_text_that_ends_within_a_character_is_yielded_to_its_end(cut):
+    tokenizer = byte_level()
     tokens = tokenizer("ab🦙", add_special_tokens=False)["input_ids"][:-cut]
     pieces = write(tokenizer, tokens)
     assert pieces[:2] == ["a", "b"]
@@ -132,8 +155,8 @@ def test_a_text_that_ends_within_a_character_is_yielded_to_its_end(write, cut):
     assert "".join(pieces).endswith("\N{REPLACEMENT CHARACTER}")
 
 
-def test_bytes_that_are_no_text_do_not_hold_back_what_follows(write):
-    tokenizer = byte_tokenizer()
+def test_bytes_that_are_no_text_do_not_hold_back_what_follows():
+    tokenizer = byte_level()
     first, *_ = tokenizer("🦙", add_special_tokens=False)["input_ids"]
     tokens = [first, first, *tokenizer("ok", add_special_tokens=False)["input_ids"]]
     pieces = write(tokenizer, tokens)
@@ -141,9 +164,52 @@ def test_bytes_that_are_no_text_do_not_hold_back_what_follows(write):
     assert pieces[-1] == "k"
 
 
-def test_special_tokens_are_not_part_of_the_text(write):
-    tokens = byte_tokenizer()("ab", add_special_tokens=False)["input_ids"]
-    assert write(byte_tokenizer(), [256, *tokens, 257]) == ["", "a", "b", ""]
+def test_special_tokens_are_not_part_of_the_text():
+    tokens = byte_level()("ab", add_special_tokens=False)["input_ids"]
+    assert write(byte_level(), [256, *tokens, 257]) == ["", "a", "b", ""]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_pieces_add_up_to_the_text_of_all_tokens(kind, data):
+    tokenizer = tokenizer_of(kind)
+    bytes_ = [i for i in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(i).startswith("<0x")]
+    others = [i for i in range(len(tokenizer)) if i not in bytes_]
+    one = st.sampled_from(others).map(lambda token: [token])
+    unknown = st.just([len(tokenizer) + 7])  # models have more rows than tokenizers have tokens
+    encoded = [bytes_[byte] for byte in " é日🦙".encode()] if bytes_ else others
+    part = st.tuples(st.integers(0, len(encoded)), st.integers(0, 5)).map(lambda cut: encoded[cut[0] :][: cut[1]])
+    runs = st.lists(st.one_of(one, one, part, unknown), min_size=1, max_size=16)
+    tokens = data.draw(runs.map(lambda runs: [token for run in runs for token in run]))
+    pieces = write(tokenizer, tokens)
+    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len(pieces) in (len(tokens), len(tokens) + 1)
+
+
+@functools.cache
+def tokenizer_of(kind):
+    return KINDS[kind]()
+
+
+CLEANED_UP = [kind for kind in KINDS if kind.startswith("bytes, cleaned up")]
+
+
+@pytest.mark.parametrize("kind", CLEANED_UP)
+@pytest.mark.parametrize(
+    "written", ["the word 'social' .", "do n't, do n ' t", "a ' .", "a ' b ' ?", "I 've 're 'm 's ' '"]
+)
+def test_no_letter_is_lost_where_spaces_are_cleaned_up(kind, written):
+    tokenizer = tokenizer_of(kind)
+    tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert "".join(write(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+def test_clean_up_holds_back_no_more_than_what_may_change():
+    tokenizer = tokenizer_of(CLEANED_UP[0])
+    tokens = tokenizer("go on. it 's, a 'n ' it", add_special_tokens=False)["input_ids"]
+    pieces = write(tokenizer, tokens)
+    words = ["g", "o", "", " o", "n", ".", "", " i", "t"]
+    assert pieces == [*words, "", "", "'s", ",", "", " a", "", "", " 'n", "", "", "", "'i", "t"]
 
 
 @pytest.mark.parametrize("overflow", [False, True])
@@ -169,7 +235,7 @@ def test_the_options_are_those_of_the_stream(monkeypatch, options):
 
     monkeypatch.setattr(loop, "stream", stream)
     model: Any = SimpleNamespace()
-    assert list(text.stream_text(model, byte_tokenizer(), np.ones((1, 2), int), max_new_tokens=4, **options)) == []
+    assert list(text.stream_text(model, byte_level(), np.ones((1, 2), int), max_new_tokens=4, **options)) == []
     assert seen == {"max_new_tokens": 4} | options
 
 
@@ -184,4 +250,4 @@ def test_the_options_are_those_of_the_stream(monkeypatch, options):
 )
 def test_bad_tokens_are_refused_when_called(tokens, message):
     with pytest.raises(ValueError, match=message):
-        text.stream_text(counting(10), byte_tokenizer(), tokens, max_new_tokens=2)
+        text.stream_text(counting(10), byte_level(), tokens, max_new_tokens=2)

@@ -1,0 +1,160 @@
+"""Tokenizers from folders in Hugging Face's layout.
+
+Transformers reads them. What it cannot read is named here by folder and file, and so is what it would read in silence:
+of its own errors many name neither, or a package that would not help.
+"""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+_JSON = "tokenizer.json"
+_VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt")  # read where there is no tokenizer.json
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = (_JSON, "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+_MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")  # those of the `tokenizers` package
+_LFS_POINTER = b"version https://git-lfs"
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+_WANTED = "a tokenizer.json, as transformers' save_pretrained writes it"
+_LONGEST = 300
+"""Characters of another package's message that are shown."""
+
+
+def load_folder_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, as transformers reads it; None where there are no files of one.
+
+    Code that the folder brings along is never run.
+
+    Raises:
+        ValueError: a file that cannot be read, or that asks for code of its own; named.
+    """
+    if not any((folder / name).exists() for name in _FILES):
+        return None
+    _check_whole(folder)
+    _check_code(folder / "tokenizer_config.json")
+    _check_packages(folder)
+    from transformers import AutoTokenizer  # takes a second to import, and not every caller wants text
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many kinds, bare Exceptions among them
+        raise _unreadable(folder, error) from error
+    _check_syntax(tokenizer, folder / "chat_template.jinja")
+    return tokenizer
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise ValueError for files that are empty, that stand for others, or that are no JSON or text, as wanted."""
+    vocabularies = (_JSON,) if (folder / _JSON).exists() else _VOCABULARIES
+    for file in (file for name in (*vocabularies, *_SETTINGS, *_TEMPLATES) for file in sorted(folder.glob(name))):
+        with file.open("rb") as opened:
+            start = opened.read(len(_LFS_POINTER))
+        if not start:
+            raise ValueError(f"{file} is empty")
+        if start == _LFS_POINTER:
+            raise ValueError(f"{file} is not the file itself but Git LFS's pointer to it: fetch it with `git lfs pull`")
+        if file.name in _SETTINGS:
+            _read_object(file)
+        if file.suffix == ".jinja":
+            _read_text(file)
+
+
+def _check_code(config: Path) -> None:
+    auto_map = _read_object(config).get("auto_map") if config.exists() else None
+    wanted = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    if wanted:
+        raise ValueError(
+            f"{config} asks for code of its own (auto_map: {wanted!r}), which is never run; wanted: {_WANTED}"
+        )
+
+
+def _check_packages(folder: Path) -> None:
+    """Raise ValueError where transformers needs a package that is not installed to read tokenizer.model."""
+    model = folder / "tokenizer.model"
+    if (folder / _JSON).exists() or not model.exists():
+        return
+    with model.open("rb") as opened:
+        tiktoken = _TIKTOKEN_LINE.fullmatch(opened.readline(1 << 10)) is not None
+    needed = {"tiktoken": "tiktoken"} if tiktoken else {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    if missing := [package for module, package in needed.items() if not _is_installed(module)]:
+        raise ValueError(
+            f"{model} needs a package that is not installed: pip install {' '.join(missing)}; or add {_WANTED}"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
+
+
+def _check_syntax(tokenizer: Any, template: Path) -> None:
+    """Raise ValueError for a template that ends too early, or is no template; what it asks of messages is not tried."""
+    from jinja2 import TemplateSyntaxError
+
+    if not template.exists():
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{template}, line {error.lineno}, is no chat template: {error.message}") from error
+    except Exception:  # of these messages; what is said of the user's own comes with them
+        return
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    """What to say where transformers ended with this error: of the file that is damaged, or else of the folder."""
+    file, model = folder / _JSON, folder / "tokenizer.model"
+    if file.exists():
+        try:
+            reason = _why_no_tokenizer(_read_object(file))
+        except ValueError as damaged:
+            return damaged
+        if reason is not None:
+            return ValueError(f"{file} {reason}")
+    elif model.exists():
+        return ValueError(f"{model} is no SentencePiece model, or cut short; fetch it again, or add {_WANTED}")
+    return ValueError(f"the tokenizer of {folder} cannot be read; wanted: {_WANTED} ({_line(error)})")
+
+
+def _why_no_tokenizer(content: dict[str, Any]) -> str | None:
+    """Why this content of tokenizer.json makes no tokenizer, if it makes none."""
+    from tokenizers import Tokenizer
+
+    model = content.get("model")
+    kind = model.get("type", _MODELS[0]) if isinstance(model, dict) else None
+    if kind not in _MODELS:
+        return f"has model.type={kind!r}; wanted one of {', '.join(_MODELS)}"
+    try:
+        Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # a bare one
+        return f"cannot be read: {_line(error)}"
+    return None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; ValueError where it holds none."""
+    try:
+        content = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON, or cut short: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {type(content).__name__}, an object is wanted")
+    return content
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def _line(error: Exception) -> str:
+    """An error's message on one line, cut where it is long."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= _LONGEST else message[: _LONGEST - 1] + "…"
