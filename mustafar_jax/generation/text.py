@@ -14,7 +14,7 @@ from mustafar_jax.generation.protocols import Model
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's bytes, for characters without a token
 # How a text ends whose last space may go with what follows, in transformers' `clean_up_tokenization`: the beginnings of
 # " .", " n't", " 've" and the like, and " ' ", whose second space a full stop may take first.
-_MAY_LOSE_A_SPACE = re.compile(r" (?:' ?|n'?|'[vr])?$")
+_MAY_LOSE_A_SPACE = re.compile(r" (?:'[vr]?|n'?)?$")
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first one counts
 
 T = TypeVar("T")
