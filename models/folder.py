@@ -58,23 +58,33 @@ def _names(paths: Iterable[Path]) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds; ValueError where it holds none."""
-    if _starts_as_pointer(file):
-        raise ValueError(_pointer(file))
+    if is_lfs_pointer(file):
+        raise ValueError(lfs_message(file))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON, or cut short: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__}, an object is wanted")
     return content
 
 
-def _starts_as_pointer(file: Path) -> bool:
+def read_text(file: Path) -> str:
+    """A file's text; ValueError where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that it has not fetched."""
     with file.open("rb") as opened:
         return opened.read(len(_POINTER)) == _POINTER
 
 
-def _pointer(file: Path) -> str:
+def lfs_message(file: Path) -> str:
+    """What to say of such a file."""
     return f"{file} is not the file itself but Git LFS's pointer to it: fetch it with `git lfs pull`"
 
 
@@ -111,8 +121,8 @@ def _open_file(file: Path) -> dict[str, tuple[str, LazyTensor]]:
                 read = functools.partial(_read_safetensor, file, name)
                 tensors[name] = entry.get_dtype(), LazyTensor(tuple(entry.get_shape()), read)
     except SafetensorError as error:
-        if _starts_as_pointer(file):
-            raise ValueError(_pointer(file)) from error
+        if is_lfs_pointer(file):
+            raise ValueError(lfs_message(file)) from error
         raise ValueError(f"{file} is damaged or cut short: {error}") from error
     return tensors
 

@@ -10,13 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mustafar_jax.models.folder import is_lfs_pointer, lfs_message, read_json, read_text
+
 _JSON = "tokenizer.json"
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt")  # read where there is no tokenizer.json
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (_JSON, "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")  # those of the `tokenizers` package
-_LFS_POINTER = b"version https://git-lfs"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 _WANTED = "a tokenizer.json, as transformers' save_pretrained writes it"
 _LONGEST = 300
@@ -50,20 +51,18 @@ def _check_whole(folder: Path) -> None:
     """Raise ValueError for files that are empty, that stand for others, or that are no JSON or text, as wanted."""
     vocabularies = (_JSON,) if (folder / _JSON).exists() else _VOCABULARIES
     for file in (file for name in (*vocabularies, *_SETTINGS, *_TEMPLATES) for file in sorted(folder.glob(name))):
-        with file.open("rb") as opened:
-            start = opened.read(len(_LFS_POINTER))
-        if not start:
+        if file.stat().st_size == 0:
             raise ValueError(f"{file} is empty")
-        if start == _LFS_POINTER:
-            raise ValueError(f"{file} is not the file itself but Git LFS's pointer to it: fetch it with `git lfs pull`")
+        if is_lfs_pointer(file):
+            raise ValueError(lfs_message(file))
         if file.name in _SETTINGS:
-            _read_object(file)
+            read_json(file)
         if file.suffix == ".jinja":
-            _read_text(file)
+            read_text(file)
 
 
 def _check_code(config: Path) -> None:
-    auto_map = _read_object(config).get("auto_map") if config.exists() else None
+    auto_map = read_json(config).get("auto_map") if config.exists() else None
     wanted = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
     if wanted:
         raise ValueError(
@@ -111,7 +110,7 @@ def _unreadable(folder: Path, error: Exception) -> ValueError:
     file, model = folder / _JSON, folder / "tokenizer.model"
     if file.exists():
         try:
-            reason = _why_no_tokenizer(_read_object(file))
+            reason = _why_no_tokenizer(read_json(file))
         except ValueError as damaged:
             return damaged
         if reason is not None:
@@ -134,24 +133,6 @@ def _why_no_tokenizer(content: dict[str, Any]) -> str | None:
     except Exception as error:  # a bare one
         return f"cannot be read: {_line(error)}"
     return None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; ValueError where it holds none."""
-    try:
-        content = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON, or cut short: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, an object is wanted")
-    return content
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _line(error: Exception) -> str:
