@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from mustafar_jax.backend import OperationName
 from mustafar_jax.backends import registry
-from mustafar_jax.backends.record import OperationName
 from mustafar_jax.backends.registry import Candidates, Implementation, candidates
 from mustafar_jax.backends.xla.prompt import CHUNK
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
@@ -84,7 +84,7 @@ def prefill_attention(
         ValueError: sliding_window < 1, an unknown implementation.
         NotImplementedError: no implementation that was named can run this.
     """
-    _check_window(sliding_window)
+    check_window(sliding_window)
     chosen = candidates("attend_prompt", implementation)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     return _prefill(query, key, value, lengths, scale, sliding_window, chosen)
@@ -144,10 +144,11 @@ def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | Non
         raise ValueError(f"query has {query.shape[1]} heads; wanted a multiple of the cache's {cache.num_kv_heads}")
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise TypeError(f"query has dtype {query.dtype}; wanted a floating-point one")
-    _check_window(sliding_window)
+    check_window(sliding_window)
 
 
-def _check_window(sliding_window: Any) -> None:
+def check_window(sliding_window: Any) -> None:
+    """Raise ValueError unless it is an integer of at least 1, or None."""
     if sliding_window is not None and (not isinstance(sliding_window, int | np.integer) or sliding_window < 1):
         raise ValueError(f"{sliding_window=} must be an integer of at least 1, or None")
 

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mustafar_jax.codecs import BY_BITS
+from mustafar_jax.codecs import BY_BITS, check_bits
 from mustafar_jax.layout import WORD
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Method, check_sparsity
 from mustafar_jax.rows import RowFormat
@@ -64,8 +64,7 @@ class CompressionConfig:
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a Python number")
             check_sparsity(name, getattr(self, name))
         for name in ("k_bits", "v_bits"):
-            if not isinstance(getattr(self, name), int | np.integer) or getattr(self, name) not in BY_BITS:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {sorted(BY_BITS, reverse=True)}")
+            check_bits(name, getattr(self, name))
         self._check_method("k", KEY_METHODS)
         self._check_method("v", VALUE_METHODS)
         if self.weigh_keys and self.key_method.needs_queries:

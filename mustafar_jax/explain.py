@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.attention import decode_operands
+from mustafar_jax.attention import check_window, decode_operands
+from mustafar_jax.backend import OperationName
 from mustafar_jax.backends import registry
-from mustafar_jax.backends.record import OperationName
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
 from mustafar_jax.cache.base import check_cache
 from mustafar_jax.operands import PromptAttention
@@ -52,12 +53,13 @@ def explain(cache: LayerCache, *, num_heads: int | None = None, sliding_window: 
         sliding_window: of the model; none if None.
 
     Raises:
-        ValueError: num_heads that is no multiple of the KV heads.
+        ValueError: num_heads that is no multiple of the KV heads, sliding_window < 1.
         TypeError: no cache.
     """
     check_cache(cache)
-    heads = cache.num_kv_heads if num_heads is None else num_heads
-    if heads < 1 or heads % cache.num_kv_heads:
+    check_window(sliding_window)
+    heads: Any = cache.num_kv_heads if num_heads is None else num_heads
+    if not isinstance(heads, int) or heads < 1 or heads % cache.num_kv_heads:
         raise ValueError(f"{num_heads=} must be a multiple of the cache's {cache.num_kv_heads} KV heads")
     steps: dict[str, dict[str, str | None]] = {}
 

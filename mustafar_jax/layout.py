@@ -1,4 +1,4 @@
-"""The layout of stored tokens: sizes, orders, words, places. It needs jax alone; XLA and the kernels both build on it.
+"""The layout of stored tokens: sizes, orders, words, places. XLA and the kernels both build on it.
 
 Tokens are stored 32 together. docs/architecture.md draws the layout.
 """

@@ -163,7 +163,7 @@ class Packing:
         key, value: the two sides.
         first: int32 [B], the first token's row in the sources.
         start: int32 [B], the target row that it gets; at the end or beyond, the sequence is left alone.
-        held: int32 [B], how many tokens there are; what follows them is made empty.
+        held: int32 [B], how many tokens there are; of rows with a bitmap, what follows them is made empty.
         rows: how many rows are written; a multiple of 32, as `start` and `held` are.
         head_axis: the axis of the sources' heads, 1 or 2.
         offset: the position of target row 0.

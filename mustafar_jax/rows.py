@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from mustafar_jax import layout
-from mustafar_jax.codecs import BY_BITS, PLAIN, Codec
+from mustafar_jax.codecs import BY_BITS, PLAIN, Codec, check_bits
 from mustafar_jax.layout import WORD
 from mustafar_jax.writes import write_rows
 
@@ -27,7 +27,7 @@ from mustafar_jax.writes import write_rows
     data_fields=["bitmap", "payload", "scale", "overflow"],
     meta_fields=["codec", "head_dim", "dtype", "length"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Rows:
     """Stored vectors [..., S, H], a row per token. A pytree.
 
@@ -59,6 +59,11 @@ class Rows:
     head_dim: int
     dtype: np.dtype[Any]
     length: int
+
+    def __repr__(self) -> str:
+        """One line: what they are, not what they hold."""
+        held = "every entry" if self.bitmap is None else f"{self.slots} slots"
+        return f"Rows({np.dtype(self.dtype).name}{list(self.shape)}, {held}, {self.codec.name})"
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -124,7 +129,7 @@ class Rows:
         return dataclasses.replace(self, **taken, length=length)
 
     def put(self, update: "Rows", start: jax.Array) -> "Rows":
-        """Overwrite whole groups of rows of [B, K, S, H], at another place in each sequence.
+        """Overwrite whole groups of rows, which must be [B, K, S, H], at another place in each sequence.
 
         Args:
             update: [B, K, n, H] of the same format, n a multiple of 32.
@@ -239,8 +244,7 @@ def pack(x: jax.Array, mask: jax.Array | np.ndarray | None = None, *, slots: int
             that does not fit sets `overflow` instead.
         TypeError: another dtype of x, a mask that is not bool.
     """
-    if bits not in BY_BITS:
-        raise ValueError(f"{bits=} must be one of {sorted(BY_BITS)}")
+    check_bits("bits", bits)
     _check_pack(x, mask)
     room = _resolve_slots(mask, slots)
     mask = None if mask is None else jnp.asarray(mask)
@@ -255,13 +259,17 @@ def unpack(rows: Rows) -> jax.Array:
 
 
 def _check_pack(x: jax.Array, mask: jax.Array | np.ndarray | None) -> None:
+    for name, array in (("x", x), ("mask", mask)):
+        if array is not None and not isinstance(array, jax.Array | np.ndarray):
+            raise TypeError(f"{name} is of type {type(array).__name__}; wanted an array")
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise TypeError(f"x has dtype {x.dtype}; wanted bfloat16, float16 or float32")
-    if x.ndim < 2 or (mask is not None and mask.shape != x.shape):
-        given = None if mask is None else mask.shape
-        raise ValueError(f"mask has shape {given}, x has {x.shape}; wanted the same, [..., S, H]")
     if mask is None:
+        if x.ndim < 2:
+            raise ValueError(f"x has shape {x.shape}; wanted [..., S, H]")
         return
+    if x.ndim < 2 or mask.shape != x.shape:
+        raise ValueError(f"mask has shape {mask.shape}, x has {x.shape}; wanted the same, [..., S, H]")
     if x.shape[-1] % WORD or x.shape[-1] == 0:
         raise ValueError(f"x has head_dim {x.shape[-1]}; wanted a multiple of {WORD}")
     if mask.dtype != bool:

@@ -80,7 +80,7 @@ class G:
     assert set(_imports(tree, lazy=True)) == {"a.b", "c", "f", "h.i", "j"}
 
 
-BELOW_THE_KERNELS = ("backends.record", "codecs", "layout", "operands", "pruning", "rope", "rows", "writes")
+BELOW_THE_KERNELS = ("backend", "codecs", "layout", "operands", "pruning", "rope", "rows", "writes")
 """What the kernels may import of the library: what is given to them, and what that is made of."""
 
 

@@ -7,10 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.backends.record import Backend, Operation
+from mustafar_jax.backend import Backend, Operation
 from mustafar_jax.operands import DenseAttention, PromptAttention
+from mustafar_jax.pallas_kernels import cuda
 
 DTYPES = (jnp.bfloat16, jnp.float16)
+MIN_COMPUTE_CAPABILITY = 8.0
+HOPPER = 9.0
+"""From this compute capability on, head_dim may be 256; before, 128."""
 
 
 def _attend_prompt(operands: PromptAttention) -> jax.Array:
@@ -41,18 +45,24 @@ def _attend_dense(operands: DenseAttention) -> jax.Array:
 
 
 def _why_not_prompt(operands: PromptAttention) -> str | None:
-    return _why_not_dtypes(operands.query.dtype, operands.key.dtype)
+    return _why_not(operands.query, operands.key)
 
 
 def _why_not_dense(operands: DenseAttention) -> str | None:
     if operands.window is not None:
         return f"cuDNN decoding has no sliding window; got sliding_window={operands.window}"
-    return _why_not_dtypes(operands.query.dtype, operands.key.dtype)
+    return _why_not(operands.query, operands.key)
 
 
-def _why_not_dtypes(query: Any, key: Any) -> str | None:
-    if query not in DTYPES or query != key:
-        return f"cuDNN wants bfloat16 or float16; query is {query}, keys are {key}"
+def _why_not(query: jax.Array, key: jax.Array) -> str | None:
+    if query.dtype not in DTYPES or query.dtype != key.dtype:
+        return f"cuDNN wants bfloat16 or float16; query is {query.dtype}, keys are {key.dtype}"
+    capability, head_dim = cuda.compute_capability(), query.shape[-1]
+    if capability is not None and capability < MIN_COMPUTE_CAPABILITY:
+        return f"cuDNN's fused attention needs compute capability {MIN_COMPUTE_CAPABILITY}; this GPU has {capability}"
+    largest = 256 if capability is None or capability >= HOPPER else 128
+    if head_dim % 8 or head_dim > largest:
+        return f"cuDNN wants a head_dim that is a multiple of 8 and at most {largest}; got {head_dim=}"
     return None
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mustafar_jax.backend import Backend, OperationName
 from mustafar_jax.backends.cudnn import CUDNN
-from mustafar_jax.backends.record import Backend, OperationName
 from mustafar_jax.backends.xla.backend import XLA
 from mustafar_jax.pallas_kernels.mosaic.backend import MOSAIC_GPU
 from mustafar_jax.pallas_kernels.triton.backend import TRITON
@@ -41,23 +41,22 @@ class Candidates(NamedTuple):
     absent: tuple[Reason, ...] = ()
 
 
-def check_implementation(implementation: Implementation) -> Names | None:
-    """The argument in a hashable form.
+def check_implementation(implementation: Any) -> Names | None:
+    """The argument, an `Implementation`, in a hashable form.
 
     Raises ValueError for a name that is not in `IMPLEMENTATIONS`, or for no name; TypeError for what holds no names.
     """
     if implementation is None:
         return None
-    if not isinstance(implementation, str | Sequence):
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{implementation=} must be a name, a sequence of names, or None")
-    if not isinstance(implementation, str):
-        implementation = tuple(implementation)
-    if not implementation:
+    if not all(names) or not names:
         raise ValueError(f"{implementation=} names none; wanted at least one name, or None")
-    for name in (implementation,) if isinstance(implementation, str) else implementation:
+    for name in names:
         if name not in BACKENDS:
             raise ValueError(f"implementation={name!r} must be one of {IMPLEMENTATIONS}")
-    return implementation
+    return implementation if isinstance(implementation, str) else tuple(names)
 
 
 def candidates(operation: OperationName, implementation: Implementation) -> Candidates:
@@ -114,8 +113,11 @@ def why_not(name: str, operation: OperationName, operands: Any) -> str | None:
 
 def reasons(operation: OperationName, operands: Any) -> dict[str, str | None]:
     """For each backend that does such a thing, best first: why it cannot do this here, or None."""
-    able = _able(operation)
-    return {name: _why_absent(BACKENDS[name]) or why_not(name, operation, operands) for name in able}
+    found = {}
+    for name in _able(operation):
+        both = _why_absent(BACKENDS[name]), why_not(name, operation, operands)
+        found[name] = "; ".join(reason for reason in both if reason) or None
+    return found
 
 
 def packers(implementation: Implementation) -> Names | None:
@@ -170,8 +172,6 @@ _WORDS: dict[OperationName, str] = {
 
 
 def _refusal(operation: OperationName, passed: Sequence[Reason]) -> str:
-    if len(passed) == 1:
-        return passed[0][1]
     return f"no implementation can {_WORDS[operation]} here: {_join(passed)}"
 
 

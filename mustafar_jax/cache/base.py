@@ -36,7 +36,7 @@ class CacheShape(NamedTuple):
         return counts | {name: getattr(self, name) for name in STATIC if name != "config"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class LayerCache:
     """Keys and values of one attention layer for a batch of sequences, each of its own length. A pytree.
 

@@ -15,7 +15,7 @@ from mustafar_jax.writes import write_rows
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key", "value", *COUNTS], meta_fields=STATIC)
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class DenseCache(LayerCache):
     """Key and value [B, capacity, K, H], in the layout that cuDNN reads without a copy."""
 

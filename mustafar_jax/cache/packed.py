@@ -24,7 +24,7 @@ from mustafar_jax.writes import write_rows
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["dense", "packed"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Store:
     """The keys or the values of a `PackedCache`.
 
@@ -36,13 +36,17 @@ class Store:
     dense: jax.Array
     packed: Rows
 
+    def __repr__(self) -> str:
+        """One line: what it is, not what it holds."""
+        return f"Store({self.packed}, {self.dense.shape[2]} dense slots)"
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["keys", "values", "key_mean", "key_weight", "queries", *COUNTS],
     meta_fields=["inv_freq", *STATIC],
 )
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class PackedCache(LayerCache):
     """Head-major, so that no step transposes it.
 

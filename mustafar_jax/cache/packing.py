@@ -65,7 +65,7 @@ def packing_of(
             config.v_method,
             config.value_method,
             config.v_sparsity,
-            rescale=config.rescale_values and config.v_sparsity > 0,
+            rescale=config.rescale_values,
         ),
         first=leaving.first,
         start=leaving.start,

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"devices: {', '.join(f'{device.id} {device.device_kind}' for device in jax.devices())}")
     for name, config in (("dense cache", DENSE), ("compressed cache", compression)):
         cache = _abstract_cache(config, shape, options.dtype or "bfloat16", inv_freq)
-        print(f"\n{name} of {options.dtype or 'bfloat16'}, {', '.join(f'{k}={v}' for k, v in shape.items())}")
+        print(f"\n{name}, num_heads={shape['num_heads']}: {cache}")
         print(explain(cache, num_heads=shape["num_heads"], sliding_window=window))
 
 

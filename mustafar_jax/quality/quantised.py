@@ -59,6 +59,14 @@ class Quantised(CompressionConfig):
     v_sparsity: float = 0.0
     bits: int = 4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in range(1, 9):
+            raise ValueError(f"bits={self.bits!r} must be an integer in 1 .. 8")
+        for name, only in (("k_sparsity", 0), ("v_sparsity", 0), ("k_bits", 16), ("v_bits", 16)):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)} must be {only}: `bits` says what is rounded")
+
     @property
     def is_dense(self) -> bool:
         """It is not: see `CompressionConfig.is_dense`."""
@@ -71,6 +79,8 @@ class Quantised(CompressionConfig):
 
     def formats(self, head_dim: int, dtype: np.dtype[Any]) -> tuple[RowFormat, RowFormat]:
         """How packed keys and packed values of this dtype are stored."""
+        if head_dim % GROUP:
+            raise ValueError(f"{head_dim=} must be a multiple of {GROUP} where numbers are rounded in groups of it")
         return (
             RowFormat(head_dim, dtype, codec=Rounded(self.bits, "tokens")),
             RowFormat(head_dim, dtype, codec=Rounded(self.bits, "channels")),

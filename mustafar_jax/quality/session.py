@@ -164,7 +164,8 @@ def folder_name(config: CompressionConfig) -> str:
     usual = CompressionConfig.recommended(**sides)
     others = [field.name for field in dataclasses.fields(config) if field.name not in sides]
     others.sort(key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
-    changed = [f"{name}={getattr(config, name)}" for name in others if getattr(config, name) != getattr(usual, name)]
+    values = [(name, getattr(config, name), getattr(usual, name, None)) for name in others]
+    changed = [f"{name}={value}" for name, value, usually in values if value != usually]
     methods = [f"{sides[f'{letter}_method']}-{sides[f'{letter}_sparsity']:g}" for letter in "kv"]
     return re.sub(r"[^\w.=-]", "-", "_".join([*methods, *changed]))
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from mustafar_jax.backends.record import Backend, Operation, missing_from_jax
+from mustafar_jax.backend import Backend, Operation, missing_from_jax
 from mustafar_jax.operands import PackedAttention
 
 # The kernels are imported where they are used: Pallas takes a while to import, and a version of jax may lack a part.
@@ -16,9 +16,10 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     from mustafar_jax.pallas_kernels.mosaic.decode_attention import BOTH_DENSE
     from mustafar_jax.pallas_kernels.rows import why_not_attend
 
-    if operands.key.bitmap is None and operands.value.bitmap is None:
-        return BOTH_DENSE
-    return why_not_attend(operands, lowering.why_not)
+    if reason := why_not_attend(operands, lowering.why_not):
+        return reason
+    both_dense = operands.key.bitmap is None and operands.value.bitmap is None
+    return BOTH_DENSE if both_dense else None
 
 
 def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.backends.record import Backend, Operation, missing_from_jax
+from mustafar_jax.backend import Backend, Operation, missing_from_jax
 from mustafar_jax.operands import PackedAttention, Packing, Product, Side
 from mustafar_jax.pruning import magnitude
 from mustafar_jax.rows import Rows
@@ -78,8 +78,6 @@ def _why_not_multiply(product: Product) -> str | None:
         return reason
     from mustafar_jax.pallas_kernels.triton import spmv
 
-    if product.x.dtype != product.rows.dtype and product.rows.is_plain:
-        return f"the kernels take one dtype; got {product.x.dtype} and rows of {product.rows.dtype}"
     return spmv.why_not(product.x.dtype, product.rows)
 
 

@@ -9,7 +9,7 @@ import pytest
 import mustafar_jax as mj
 from benchmarks import agreement, generation
 from mustafar_jax import attention
-from mustafar_jax.backends.record import Operation
+from mustafar_jax.backend import Operation
 from mustafar_jax.backends.xla.attention import attend_packed
 from mustafar_jax.backends.xla.backend import XLA
 from tests.helpers import replace_backend

@@ -21,8 +21,8 @@ from mustafar_jax import (
     prefill,
     prefill_attention,
 )
+from mustafar_jax.backend import Operation
 from mustafar_jax.backends import registry
-from mustafar_jax.backends.record import Operation
 from mustafar_jax.cache import PackedCache, Store
 from tests.helpers import (
     CONFIGS,

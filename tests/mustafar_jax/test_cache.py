@@ -66,7 +66,7 @@ def expected_tokens(config, query, key, value, prompt, length):
     is_packed = ((position >= first) & (position < first + packed))[:, None, None]
     key, value = np.asarray(key), np.asarray(value)
     keys, values, shift = key, value, np.zeros_like(key)
-    if config.center_keys and config.compresses_keys:
+    if config.center_keys and (config.k_sparsity or config.k_bits < 16):
         shift = np.asarray(rotated(mean_before_rope(config, key, prompt), position[:, None], INV_FREQ))
     if config.k_sparsity:
         weight = weight_by_queries(config, query, prompt) if config.weigh_keys else 1
@@ -266,7 +266,7 @@ def compiled_step(config, dtype):
     ("name", "dtype"),
     [
         *itertools.product(["dense", "recommended"], DTYPES),
-        *itertools.product(["published", "dense keys"], [jnp.bfloat16]),
+        *itertools.product(["published", "dense keys", "8 bits", "pruned in 8 bits"], [jnp.bfloat16]),
         *exhaustive(*itertools.product(["published", "dense keys"], [jnp.float16, jnp.float32])),
     ],
 )
@@ -447,6 +447,16 @@ def test_methods_prune_prompts_and_groups_as_their_rule_says(name):
             np.testing.assert_allclose(held_entries, np.where(mask, entries, shift), atol=2e-5)
         before = packed
     assert before == config.packed_tokens(prompt + steps) > config.packed_tokens(prompt)
+
+
+def test_another_prompt_clears_the_overflow_of_values():
+    key, value = sequences(9)
+    heavy = value.at[0, 40].multiply(100.0)  # every channel keeps this token, which needs all of head_dim
+    config = CompressionConfig(0, 0.7, v_method="channel_magnitude", v_slots=40)
+    cache = prefill_jit(empty(config), key[:, :PROMPT], heavy[:, :PROMPT])
+    assert cache.overflow.tolist() == [True, False]
+    cache = prefill_jit(cache, key[:, :PROMPT], jnp.zeros_like(value[:, :PROMPT]))
+    assert cache.overflow.tolist() == [False, False]
 
 
 def test_a_value_that_does_not_fit_its_slots_sets_overflow():

@@ -811,7 +811,9 @@ def test_doctor_says_what_is_taken_and_why_not_better(run):
     assert f"mustafar_jax {mj.__version__}, Python" in out
     assert f"jax {jax.__version__}" in out
     dense, compressed = out.split("\n\n")[1:]
-    assert dense.startswith("dense cache of bfloat16, num_heads=")
+    assert dense.startswith("dense cache, num_heads=")
+    assert "DenseCache(batch=1, " in dense
+    assert "v_bits=8" in compressed
     assert "  pack" not in dense
     assert "  pack    xla\n" in compressed
     assert "not triton: " in compressed
@@ -820,7 +822,8 @@ def test_doctor_says_what_is_taken_and_why_not_better(run):
 def test_doctor_needs_no_model(run):
     status, out, _ = run("doctor", "--dtype", "float32")
     assert status == 0
-    assert "dense cache of float32, num_heads=32, num_kv_heads=8, head_dim=128" in out
+    assert "num_heads=32: DenseCache(batch=1, " in out
+    assert "num_kv_heads=8, head_dim=128, dtype=float32" in out
 
 
 def test_info_shows_what_codes_cost(run):

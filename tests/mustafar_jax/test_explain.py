@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import mustafar_jax as mj
+from mustafar_jax.backend import Operation
 from mustafar_jax.backends import registry
-from mustafar_jax.backends.record import Operation
 from tests.helpers import replace_backend, rope_frequencies
 
 
@@ -48,7 +48,21 @@ def test_says_what_a_gpu_takes(on_a_gpu):
         ("decode", "triton", "head_dim=96", mj.CompressionConfig(), {"head_dim": 96}),
         ("decode", "triton", "codes of 8 bits", mj.CompressionConfig(v_bits=8), {}),
         ("decode", "mosaic_gpu", "codes of 8 bits", mj.CompressionConfig(k_bits=8), {}),
-        ("decode", "mosaic_gpu", "both hold every entry", mj.CompressionConfig(0, 0, k_bits=8), {}),
+        ("decode", "mosaic_gpu", "codes of 8 bits", mj.CompressionConfig(0, 0, k_bits=8), {}),
+        (
+            "prefill",
+            "cudnn",
+            "a multiple of 8 and at most 256; got head_dim=20",
+            mj.CompressionConfig(0, 0),
+            {"head_dim": 20},
+        ),
+        (
+            "decode",
+            "cudnn",
+            "a multiple of 8 and at most 256; got head_dim=512",
+            mj.CompressionConfig(0, 0),
+            {"head_dim": 512},
+        ),
         ("pack", "triton", "by magnitude; got 'think'", mj.CompressionConfig(v_method="think"), {}),
         ("pack", "triton", "codes of 8 bits", mj.CompressionConfig(k_bits=8), {}),
         ("prefill", "cudnn", "cuDNN wants bfloat16 or float16", mj.CompressionConfig(), {"dtype": jnp.float32}),
@@ -108,6 +122,23 @@ def test_what_is_chosen_is_logged_once_a_shape(caplog, monkeypatch):
     assert "passed over cudnn: it needs an NVIDIA GPU" in messages[0]
 
 
+def test_cudnn_decodes_without_a_window(on_a_gpu):
+    reasons = mj.explain(cache_of(mj.CompressionConfig(0, 0)), sliding_window=9).steps["decode"]
+    assert reasons["cudnn"] == "cuDNN decoding has no sliding window; got sliding_window=9"
+
+
+def test_a_sequence_of_one_is_refused_by_name():
+    if jax.default_backend() == "cpu":
+        with pytest.raises(NotImplementedError, match="attend packed caches here: triton: it needs an NVIDIA GPU"):
+            run("decode", cache_of(mj.CompressionConfig()), ["triton"])
+
+
+@pytest.mark.parametrize("implementation", [5, b"xla", [["xla"]], [None], {"xla"}])
+def test_what_holds_no_names_is_refused(implementation):
+    with pytest.raises(TypeError, match=r"implementation=.* must be a name, a sequence of names, or None"):
+        run("decode", cache_of(mj.CompressionConfig()), implementation)
+
+
 def test_a_backend_of_ones_own(monkeypatch):
     """One record in the registry is all that it takes."""
     record = registry.BACKENDS["xla"]
@@ -118,7 +149,7 @@ def test_a_backend_of_ones_own(monkeypatch):
     assert (out == 7).all()
 
 
-@pytest.mark.parametrize("num_heads", [3, 0, -2])
+@pytest.mark.parametrize("num_heads", [3, 0, -2, 4.0, "4"])
 def test_query_heads_that_do_not_go_with_the_cache_are_refused(num_heads):
-    with pytest.raises(ValueError, match=f"num_heads={num_heads} must be a multiple of the cache's 2 KV heads"):
+    with pytest.raises(ValueError, match=f"num_heads={num_heads!r} must be a multiple of the cache's 2 KV heads"):
         mj.explain(cache_of(mj.CompressionConfig()), num_heads=num_heads)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mustafar_jax as mj
 from mustafar_jax import keep_count, key_spmv, pack, unpack, value_spmv
 from mustafar_jax.codecs import BY_BITS
 from mustafar_jax.rows import RowFormat, Rows
@@ -182,6 +183,9 @@ X = jnp.ones((4, 64))
         (ValueError, "slots=0 must be at least 1", lambda: pack(X, np.ones((4, 64), bool), slots=0)),
         (ValueError, "slots=60 is too few: a row of mask holds 64", lambda: pack(X, np.ones((4, 64), bool), slots=60)),
         (ValueError, "slots=None needs a concrete mask", lambda: jax.jit(pack)(X, np.ones((4, 64), bool))),
+        (ValueError, r"x has shape \(64,\); wanted \[\.\.\., S, H\]", lambda: pack(X[0])),
+        (ValueError, r"bits=\[8\] must be one of \[16, 8\]", lambda: pack(X, bits=cast("Any", [8]))),
+        (TypeError, "x is of type list; wanted an array", lambda: pack(cast("Any", [[1.0]]))),
         (TypeError, "packed is of type ArrayImpl; wanted Rows", lambda: key_spmv(X[:1], cast("Any", X))),
         (ValueError, r"query has shape \(1, 32\)", lambda: key_spmv(X[:1, :32], pack(X, X > 0))),
         (ValueError, r"probabilities has shape \(64,\)", lambda: value_spmv(X[0], pack(X, X > 0))),
@@ -190,3 +194,25 @@ X = jnp.ones((4, 64))
 def test_bad_arguments(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_rows_and_caches_show_at_a_prompt_is_short():
+    rows = pack(jnp.ones((8, 64, 64)), jnp.ones((8, 64, 64), bool), slots=64)
+    assert repr(rows) == "Rows(float32[8, 64, 64], 64 slots, plain numbers)"
+    assert repr(pack(jnp.ones((8, 64, 64)), bits=8)) == "Rows(float32[8, 64, 64], every entry, codes of 8 bits)"
+    assert repr(jax.eval_shape(lambda: rows)) == repr(rows)
+
+
+def test_the_old_name_of_rows_still_works():
+    with pytest.warns(DeprecationWarning, match=r"BitmapArray is now mustafar_jax\.Rows"):
+        assert mj.BitmapArray is Rows
+
+
+def test_rows_that_are_left_alone_set_no_flag():
+    """A group that would not fit, of a sequence that has nothing to write."""
+    empty = RowFormat(64, np.dtype(jnp.float32), 8).empty((2, 1), 64)
+    too_many = RowFormat(64, np.dtype(jnp.float32), 8).pack(jnp.ones((2, 1, 32, 64)), jnp.ones((2, 1, 32, 64), bool))
+    assert too_many.overflow is not None
+    assert too_many.overflow.all()
+    held = empty.put(too_many, jnp.array([0, 64])).overflow
+    np.testing.assert_array_equal(held, [[True], [False]])

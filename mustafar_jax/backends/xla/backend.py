@@ -1,6 +1,6 @@
 """What plain JAX does for the library: everything, anywhere."""
 
-from mustafar_jax.backends.record import Backend, Operation
+from mustafar_jax.backend import Backend, Operation
 from mustafar_jax.backends.xla.attention import attend_dense, attend_packed
 from mustafar_jax.backends.xla.packing import pack
 from mustafar_jax.backends.xla.products import multiply

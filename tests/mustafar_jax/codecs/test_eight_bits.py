@@ -81,7 +81,7 @@ def test_bytes():
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        (r"bits=4 must be one of \[8, 16\]", {"bits": 4}),
+        (r"bits=4 must be one of \[16, 8\]", {"bits": 4}),
         ("bits='8' must be one of", {"bits": "8"}),
         ("slots=8 wants a mask", {"bits": 8, "slots": 8}),
     ],

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mustafar_jax import attention
+from mustafar_jax.backend import Operation
 from mustafar_jax.backends import registry
-from mustafar_jax.backends.record import Operation
 from mustafar_jax.cache import packed
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, prefill, prefill_prompt

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -10,6 +11,7 @@ from flax import nnx
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import Llama, ModelConfig
 from mustafar_jax.quality import session
+from mustafar_jax.quality.quantised import Quantised
 from mustafar_jax.quality.session import Session, folder_name, identity
 from mustafar_jax.quality.tasks import TASKS
 
@@ -171,3 +173,23 @@ def test_a_field_that_is_new_comes_last_in_a_folder_s_name(monkeypatch):
     monkeypatch.setattr(session, "_ORDER", ("weigh_keys",))
     config = CompressionConfig.recommended(group=64, weigh_keys=False, residual_length=8)
     assert folder_name(config) == "magnitude-0.7_magnitude-0.7_weigh_keys=False_residual_length=8_group=64"
+
+
+def test_simulated_neighbours_have_folders_of_their_own():
+    names = [folder_name(Quantised(bits=bits)) for bits in (2, 4)] + [folder_name(CompressionConfig(0, 0))]
+    assert len(set(names)) == 3
+    assert "bits=4" in names[1]
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        ("bits=0 must be an integer in 1 .. 8", {"bits": 0}),
+        ("bits='x' must be an integer in 1 .. 8", {"bits": "x"}),
+        ("k_sparsity=0.5 must be 0: `bits` says what is rounded", {"k_sparsity": 0.5}),
+        ("k_bits=8 must be 16: `bits` says what is rounded", {"k_bits": 8}),
+    ],
+)
+def test_simulated_codes_that_there_are_not_are_refused(message, fields):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Quantised(**fields)

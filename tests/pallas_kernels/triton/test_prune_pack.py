@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax.backends.record import Operation
+from mustafar_jax.backend import Operation
 from mustafar_jax.cache import packed as packed_cache
 from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.triton import backend

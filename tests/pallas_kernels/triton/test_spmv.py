@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax.backends.record import Operation
+from mustafar_jax.backend import Operation
 from mustafar_jax.pallas_kernels.triton import backend, spmv
 from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from tests.helpers import bits, magnitude_mask, pack, replace_backend, rms_error_ratio
