@@ -44,8 +44,10 @@ def to_auto(tree: Tree) -> Tree:
         return mesh if isinstance(mesh, Mesh) and not _is_auto(mesh) else None
 
     def placed(leaf: Any) -> Any:
-        mesh = mesh_of(leaf)
-        return leaf if mesh is None else jax.device_put(leaf, NamedSharding(_as_auto(mesh), leaf.sharding.spec))
+        if (mesh := mesh_of(leaf)) is None:
+            return leaf
+        spec = PartitionSpec(*leaf.sharding.spec[: leaf.ndim])  # a key's has the axes of its data
+        return jax.device_put(leaf, NamedSharding(_as_auto(mesh), spec))
 
     return jax.tree.map(placed, tree) if any(map(mesh_of, jax.tree.leaves(tree))) else tree
 
