@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from mustafar_jax.cache.checks import check_dtype
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.folder import open_safetensors, read_config_files
-from mustafar_jax.models.llama import Llama
+from mustafar_jax.models.llama import Llama, shapes_of
 from mustafar_jax.models.mistral import Mistral
 from mustafar_jax.models.tensors import EMBEDDING, HEAD, LazyTensor, is_harmless
 from mustafar_jax.models.tokenizer_folder import load_folder_tokenizer
@@ -212,7 +212,7 @@ def _abstract_model(model_class: type[M], config: ModelConfig, dtype: np.dtype[A
     """The model with shapes in place of weights."""
     # Tracing every layer's initialisers takes seconds for a deep model; all layers are alike, so one is traced.
     shallow = dataclasses.replace(config, num_layers=1)
-    model = nnx.eval_shape(lambda: model_class(shallow, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda: model_class(shallow, dtype=dtype, rngs=nnx.Rngs(0)))
     model.layers = nnx.List([nnx.clone(model.layers[0]) for _ in range(config.num_layers)])
     model.config = config
     return model

@@ -10,13 +10,15 @@ scores and logits are computed in float32. Matrix products have JAX's default pr
 GPUs is TF32: wrap the call in `jax.default_matmul_precision("highest")` where float32 is meant to be exact.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import decode_attention, prefill_attention
@@ -27,6 +29,8 @@ from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.models.config_json import LLAMA_FIELDS, read_config_json
 from mustafar_jax.rope import rotate
+
+M = TypeVar("M", bound=nnx.Module)
 
 FEED_FORWARD_TOKENS = 16384
 """Tokens of a batch of prompts that the feed-forward network, several times as wide as the rest, takes at a time."""
@@ -292,6 +296,12 @@ def _logical_axes(*names: str) -> dict[str, Any]:
     """Metadata that names a parameter's axes; checkpoint.py maps the names to a mesh when it places the weights."""
     # Eager sharding would want a mesh as soon as the parameter is created.
     return {"out_sharding": names, "eager_sharding": False}
+
+
+def shapes_of(make: Callable[[], M]) -> M:
+    """The model that a function makes, with shapes in place of weights; whatever mesh `jax.set_mesh` names."""
+    with jax.set_mesh(Mesh(np.empty((), object), ())):  # Flax looks for the parameters' axes in a mesh that is set
+        return nnx.eval_shape(make)
 
 
 def feed_forward_nbytes(config: ModelConfig, tokens: int, dtype: DTypeLike) -> int:

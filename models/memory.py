@@ -15,7 +15,7 @@ from mustafar_jax.cache.packed import packing_nbytes
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.prefill import prefilled_tokens
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
-from mustafar_jax.models.llama import Llama, feed_forward_nbytes
+from mustafar_jax.models.llama import Llama, feed_forward_nbytes, shapes_of
 
 USABLE = 0.95
 """The share of a device's memory to give JAX, by XLA_PYTHON_CLIENT_MEM_FRACTION; the driver takes some of the rest."""
@@ -77,7 +77,7 @@ def weight_nbytes(config: ModelConfig, dtype: DTypeLike) -> int:
 @functools.lru_cache
 def num_weights(config: ModelConfig) -> int:
     """How many numbers a model's weights are."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = shapes_of(lambda: Llama(config, rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
 
 

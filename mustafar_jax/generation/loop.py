@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
+from mustafar_jax.generation.mesh import automatic, each_automatic, to_auto, to_caller
 from mustafar_jax.generation.prefill import prefill_prompt
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.request import Request, check_request
@@ -114,24 +115,26 @@ def generate(
         TypeError: an argument of another type, such as a path in place of a model, or text in place of tokens.
         NotImplementedError: no implementation that was named can attend the caches. Like the others, before any work.
     """
-    request = check_request(
-        model,
-        tokens,
-        max_new_tokens=max_new_tokens,
-        lengths=lengths,
-        config=config,
-        temperature=temperature,
-        top_p=top_p,
-        key=key,
-        eos_id=eos_id,
-        min_new_tokens=min_new_tokens,
-        implementation=implementation,
-        progress=progress,
-    )
-    state, _ = _start(model, request)
-    how = request.sampling, request.stops, request.implementation
-    written, state = _decode_loop(model, state, *how, request.max_new_tokens)
-    return Generation(written, state.lengths, state.overflow, state.finite)
+    with automatic():
+        model, key = to_auto((model, key))
+        request = check_request(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            lengths=lengths,
+            config=config,
+            temperature=temperature,
+            top_p=top_p,
+            key=key,
+            eos_id=eos_id,
+            min_new_tokens=min_new_tokens,
+            implementation=implementation,
+            progress=progress,
+        )
+        state, _ = _start(model, request)
+        how = request.sampling, request.stops, request.implementation
+        written, state = _decode_loop(model, state, *how, request.max_new_tokens)
+    return to_caller(Generation(written, state.lengths, state.overflow, state.finite))
 
 
 def stream(
@@ -157,21 +160,23 @@ def stream(
     Raises:
         ValueError: also where no sequence had logits that are finite to its end, when the stream ends.
     """
-    request = check_request(
-        model,
-        tokens,
-        max_new_tokens=max_new_tokens,
-        lengths=lengths,
-        config=config,
-        temperature=temperature,
-        top_p=top_p,
-        key=key,
-        eos_id=eos_id,
-        min_new_tokens=min_new_tokens,
-        implementation=implementation,
-        progress=progress,
-    )
-    return _steps(model, request)
+    with automatic():
+        model, key = to_auto((model, key))
+        request = check_request(
+            model,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            lengths=lengths,
+            config=config,
+            temperature=temperature,
+            top_p=top_p,
+            key=key,
+            eos_id=eos_id,
+            min_new_tokens=min_new_tokens,
+            implementation=implementation,
+            progress=progress,
+        )
+    return each_automatic(_steps(model, request))
 
 
 def decode_step(

@@ -14,9 +14,10 @@ from mustafar_jax.backends.registry import Implementation, Names
 from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import check_integer, not_finite
+from mustafar_jax.generation.mesh import automatic, to_auto, to_caller
 from mustafar_jax.generation.prefill import embed, prefill_layer
 from mustafar_jax.generation.protocols import BlockLayer, Layer, Model, Progress
-from mustafar_jax.generation.request import check_caches, check_texts
+from mustafar_jax.generation.request import Texts, check_caches, check_texts
 
 BLOCK = 32
 """Tokens that `by_blocks` takes at once; at most the group of a cache's config."""
@@ -53,9 +54,18 @@ def log_likelihoods(
             and the steps from which on.
         NotImplementedError: as `generate` does.
     """
-    texts = check_texts(model, tokens, config, implementation, progress)
-    batch, length = texts.tokens.shape
-    prompt_length = check_integer("prompt_length", prompt_length)
+    with automatic():
+        model = to_auto(model)
+        texts = check_texts(model, tokens, config, implementation, progress)
+        prompt_length = _check_prompt_length(model, texts, prompt_length)
+        check_caches(model, texts, texts.tokens.shape[1])
+        found = _score(model, texts, prompt_length, progress)
+    return to_caller(found)
+
+
+def _check_prompt_length(model: Model, texts: Texts, prompt_length: Any) -> int:
+    """The argument of `log_likelihoods`; ValueError where it and the texts do not go together."""
+    prompt_length, length = check_integer("prompt_length", prompt_length), texts.tokens.shape[1]
     if length < 2:
         raise ValueError(f"tokens has shape {texts.tokens.shape}; wanted at least two tokens per text")
     if not 1 <= prompt_length < length:
@@ -63,7 +73,12 @@ def log_likelihoods(
     if length > (context := model.config.max_position_embeddings):
         shape = texts.tokens.shape
         raise ValueError(f"tokens has shape {shape}: {length} tokens exceed the model's context of {context}")
-    check_caches(model, texts, length)
+    return prompt_length
+
+
+def _score(model: Model, texts: Texts, prompt_length: int, progress: Progress | None) -> jax.Array:
+    """What `log_likelihoods` returns, with the errors that show after the work."""
+    batch, length = texts.tokens.shape
     caches = model.init_cache(texts.config, batch=batch, capacity=length)
     given = jax.device_get(texts.tokens)
     prompt, continuation = jax.device_put((given[:, :prompt_length], given[:, prompt_length:]))

@@ -14,6 +14,7 @@ from mustafar_jax import generation
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
+from mustafar_jax.generation.mesh import automatic
 from mustafar_jax.quality.examples import Example, Problem
 from mustafar_jax.quality.forcing import check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap_groups
@@ -83,7 +84,8 @@ class Evaluator:
         for batch in self._batches(pending):
             asked = [i for i, ids in enumerate(missing) if any(example.id in ids for example in batch)]
             answer = self._write if batch[0].gold is None else self._force
-            answers = answer([runs[i][0] for i in asked], batch, functools.partial(_times, report, len(batch)))
+            with automatic():
+                answers = [*answer([runs[i][0] for i in asked], batch, functools.partial(_times, report, len(batch)))]
             for i, records in zip(asked, answers, strict=True):
                 runs[i][1].add(record for record in records if record["id"] in missing[i])
                 answered = {record["id"] for record in records}

@@ -455,7 +455,7 @@ def test_another_prompt_clears_the_overflow_of_values():
     config = CompressionConfig(0, 0.7, v_method="channel_magnitude", v_slots=40)
     cache = prefill_jit(empty(config), key[:, :PROMPT], heavy[:, :PROMPT])
     assert cache.overflow.tolist() == [True, False]
-    cache = prefill_jit(cache, key[:, :PROMPT], jnp.zeros_like(value[:, :PROMPT]))
+    cache = prefill_jit(cache, key[:, :PROMPT], value[:, :PROMPT], jnp.array([10, 10]))  # too short to pack any
     assert cache.overflow.tolist() == [False, False]
 
 

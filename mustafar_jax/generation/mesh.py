@@ -1,0 +1,66 @@
+"""Generation within a mesh of the caller's: the compiler lays out what it computes, whatever kind the axes are."""
+
+import contextlib
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextlib.contextmanager
+def automatic() -> Iterator[None]:
+    """The caller's mesh, if `jax.set_mesh` names one, with axes that are all Auto."""
+    mesh = jax.sharding.get_mesh()
+    if _is_auto(mesh):
+        yield
+        return
+    with jax.set_mesh(_as_auto(mesh)):
+        yield
+
+
+def each_automatic(steps: Generator[T, None, R]) -> Generator[T, None, R]:
+    """The steps of a generator, each within `automatic`; between them the caller's mesh is in force."""
+    while True:
+        try:
+            with automatic():
+                step = next(steps)
+        except StopIteration as end:
+            return to_caller(end.value)
+        yield step
+
+
+def to_auto(tree: Tree) -> Tree:
+    """The tree, with arrays on Explicit axes of a mesh as they are on Auto ones: nothing is moved."""
+
+    def mesh_of(leaf: Any) -> Mesh | None:
+        """The mesh of an array on Explicit axes."""
+        sharding = getattr(leaf, "sharding", None)
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        return mesh if isinstance(mesh, Mesh) and not _is_auto(mesh) else None
+
+    def placed(leaf: Any) -> Any:
+        if (mesh := mesh_of(leaf)) is None:
+            return leaf
+        spec = PartitionSpec(*leaf.sharding.spec[: leaf.ndim])  # a key's has the axes of its data
+        return jax.device_put(leaf, NamedSharding(_as_auto(mesh), spec))
+
+    return jax.tree.map(placed, tree) if any(map(mesh_of, jax.tree.leaves(tree))) else tree
+
+
+def to_caller(tree: Tree) -> Tree:
+    """Results as the caller's mesh can use them: whole on each of its devices, where its axes are Explicit."""
+    mesh = jax.sharding.get_mesh()
+    return tree if _is_auto(mesh) else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _is_auto(mesh: Mesh) -> bool:
+    return all(kind == AxisType.Auto for kind in mesh.axis_types)
+
+
+def _as_auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
