@@ -105,6 +105,45 @@ def test_what_is_below_the_kernels_needs_nothing_above():
                 assert not within(module, "mustafar_jax") or any(within(module, other) for other in below), module
 
 
+ORDER = (
+    ("cli", "__main__"),
+    ("quality",),
+    ("models",),
+    ("generation",),
+    ("attention", "blocks", "explain", "products"),
+    ("cache",),
+    ("backends",),
+    ("pallas_kernels",),
+    ("backend", "operands", "config"),
+    ("rows", "codecs", "layout", "pruning", "rope", "writes", "interop", "arguments"),
+)
+"""The rows of CONTRIBUTING's table: each may import those below it."""
+
+
+def row_of(module: str) -> int | None:
+    """Which of `ORDER` a module is in; None for what is not of the library, and for the library's own front."""
+    part = module.removeprefix("mustafar_jax.").split(".")[0] if within(module, "mustafar_jax") else ""
+    return next((row for row, parts in enumerate(ORDER) if part in parts), None)
+
+
+def test_imports_go_one_way():
+    for name, file in all_modules().items():
+        own = row_of(name)
+        assert own is not None or name == "mustafar_jax", f"{name} is in no row of ORDER"
+        below = [row for module in imports(file, lazy=True) if (row := row_of(module)) is not None]
+        assert own is None or not below or min(below) >= own, name
+
+
+def all_modules() -> dict[str, pathlib.Path]:
+    """Every module of the package by its name."""
+    modules: dict[str, pathlib.Path] = {}
+    for package, folder in PACKAGES.items():
+        for file in files(package):
+            parts = file.relative_to(folder).with_suffix("").parts
+            modules[".".join([package, *(part for part in parts if part != "__init__")])] = file
+    return modules
+
+
 def module_of(name: str, modules: Collection[str]) -> str | None:
     """The module that `package.module.name` is of; the longest name wins."""
     parts = name.split(".")
@@ -114,11 +153,7 @@ def module_of(name: str, modules: Collection[str]) -> str | None:
 
 def test_there_is_no_circle_of_imports():
     """Not even one that a function's import closes."""
-    modules: dict[str, pathlib.Path] = {}
-    for package, folder in PACKAGES.items():
-        for file in files(package):
-            parts = file.relative_to(folder).with_suffix("").parts
-            modules[".".join([package, *(part for part in parts if part != "__init__")])] = file
+    modules = all_modules()
     graph = {
         name: {module_of(found, modules) for found in imports(file, lazy=True)} - {None, name}
         for name, file in modules.items()
