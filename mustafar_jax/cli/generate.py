@@ -54,7 +54,11 @@ def run(options: argparse.Namespace) -> None:
     with progress_bars() as progress:
         model, tokenizer = load_with_tokenizer(options, progress)
         tokens, lengths = _batch([text.encode(tokenizer, prompt, chat=options.chat)[0] for prompt in prompts])
-        settings: dict[str, Any] = {"config": config, "max_new_tokens": options.max_new_tokens} | sampling
+        settings: dict[str, Any] = {
+            "config": config,
+            "max_new_tokens": options.max_new_tokens,
+            "padding": False,
+        } | sampling
         settings |= {"implementation": options.implementation, "progress": bar(progress, "prefilling")}
         steps = text.Returned(_stream(model, tokenizer, tokens, lengths, settings))
         coming = iter(steps)
