@@ -42,7 +42,9 @@ def model_file() -> pathlib.Path:
 def write(model: mj.models.Llama, tokenizer: object, tokens: np.ndarray, config: mj.CompressionConfig) -> None:
     """Print the answer as it is written, and how long it took."""
     start = time.perf_counter()
-    for piece in text.stream_text(model, tokenizer, tokens, max_new_tokens=MAX_NEW_TOKENS, config=config):
+    for piece in text.stream_text(
+        model, tokenizer, tokens, max_new_tokens=MAX_NEW_TOKENS, config=config, padding=False
+    ):
         print(piece, end="", flush=True)
     print(f"\n({time.perf_counter() - start:.0f} s, compilation included)", end="")
 

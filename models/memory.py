@@ -49,7 +49,10 @@ class MemoryPlan:
 def plan(
     config: ModelConfig, compression: CompressionConfig, *, batch: int, capacity: int, dtype: DTypeLike
 ) -> MemoryPlan:
-    """What `batch` sequences of up to `capacity` tokens, prompt and new ones together, take; nothing is allocated."""
+    """What `batch` sequences of up to `capacity` tokens, prompt and new ones together, take; nothing is allocated.
+
+    `generate` makes caches for `generation.padded` of prompt and new tokens together, unless `padding=False`.
+    """
     [layer] = {cache.nbytes * batch for cache in abstract_caches(config, compression, capacity, dtype=dtype)}
     working = working_nbytes(config, compression, batch=batch, length=capacity, dtype=dtype)
     return MemoryPlan(weight_nbytes(config, dtype), layer * config.num_layers, working, fragments=layer)
@@ -58,7 +61,7 @@ def plan(
 def largest_batch(
     memory: float, config: ModelConfig, compression: CompressionConfig, *, capacity: int, dtype: DTypeLike
 ) -> int:
-    """How many sequences of up to `capacity` tokens fit in `memory` bytes; 0 where not even one does."""
+    """How many sequences of up to `capacity` tokens, as in `plan`, fit in `memory` bytes; 0 if not even one does."""
     options: dict[str, Any] = {"capacity": capacity, "dtype": dtype}
     one = plan(config, compression, batch=1, **options)
     few, many = 0, max(0, int(memory - one.weights) // one.caches) + 1

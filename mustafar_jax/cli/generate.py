@@ -55,7 +55,11 @@ def run(options: argparse.Namespace) -> None:
     tokens, lengths = _batch([text.encode(tokenizer, prompt, chat=options.chat)[0] for prompt in prompts])
     with progress_bars() as progress:
         model = checkpoint.load_model(progress=bar(progress, "loading"))
-        settings: dict[str, Any] = {"config": config, "max_new_tokens": options.max_new_tokens} | sampling
+        settings: dict[str, Any] = {
+            "config": config,
+            "max_new_tokens": options.max_new_tokens,
+            "padding": False,
+        } | sampling
         settings |= {"implementation": options.implementation, "progress": bar(progress, "prefilling")}
         steps = text.Returned(_stream(model, tokenizer, tokens, lengths, settings))
         coming = iter(steps)

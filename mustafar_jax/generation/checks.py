@@ -69,6 +69,13 @@ def check_progress(progress: Any) -> None:
         raise TypeError(f"progress={reprlib.repr(progress)} must be a function of (done, total), or None")
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, of Python or numpy."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={reprlib.repr(value)} must be True or False")
+    return bool(value)
+
+
 def check_integer(name: str, value: Any) -> int:
     """An integer of Python or numpy, which True and False are not."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):

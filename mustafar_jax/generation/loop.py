@@ -15,7 +15,8 @@ from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
 from mustafar_jax.generation.mesh import automatic, each_automatic, to_auto, to_caller
-from mustafar_jax.generation.prefill import prefill_prompt
+from mustafar_jax.generation.prefill import _prefill_rows, prefill_prompt
+from mustafar_jax.generation.programs import last_programs
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.request import Request, check_request
 from mustafar_jax.generation.sampling import Sampling, Stops, choose, is_stop
@@ -89,6 +90,7 @@ def generate(
     min_new_tokens: int = 0,
     implementation: Implementation = None,
     progress: Progress | None = None,
+    padding: bool = True,
 ) -> Generation:
     """Continue a batch of prompts.
 
@@ -108,6 +110,10 @@ def generate(
             pack ("triton", "xla"): "xla" is XLA for both. Where none of the names packs, the best that works here
             does. Attention over the prompts is dense and always the best that works here.
         progress: called as progress(done, total) after each layer of the prefill.
+        padding: pad the prompts, and give the caches room, for the next of 64, 96, 128, 192, 256, ... tokens, within
+            the model's context. So requests of other lengths find the programs of earlier ones compiled; the tokens
+            are the same. False takes the memory and the time of the tokens that there are, and compiles for each
+            length. Either way the programs of the last 16 shapes are kept.
 
     Raises:
         ValueError: an argument out of its range, an empty prompt, a (padded) prompt and max_new_tokens that together
@@ -130,10 +136,11 @@ def generate(
             min_new_tokens=min_new_tokens,
             implementation=implementation,
             progress=progress,
+            padding=padding,
         )
         state, _ = _start(model, request)
-        how = request.sampling, request.stops, request.implementation
-        written, state = _decode_loop(model, state, *how, request.max_new_tokens)
+        how = {"implementation": request.implementation, "max_new_tokens": request.max_new_tokens}
+        written, state = _decode_loop(model, state, request.sampling, request.stops, **how)
     return to_caller(Generation(written, state.lengths, state.overflow, state.finite))
 
 
@@ -151,6 +158,7 @@ def stream(
     min_new_tokens: int = 0,
     implementation: Implementation = None,
     progress: Progress | None = None,
+    padding: bool = True,
 ) -> Generator[np.ndarray, None, Generation]:
     """Continue a batch of prompts, yielding each step's tokens, int32 [B], as they come.
 
@@ -175,6 +183,7 @@ def stream(
             min_new_tokens=min_new_tokens,
             implementation=implementation,
             progress=progress,
+            padding=padding,
         )
     return each_automatic(_steps(model, request))
 
@@ -191,14 +200,19 @@ def decode_step(
     return model.logits(hidden), tuple(grown)
 
 
+def keep_programs(count: int) -> None:
+    """Keep the programs of at least so many shapes; of `programs.KEPT` unless told. More memory, less compiling."""
+    for function in (_prefill_rows, _decode_loop, _stream_step):
+        function.kept = max(function.kept, count)
+
+
 Shown = tuple[jax.Array, jax.Array, jax.Array]
 """What the host looks at after a step: tokens, int32 [B]; whether any sequence got one; whether all have stopped."""
 
 
 def _start(model: Model, request: Request) -> tuple[DecodeState, Shown]:
     """Prefill, and choose the first token."""
-    batch, length = request.tokens.shape
-    caches = model.init_cache(request.config, batch=batch, capacity=length + request.max_new_tokens)
+    caches = model.init_cache(request.config, batch=len(request.tokens), capacity=request.capacity)
     how: dict[str, Any] = {"implementation": request.implementation, "progress": request.progress}
     logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, **how)
     state, shown = _first(logits, [cache.overflow for cache in caches], request.sampling, request.stops)
@@ -218,15 +232,17 @@ def _first(
 
 def _steps(model: Model, request: Request) -> Generator[np.ndarray, None, Generation]:
     """What `stream` yields and returns."""
-    tokens = np.zeros((len(request.tokens), request.max_new_tokens), np.int32)
-    for number, (latest, shown) in enumerate(_states(model, request)):
+    written: list[np.ndarray] = []
+    for latest, shown in _states(model, request):
         state = latest
         token, wrote, finished = jax.device_get(shown)
         if wrote:
-            tokens[:, number] = token
+            written.append(token)
             yield token
         if finished:
             break
+    tokens = np.zeros((len(request.tokens), request.max_new_tokens), np.int32)
+    tokens[:, : len(written)] = np.stack(written, axis=1) if written else 0
     end = Generation(jax.device_put(tokens), state.lengths, state.overflow, state.finite)
     if not jax.device_get(end.finite).any():
         lengths = jax.device_get(end.lengths).tolist()
@@ -242,7 +258,9 @@ def _states(model: Model, request: Request) -> Iterator[tuple[DecodeState, Shown
         return
     # Flattened once, not in every step: of 32 layers that takes 2.5 ms.
     leaves, structure = jax.tree.flatten(model)
-    step = functools.partial(_stream_step, leaves, structure=structure, implementation=request.implementation)
+    how = {"structure": structure, "implementation": request.implementation}
+    compiled = _stream_step.of(leaves, state, request.sampling, request.stops, **how)
+    step = functools.partial(compiled, leaves, **how)
     state, shown = step(state, request.sampling, request.stops)
     for _ in range(request.max_new_tokens - 2):
         state, coming = step(state, request.sampling, request.stops)
@@ -251,12 +269,13 @@ def _states(model: Model, request: Request) -> Iterator[tuple[DecodeState, Shown
     yield state, shown
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "implementation"), donate_argnames="state")
+@last_programs(static_argnames=("structure", "implementation"), donate_argnames="state")
 def _stream_step(
     leaves: list[Any],
     state: DecodeState,
     sampling: Sampling | None,
     stops: Stops,
+    *,
     structure: Any,
     implementation: Implementation,
 ) -> tuple[DecodeState, Shown]:
@@ -305,12 +324,13 @@ def _advanced(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "max_new_tokens"), donate_argnames="state")
+@last_programs(static_argnames=("implementation", "max_new_tokens"), donate_argnames="state")
 def _decode_loop(
     model: Model,
     state: DecodeState,
     sampling: Sampling | None,
     stops: Stops,
+    *,
     implementation: Implementation,
     max_new_tokens: int,
 ) -> tuple[jax.Array, DecodeState]:

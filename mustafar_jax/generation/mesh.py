@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
 T = TypeVar("T")
@@ -15,11 +15,10 @@ R = TypeVar("R")
 @contextlib.contextmanager
 def automatic() -> Iterator[None]:
     """The caller's mesh, if `jax.set_mesh` names one, with axes that are all Auto."""
-    mesh = jax.sharding.get_mesh()
-    if _is_auto(mesh):
+    if _is_auto(jax.sharding.get_abstract_mesh()):
         yield
         return
-    with jax.set_mesh(_as_auto(mesh)):
+    with jax.set_mesh(_as_auto(jax.sharding.get_mesh())):
         yield
 
 
@@ -54,11 +53,12 @@ def to_auto(tree: Tree) -> Tree:
 
 def to_caller(tree: Tree) -> Tree:
     """Results as the caller's mesh can use them: whole on each of its devices, where its axes are Explicit."""
-    mesh = jax.sharding.get_mesh()
-    return tree if _is_auto(mesh) else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    if _is_auto(jax.sharding.get_abstract_mesh()):
+        return tree
+    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
 
 
-def _is_auto(mesh: Mesh) -> bool:
+def _is_auto(mesh: Mesh | AbstractMesh) -> bool:
     return all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 

@@ -9,6 +9,7 @@ from jax import lax
 
 from mustafar_jax.backends.registry import Implementation, Names, check_implementation
 from mustafar_jax.cache import LayerCache
+from mustafar_jax.generation.programs import last_programs
 from mustafar_jax.generation.protocols import Caches, Layer, Model, Progress
 
 PREFILL_TOKENS = 65536
@@ -47,7 +48,7 @@ def prefill_prompt(
         part, valid = _rows_from(start, (tokens, lengths), rows)
         hidden = embed(model, part)
         for i, layer in enumerate(model.layers):
-            hidden, filled[i] = _prefill_rows(layer, hidden, filled[i], valid, start, names)
+            hidden, filled[i] = _prefill_rows(layer, hidden, filled[i], valid, start, implementation=names)
             done += 1
             if progress is not None:
                 jax.block_until_ready(hidden)
@@ -75,7 +76,7 @@ def prefill_layer(
     parts = []
     for start in starts:
         part, valid = _rows_from(start, (hidden, lengths), rows)
-        part, cache = _prefill_rows(layer, part, cache, valid, start, names)
+        part, cache = _prefill_rows(layer, part, cache, valid, start, implementation=names)
         parts.append(part)
     return _joined(parts, len(hidden)), cache
 
@@ -120,13 +121,14 @@ def embed(model: Model, tokens: jax.Array) -> jax.Array:
     return model.embed(tokens)
 
 
-@functools.partial(jax.jit, static_argnames="implementation", donate_argnames=("hidden", "cache"))
+@last_programs(static_argnames="implementation", donate_argnames=("hidden", "cache"))
 def _prefill_rows(
     layer: Layer,
     hidden: jax.Array,
     cache: LayerCache,
     lengths: jax.Array,
     start: jax.Array,
+    *,
     implementation: Implementation,
 ) -> tuple[jax.Array, LayerCache]:
     """Run prompts [b, S, D] through one layer; they fill the sequences start .. start + b - 1 of its cache."""

@@ -7,18 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from mustafar_jax.backends.registry import Implementation, Names, check_implementation
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import (
     check_config,
+    check_flag,
     check_integer,
     check_model,
     check_progress,
     check_prompt_lengths,
     check_tokens,
 )
+from mustafar_jax.generation.programs import padded
 from mustafar_jax.generation.protocols import Model, Progress
 from mustafar_jax.generation.sampling import Sampling, Stops, check_sampling, check_stops
 
@@ -28,8 +31,9 @@ class Request:
     """The checked arguments of a generation.
 
     Attributes:
-        tokens: int32 [B, S].
+        tokens: int32 [B, S], padded.
         lengths: int32 [B], each prompt's own.
+        capacity: tokens that a cache is to have room for, S and max_new_tokens or more.
         max_new_tokens: as in `generate`.
         config: how the caches are compressed.
         sampling: how tokens are drawn; None where the likeliest is taken.
@@ -40,6 +44,7 @@ class Request:
 
     tokens: jax.Array
     lengths: jax.Array
+    capacity: int
     max_new_tokens: int
     config: CompressionConfig
     sampling: Sampling | None
@@ -62,6 +67,7 @@ def check_request(
     min_new_tokens: int,
     implementation: Implementation,
     progress: Progress | None,
+    padding: bool,
 ) -> Request:
     """The arguments of `generate`, with its errors."""
     texts = check_texts(model, tokens, config, implementation, progress)
@@ -78,8 +84,22 @@ def check_request(
     own = check_prompt_lengths(lengths, batch, length)
     sampling = check_sampling(temperature, top_p, key)
     stops = check_stops(model, eos_id, min_new_tokens, max_new_tokens)
-    check_caches(model, texts, length + max_new_tokens)
-    return Request(texts.tokens, own, max_new_tokens, texts.config, sampling, stops, texts.implementation, progress)
+    tokens, capacity = jax.device_get(texts.tokens), length + max_new_tokens
+    if check_flag("padding", padding):
+        capacity = padded(capacity, context)
+        tokens = np.pad(tokens, ((0, 0), (0, padded(length, capacity) - length)))
+    check_caches(model, texts, capacity)
+    return Request(
+        tokens=jax.device_put(tokens),
+        lengths=own,
+        capacity=capacity,
+        max_new_tokens=max_new_tokens,
+        config=texts.config,
+        sampling=sampling,
+        stops=stops,
+        implementation=texts.implementation,
+        progress=progress,
+    )
 
 
 class Texts(NamedTuple):

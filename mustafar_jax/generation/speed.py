@@ -58,6 +58,7 @@ def measure(
         "config": config,
         "eos_id": (),
         "implementation": implementation,
+        "padding": False,
     }
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, context))
     for _ in range(2):  # the first one compiles

@@ -81,6 +81,7 @@ class Evaluator:
                 progress(done + more, len(examples))
 
         report(0)
+        generation.keep_programs(2 * len(runs))  # a shape's batches are of two sizes at most
         for batch in self._batches(pending):
             asked = [i for i, ids in enumerate(missing) if any(example.id in ids for example in batch)]
             answer = self._write if batch[0].gold is None else self._force
@@ -144,6 +145,7 @@ class Evaluator:
                 min_new_tokens=first.min_new_tokens,
                 config=config,
                 eos_id=sorted(stop) or None,
+                padding=False,  # the prompts are padded
             )
             check_fits(config, result.overflow, [example.id for example in batch])
             written = zip(batch, *map(np.asarray, (result.tokens, result.lengths, result.finite)), strict=True)

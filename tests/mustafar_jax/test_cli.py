@@ -221,7 +221,8 @@ def test_logits_that_are_not_finite_are_an_error(run, broken, stream):
 def test_of_several_prompts_the_one_without_logits_is_named_after_the_others_answers(run, broken):
     prompts = ["--prompt", "w1 w2", "--prompt", "w1 w7"]
     status, out, err = run("generate", "--model", "broken", *prompts, "--max-new-tokens", "2")
-    assert status == 1
+    assert status == 1, err
+    assert out, err
     assert re.fullmatch(r"--- 1: w1 w2 ---\nw\d+ w\d+\n--- 2: w1 w7 ---\n\n", out)
     assert err.endswith("error: the model's logits are not finite: those of prompt 2 from step 1 on\n")
 

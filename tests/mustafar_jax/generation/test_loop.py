@@ -118,7 +118,8 @@ def test_the_loop_takes_a_known_number_of_steps_between_looks():
     never, ones = jnp.zeros(2, bool), jnp.ones(2, jnp.int32)
     state = loop.DecodeState(ones, never, ones, ~never, never, jnp.int32(1), ())
     stops = sampling.Stops(jnp.zeros(1, jnp.int32), jnp.int32(0))
-    compiled = loop._decode_loop.lower(counting(), state, None, stops, None, 40).compile()
+    arguments, how = (counting(), state, None, stops), {"implementation": None, "max_new_tokens": 40}
+    compiled = loop._decode_loop.of(*arguments, **how).lower(*arguments, **how).compile()
     assert re.findall(r'"known_trip_count":{"n":"(\d+)"}', compiled.as_text()) == ["13"]  # 39 steps in three parts
 
 
@@ -140,6 +141,7 @@ def sampled(llama) -> Sampled:
     options: dict[str, Any] = {
         "lengths": LENGTHS,
         "max_new_tokens": NEW - 1,  # a shape that no other test compiles
+        "padding": False,
         "config": CONFIGS["recommended"],
         "temperature": 1.5,
         "top_p": 0.9,
