@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 import mustafar_jax as mj
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import Mistral, ModelConfig
-from tests.helpers import rope_frequencies
+from tests.helpers import exhaustive, rope_frequencies
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 TRACING: dict[str, Any] = {
@@ -155,7 +155,8 @@ def test_what_needs_no_cache_is_traced_under_it(switch, use):
 
 
 RUN = [(switch, name) for switch in RUNNING for name in ("dense", "recommended", "coded")]
-RUN = [case for case in RUN if case[0] != "disable_jit" or case[1] == "coded"]  # slow, and generation has the others
+SLOW = ("disable_jit", "coded")
+RUN = [case for case in RUN if case[0] != "disable_jit"] + exhaustive(SLOW)  # generation has the others
 
 
 @pytest.mark.parametrize(("switch", "name"), RUN)
@@ -173,7 +174,7 @@ def test_what_needs_no_cache_is_the_usual_under_it(switch, use):
     check_usual(result, usual(use, "dense"))
 
 
-GENERATED = [(switch, "dense") for switch in GENERATING] + [(switch, "recommended") for switch in RUNNING]
+GENERATED = [(switch, "dense") for switch in GENERATING] + exhaustive(*[(switch, "recommended") for switch in RUNNING])
 
 
 @pytest.mark.parametrize(("switch", "name"), GENERATED)

@@ -8,6 +8,8 @@ import textwrap
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers import exhaustive
+
 PROGRAM = """
     import contextlib
     import sys
@@ -61,7 +63,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Explicit", *exhaustive("Auto")])
 def test_tokens_on_two_devices_are_those_on_one(kind, folder):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(PROGRAM), str(folder), kind]

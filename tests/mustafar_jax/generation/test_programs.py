@@ -14,11 +14,13 @@ from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import keep_programs, loop, prefill, prefill_prompt, programs
 from mustafar_jax.generation.programs import LastPrograms, padded
-from tests.helpers import CONFIGS
+from tests.helpers import CONFIGS, exhaustive
 from tests.mustafar_jax.generation.setting import LENGTHS, PROMPTS, TINY, VOCABULARY, Compilations, counting
 
 NEW = 40
 RULES = CompressionConfig(0.5, 0.5, k_method="output_aware", v_method="channel_output_aware")
+COMPRESSED = CONFIGS | {"by queries": RULES}
+NAMES = ["recommended", "by queries", *exhaustive(*sorted(COMPRESSED.keys() - {"recommended", "by queries"}))]
 
 
 def test_lengths_are_padded_to_powers_of_two_and_what_lies_between():
@@ -32,8 +34,9 @@ def test_lengths_are_padded_to_powers_of_two_and_what_lies_between():
     assert padded(5, 40) == 40
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), RULES], ids=[*CONFIGS, "by queries"])
-def test_padding_leaves_no_mark_on_tokens(llama, config):
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_leaves_no_mark_on_tokens(llama, name):
+    config = COMPRESSED[name]
     options: dict[str, Any] = {"lengths": LENGTHS, "max_new_tokens": NEW, "config": config, "eos_id": 3}
     wanted = mj.generate(llama, PROMPTS, **options, padding=False)
     jax.tree.map(np.testing.assert_array_equal, mj.generate(llama, PROMPTS, **options), wanted)
@@ -48,7 +51,7 @@ def test_padding_leaves_no_mark_on_draws_and_on_a_window(mistral):
     jax.tree.map(np.testing.assert_array_equal, mj.generate(mistral, PROMPTS, **options), wanted)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), RULES], ids=[*CONFIGS, "by queries"])
+@pytest.mark.parametrize("config", COMPRESSED.values(), ids=COMPRESSED)
 def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, config):
     """Means, weights and queries, entries that are kept, and the logits after it."""
 
