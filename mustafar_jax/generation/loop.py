@@ -232,15 +232,18 @@ def _first(
 
 def _steps(model: Model, request: Request) -> Generator[np.ndarray, None, Generation]:
     """What `stream` yields and returns."""
-    tokens = np.zeros((len(request.tokens), request.max_new_tokens), np.int32)
-    for number, (latest, shown) in enumerate(_states(model, request)):
+    written: list[np.ndarray] = []
+    for latest, shown in _states(model, request):
         state = latest
         token, wrote, finished = jax.device_get(shown)
         if wrote:
-            tokens[:, number] = token
+            written.append(token)
             yield token
         if finished:
             break
+    tokens = np.zeros((len(request.tokens), request.max_new_tokens), np.int32)
+    if written:
+        tokens[:, : len(written)] = np.stack(written, axis=1)
     end = Generation(jax.device_put(tokens), state.lengths, state.overflow, state.finite)
     if not jax.device_get(end.finite).any():
         lengths = jax.device_get(end.lengths).tolist()
