@@ -26,3 +26,14 @@ def parse_count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no count; wanted a whole number of at least 1")
     return count
+
+
+def parse_seed(text: str) -> int:
+    """A seed of random numbers, of which generators take 32 bits: jax drops those beyond in silence."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; wanted a whole number in 0 .. 2**32 - 1")
+    return seed

@@ -10,6 +10,9 @@ from mustafar_jax.layout import WORD
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Method, check_sparsity
 from mustafar_jax.rows import RowFormat
 
+_MOST_TOKENS = 2**30
+"""Positions are of 32 bits, also those of sinks and recent tokens together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CompressionConfig:
@@ -74,6 +77,8 @@ class CompressionConfig:
         for name in ("residual_length", "group", "sink_tokens"):
             if not isinstance(getattr(self, name), int | np.integer):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be an integer")
+            if getattr(self, name) > _MOST_TOKENS:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {_MOST_TOKENS}")
         for name in ("center_keys", "weigh_keys", "rescale_values"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a bool")

@@ -8,8 +8,13 @@ from collections.abc import Sequence
 import jax
 
 import mustafar_jax
-from mustafar_jax.cli import bench, doctor, evaluate, generate, info
+from mustafar_jax.cli import bench, doctor, evaluate, generate, info, interrupt
 from mustafar_jax.cli.parser import Parser
+
+
+def command() -> int:
+    """`main` as a process of its own, which Ctrl-C ends at once."""
+    return interrupt.run(main)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        return 130
+        return interrupt.STATUS
     except (ValueError, TypeError, NotImplementedError, OverflowError, OSError) as error:
         return _failed(options, str(error))
     except jax.errors.JaxRuntimeError as error:

@@ -9,6 +9,7 @@ from rich.console import Console
 from mustafar_jax.arguments import parse_count
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of
+from mustafar_jax.cli.interrupt import before_leaving
 from mustafar_jax.cli.load import load_model
 from mustafar_jax.cli.parser import add_dtype, add_model
 from mustafar_jax.cli.render import progress_bars, size, table
@@ -37,6 +38,12 @@ def run(options: argparse.Namespace) -> None:
     compressed = config_of(options)
     sizes = {"context": options.context, "new_tokens": options.new_tokens}
     shown = table("", ("batch", "cache", "first token, s", "tokens/s", "of dense", "bytes", "of dense"), ("cache",))
+
+    def show() -> None:
+        if shown.rows:
+            Console().print(shown)
+
+    before_leaving(show)
     try:
         with progress_bars() as progress:
             model = load_model(options, progress)[0]
@@ -51,8 +58,7 @@ def run(options: argparse.Namespace) -> None:
                 for row in _rows(batch, *found):
                     shown.add_row(*row)
     finally:  # a batch that is too large leaves the others
-        if shown.rows:
-            Console().print(shown)
+        show()
 
 
 def _rows(batch: int, dense: Speed, packed: Speed) -> list[list[str]]:

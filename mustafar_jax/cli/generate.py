@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mustafar_jax import generation
+from mustafar_jax.arguments import parse_seed
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of
 from mustafar_jax.cli.load import open_with_tokenizer
@@ -41,7 +42,7 @@ def add(commands: Any) -> None:
     command.add_argument("--stream", action="store_true", help="show the text of a single prompt as it comes")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
     command.add_argument("--top-p", type=float, help="with --temperature: draw from the likeliest, up to this sum (1)")
-    command.add_argument("--seed", type=int, help="with --temperature: of the random draws (0)")
+    command.add_argument("--seed", type=parse_seed, help="with --temperature: of the random draws (0)")
     command.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
     add_dtype(command, "the checkpoint's")
     add_compression(command)

@@ -242,7 +242,8 @@ def _steps(model: Model, request: Request) -> Generator[np.ndarray, None, Genera
         if finished:
             break
     tokens = np.zeros((len(request.tokens), request.max_new_tokens), np.int32)
-    tokens[:, : len(written)] = np.stack(written, axis=1) if written else 0
+    if written:
+        tokens[:, : len(written)] = np.stack(written, axis=1)
     end = Generation(jax.device_put(tokens), state.lengths, state.overflow, state.finite)
     if not jax.device_get(end.finite).any():
         lengths = jax.device_get(end.lengths).tolist()

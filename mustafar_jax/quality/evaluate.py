@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from mustafar_jax import generation
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
-from mustafar_jax.generation.mesh import automatic
+from mustafar_jax.generation.mesh import each_automatic
 from mustafar_jax.quality.examples import Example, Problem
 from mustafar_jax.quality.forcing import check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap_groups
@@ -85,9 +85,8 @@ class Evaluator:
         for batch in self._batches(pending):
             asked = [i for i, ids in enumerate(missing) if any(example.id in ids for example in batch)]
             answer = self._write if batch[0].gold is None else self._force
-            with automatic():
-                answers = [*answer([runs[i][0] for i in asked], batch, functools.partial(_times, report, len(batch)))]
-            for i, records in zip(asked, answers, strict=True):
+            answers = answer([runs[i][0] for i in asked], batch, functools.partial(_times, report, len(batch)))
+            for i, records in zip(asked, each_automatic(answers), strict=True):
                 runs[i][1].add(record for record in records if record["id"] in missing[i])
                 answered = {record["id"] for record in records}
                 problems += [self._broken(example) for example in batch if example.id in missing[i] - answered]
@@ -119,7 +118,7 @@ class Evaluator:
 
     def _force(
         self, configs: Sequence[CompressionConfig], batch: list[Example], report: Callable[[float], object]
-    ) -> Iterator[list[Record]]:
+    ) -> Generator[list[Record], None, None]:
         prompts, lengths = self._prompts(batch)
         gold = np.stack([example.gold for example in batch if example.gold is not None])
         configs, ids = [generation.DENSE, *configs], [example.id for example in batch]
@@ -133,7 +132,7 @@ class Evaluator:
 
     def _write(
         self, configs: Sequence[CompressionConfig], batch: list[Example], report: Callable[[float], object]
-    ) -> Iterator[list[Record]]:
+    ) -> Generator[list[Record], None, None]:
         prompts, lengths = self._prompts(batch)
         stop, first = {*self.model.config.eos_ids, *batch[0].stop}, batch[0]
         for done, config in enumerate(configs, start=1):

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mustafar_jax.arguments import parse_count
+from mustafar_jax.arguments import parse_count, parse_seed
 from mustafar_jax.quality import choice, longbench, needle, perplexity, ruler
 from mustafar_jax.quality.evaluate import ANSWERS, TOKENS
 from mustafar_jax.quality.examples import Example, Problem
@@ -101,7 +101,7 @@ def _lengths(what: str) -> dict[str, Any]:
     return {"type": parse_count, "nargs": "+", "default": [1024, 2048, 4096], "help": f"tokens of {what} (%(default)s)"}
 
 
-_SEED = {"type": int, "default": 0, "help": "of what is made at random (%(default)s)"}
+_SEED = {"type": parse_seed, "default": 0, "help": "of what is made at random (%(default)s)"}
 
 TASKS = {
     "perplexity": Task(

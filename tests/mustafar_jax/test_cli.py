@@ -328,6 +328,9 @@ def test_a_model_without_a_tokenizer_cannot_write(run, folder, tmp_path):
         (["eval", "needle", "--model", "tiny", "--batch", "-1"], "--batch: '-1' is no count"),
         (["eval", "needle", "--model", "tiny", "--limit", "0"], "--limit: '0' is no count"),
         (["eval", "needle", "--model", "tiny", "--limit", "2.5"], "--limit: '2.5' is no count"),
+        (["eval", "needle", "--model", "tiny", "--seed", "-1"], "--seed: '-1' is no seed; wanted a whole number in 0"),
+        ([*GENERATE, "--prompt", "x", "--seed", str(2**32)], f"--seed: '{2**32}' is no seed"),
+        ([*GENERATE, "--prompt", "x", "--seed", "1.5"], "--seed: '1.5' is no seed"),
     ],
 )
 def test_wrong_arguments_are_status_2(capsys, arguments, message):
