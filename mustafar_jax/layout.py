@@ -4,6 +4,7 @@ Tokens are stored 32 together. docs/architecture.md draws the layout.
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +30,10 @@ def chunk(slots: int) -> int:
     return 8 if slots % 8 == 0 else 4
 
 
-def interleaved_shape(length: int, slots: int) -> tuple[int, int, int, int]:
-    """The shape of `length` rows of slots, interleaved; `length` is a multiple of 32."""
-    return length // WORD, slots // chunk(slots), WORD, chunk(slots)
-
-
-def interleave(rows: jax.Array) -> jax.Array:
-    """[..., S, slots] -> [..., S / 32, slots / chunk, 32, chunk]: 32 lanes that read a chunk each read one block."""
-    *leading, length, slots = rows.shape
-    size = chunk(slots)
-    return rows.reshape(*leading, length // WORD, WORD, slots // size, size).swapaxes(-3, -2)
+def interleave(rows: jax.Array, size: int) -> jax.Array:
+    """[..., S, n] -> [..., S / 32, n / size, 32, size]: 32 lanes that read a chunk of `size` each read one block."""
+    *leading, length, count = rows.shape
+    return rows.reshape(*leading, length // WORD, WORD, count // size, size).swapaxes(-3, -2)
 
 
 def deinterleave(payload: jax.Array) -> jax.Array:
@@ -47,48 +42,66 @@ def deinterleave(payload: jax.Array) -> jax.Array:
     return payload.swapaxes(-3, -2).reshape(*leading, groups * WORD, chunks * size)
 
 
+def to_bit_words(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes uint8 [..., n], below 2**bits, as words uint32 [..., n * bits / 32], the first one in the lowest bits."""
+    words = codes.reshape(*codes.shape[:-1], codes.shape[-1] * bits // WORD, WORD // bits).astype(jnp.uint32)
+    return jnp.sum(words << _places(words.ndim, bits), axis=-1, dtype=jnp.uint32)
+
+
+def from_bit_words(words: jax.Array, bits: int) -> jax.Array:
+    """The inverse of `to_bit_words`."""
+    codes = words[..., None] >> _places(words.ndim + 1, bits) & (1 << bits) - 1
+    return codes.astype(jnp.uint8).reshape(*words.shape[:-1], words.shape[-1] * WORD // bits)
+
+
 def to_words(mask: jax.Array) -> jax.Array:
     """Bool [..., H] -> uint32 [..., H / 32]: channel c is bit c % 32 of word c // 32."""
-    bits = mask.reshape(*mask.shape[:-1], mask.shape[-1] // WORD, WORD).astype(jnp.uint32)
-    return jnp.sum(bits << _channels(bits.ndim), axis=-1, dtype=jnp.uint32)
+    return to_bit_words(mask.astype(jnp.uint8), 1)
 
 
 def to_mask(words: jax.Array) -> jax.Array:
     """The inverse of `to_words`."""
-    bits = words[..., None] >> _channels(words.ndim + 1) & 1
-    return bits.astype(bool).reshape(*words.shape[:-1], words.shape[-1] * WORD)
+    return from_bit_words(words, 1).astype(bool)
 
 
-def _channels(rank: int) -> jax.Array:
-    """uint32 [1, ..., 32]: the channels of a word."""
-    return lax.broadcast_to_rank(jnp.arange(WORD, dtype=jnp.uint32), rank)
+def _places(rank: int, bits: int) -> jax.Array:
+    """uint32 [1, ..., 32 / bits]: where the codes of a word begin."""
+    return lax.broadcast_to_rank(jnp.arange(0, WORD, bits, dtype=jnp.uint32), rank)
 
 
-def compress(entries: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Move the masked entries of each row into its first slots, in the order of their channels.
+def first_held(mask: jax.Array, slots: int) -> jax.Array:
+    """Bool [..., H]: of the masked entries of each row, those that find one of its slots, by ascending channels."""
+    return mask & (_rank(mask) < slots)
+
+
+def compress(entries: jax.Array, held: jax.Array, slots: int) -> jax.Array:
+    """Move the held entries of each row into its first slots, in the order of their channels.
 
     Args:
         entries: [..., H], moved as they are.
-        mask: bool [..., H].
+        held: bool [..., H], at most `slots` of each row.
         slots: of a row.
 
     Returns:
-        [..., slots], zero where no entry stands; and bool [..., H], the entries that found a slot.
+        [..., slots], zero where no entry stands.
     """
-    rank = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-    held = mask & (rank < slots)
     *leading, head_dim = entries.shape
     # Entries that are not held go to places beyond the slots, a different one each, where the scatter drops them.
-    slot = jnp.where(held, rank, slots + jnp.arange(head_dim)).reshape(-1, head_dim)
+    slot = jnp.where(held, _rank(held), slots + jnp.arange(head_dim)).reshape(-1, head_dim)
     row = jnp.arange(slot.shape[0])[:, None]
     rows = jnp.zeros((slot.shape[0], slots), entries.dtype)
     rows = rows.at[row, slot].set(entries.reshape(-1, head_dim), mode="drop", unique_indices=True)
-    return rows.reshape(*leading, slots), held
+    return rows.reshape(*leading, slots)
+
+
+def _rank(mask: jax.Array) -> jax.Array:
+    """int32 [..., H]: how many of a row's masked entries stand before each."""
+    return jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
 
 
 def expand(slots: jax.Array, words: jax.Array) -> jax.Array:
     """The inverse of `compress`: [..., slots] and bitmap words [..., H / 32] -> [..., H], zero where none is held."""
-    below = words[..., None] & ((jnp.uint32(1) << _channels(words.ndim + 1)) - 1)
+    below = words[..., None] & ((jnp.uint32(1) << _places(words.ndim + 1, 1)) - 1)
     counts = lax.population_count(words).astype(jnp.int32)
     before = jnp.cumsum(counts, axis=-1) - counts
     rank = before[..., None] + lax.population_count(below).astype(jnp.int32)
@@ -101,6 +114,125 @@ def expand(slots: jax.Array, words: jax.Array) -> jax.Array:
 def to_bits(x: jax.Array) -> jax.Array:
     """Entries as integers: moved so, every NaN stays as it is, also where XLA has no 16-bit floating point."""
     return lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+
+
+Pairs = Literal["channels", "tokens"]
+"""What stands in the two halves of a word of codes: neighbouring channels (keys), or neighbouring tokens (values)."""
+
+TILE = 16
+"""Tokens, and channels, that one product of a warp (mma.m16n8k16) takes."""
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """The widths in which codes of so many bits stand: each divides a half word; the lowest bits come first."""
+    return (2, 1) if bits == 3 else (bits,)
+
+
+def coded_words(head_dim: int, bits: int) -> tuple[int, ...]:
+    """The words of each plane that a lane has of 32 tokens."""
+    return tuple(head_dim * width // WORD for width in planes(bits))
+
+
+def _vector(words: tuple[int, ...]) -> int:
+    """Words that a lane reads at once: as many as divide all of these, at most 4."""
+    return math.gcd(4, *words)
+
+
+def coded_shape(length: int, head_dim: int, bits: int) -> tuple[int, int, int, int]:
+    """The shape of `length` rows of codes of all their entries; `length` is a multiple of 32."""
+    words = coded_words(head_dim, bits)
+    return length // WORD, sum(words) // _vector(words), WORD, _vector(words)
+
+
+def to_operands(codes: jax.Array, bits: int, pairs: Pairs) -> jax.Array:
+    """Codes of whole rows as words that a warp multiplies as they are.
+
+    A group of 32 tokens has H / 8 tiles of 16 tokens by 16 channels, the first 16 tokens' first, by ascending channels.
+    A lane of 32 holds 8 codes of each tile, as mma.m16n8k16 wants its first operand from it: with g = lane // 4 and t =
+    lane % 4, rows g and g + 8, and of the inner axis 2t, 2t + 1, 2t + 8 and 2t + 9. Channels are the inner axis of keys
+    (`pairs` "channels"), tokens that of values.
+
+    The 8 codes are four pairs, whose inner places are neighbours: rows g, g + 8 at 2t, then at 2t + 8. The first of a
+    pair stands in the low half of a word, the second at the same bits of the high half. Pairs fill words from the
+    lowest bits on, tile after tile: a word is one tile of 4 bits, half a tile of 8, or two tiles of 2. Codes of 3 bits
+    are a plane of their two low bits, then one of their high bits.
+
+    Args:
+        codes: uint8 [..., S, H], below 2**bits; S and H are multiples of 32.
+        bits: 8, 4, 3, 2 or 1.
+        pairs: see above.
+
+    Returns:
+        uint32 [..., S / 32, words / v, 32, v]: v words of each lane stand together, at most 4.
+    """
+    words, shift = [], 0
+    for width in planes(bits):
+        words.append(_plane(codes >> shift & (1 << width) - 1, width, pairs))
+        shift += width
+    joined = jnp.concatenate(words, axis=-2)  # [..., S / 32, words, 32]
+    *leading, count, lanes = joined.shape
+    vector = _vector(coded_words(codes.shape[-1], bits))
+    return joined.reshape(*leading, count // vector, vector, lanes).swapaxes(-2, -1)
+
+
+def from_operands(payload: jax.Array, bits: int, pairs: Pairs) -> jax.Array:
+    """The inverse of `to_operands`: uint8 [..., S, H]."""
+    *leading, vectors, lanes, vector = payload.shape
+    joined = payload.swapaxes(-2, -1).reshape(*leading, vectors * vector, lanes)
+    head_dim = vectors * vector * WORD // bits
+    codes, shift, first = jnp.zeros((), jnp.uint8), 0, 0
+    for width, count in zip(planes(bits), coded_words(head_dim, bits), strict=True):
+        plane = _codes(joined[..., first : first + count, :], width, pairs)
+        codes, shift, first = codes | plane << shift, shift + width, first + count
+    return codes
+
+
+def _plane(codes: jax.Array, width: int, pairs: Pairs) -> jax.Array:
+    """Codes below 2**width as the words [..., S / 32, words, 32] of `to_operands`."""
+    *leading, length, head_dim = codes.shape
+    first = len(leading) + 1
+    split = codes.reshape(*leading, length // WORD, *_split(head_dim, pairs))
+    order = (*range(first), *(first + axis for axis in _ORDER[pairs]))
+    per_half = WORD // 2 // width
+    halves = split.transpose(order).reshape(*leading, length // WORD, -1, per_half, WORD, 2).astype(jnp.uint32)
+    place = width * np.arange(per_half, dtype=np.uint32)[:, None, None] + np.array([0, WORD // 2], np.uint32)
+    return jnp.sum(halves << place, axis=(-3, -1), dtype=jnp.uint32)
+
+
+def _codes(words: jax.Array, width: int, pairs: Pairs) -> jax.Array:
+    """The inverse of `_plane`."""
+    *leading, groups, count, _ = words.shape
+    per_half = WORD // 2 // width
+    place = width * np.arange(per_half, dtype=np.uint32)[:, None, None] + np.array([0, WORD // 2], np.uint32)
+    halves = (words[..., None, :, None] >> place & (1 << width) - 1).astype(jnp.uint8)
+    head_dim = count * WORD // width
+    sizes = [_split(head_dim, pairs)[axis] for axis in _ORDER[pairs]]
+    first = len(leading) + 1
+    back = (*range(first), *(first + int(axis) for axis in np.argsort(_ORDER[pairs])))
+    return halves.reshape(*leading, groups, *sizes).transpose(back).reshape(*leading, groups * WORD, head_dim)
+
+
+_ORDER: dict[Pairs, tuple[int, ...]] = {"channels": (0, 3, 4, 1, 2, 5, 6), "tokens": (0, 4, 1, 5, 6, 2, 3)}
+"""From the axes of `_split` to: tiles of tokens, of channels; halves of the inner axis, of rows; g; t; the pair."""
+
+
+def _split(head_dim: int, pairs: Pairs) -> tuple[int, ...]:
+    """The axes of a group's tokens, then of its channels: tiles, and a tile's 16 rows (2, 8) or places (2, 4, 2)."""
+    rows, inner = (2, 8), (2, 4, 2)
+    tokens, channels = (rows, inner) if pairs == "channels" else (inner, rows)
+    return WORD // TILE, *tokens, head_dim // TILE, *channels
+
+
+def to_lanes(scales: jax.Array) -> jax.Array:
+    """[..., S], in groups of 32 tokens: token 8 i + g goes to place 4 g + i, so that a lane reads its four at once."""
+    *leading, length = scales.shape
+    return scales.reshape(*leading, length // WORD, 4, 8).swapaxes(-2, -1).reshape(scales.shape)
+
+
+def from_lanes(scales: jax.Array) -> jax.Array:
+    """The inverse of `to_lanes`."""
+    *leading, length = scales.shape
+    return scales.reshape(*leading, length // WORD, 8, 4).swapaxes(-2, -1).reshape(scales.shape)
 
 
 def slot_of_position(position: jax.Array, sinks: int, ring: int) -> jax.Array:
