@@ -133,6 +133,8 @@ def decode_operands(
         cache.mean,
         scale,
         window,
+        cache.config.rotate_keys,
+        cache.config.rotate_values,
     )
 
 

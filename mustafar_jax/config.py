@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mustafar_jax.codecs import BY_BITS, check_bits
+from mustafar_jax.codecs import codec_of
 from mustafar_jax.layout import WORD
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Method, check_sparsity
 from mustafar_jax.rows import RowFormat
@@ -24,8 +24,9 @@ class CompressionConfig:
     Attributes:
         k_sparsity, v_sparsity: the fraction of each key or value vector that is removed, in [0, 1); 0 keeps that
             cache unpruned.
-        k_bits, v_bits: of an entry that is held: 16 for the cache's own dtype, whatever that is, or 8 for codes with
-            one scale a vector. A cache without pruning and codes is dense.
+        k_bits, v_bits: of an entry that is held: 16 for the cache's own dtype, whatever that is, or codes with one
+            bfloat16 scale a vector: of 8, 4, 3 or 2 bits where every entry is held, of 8 or 4 where entries are pruned.
+            A cache without pruning and codes is dense.
         k_method, v_method: the rule that chooses entries, a name in `pruning.KEY_METHODS` or `VALUE_METHODS`.
         residual_length: the most recent tokens that are always dense.
         group: tokens that are pruned and packed at once, a multiple of 32.
@@ -39,6 +40,9 @@ class CompressionConfig:
             pruned, and for a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm. Meant for rules that keep
             equally many entries of each vector.
+        rotate_keys, rotate_values: code vectors as `rotation.turn` gives them, which makes their entries alike. For
+            codes of every entry alone: what is pruned has its large entries in few channels, which a rotation would
+            spread.
         v_slots: entries that a packed value has room for, where `v_method` keeps unequal rows; head_dim if None, which
             fits every mask. A value that needs more sets the cache's `overflow`.
 
@@ -60,14 +64,16 @@ class CompressionConfig:
     weigh_keys: bool = False
     k_bits: int = 16
     v_bits: int = 16
+    rotate_keys: bool = False
+    rotate_values: bool = False
 
     def __post_init__(self) -> None:
         for name in ("k_sparsity", "v_sparsity"):
             if not isinstance(getattr(self, name), int | float):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a Python number")
             check_sparsity(name, getattr(self, name))
-        for name in ("k_bits", "v_bits"):
-            check_bits(name, getattr(self, name))
+        codec_of("k_bits", self.k_bits, pruned=self.k_sparsity > 0)
+        codec_of("v_bits", self.v_bits, pruned=self.v_sparsity > 0)
         self._check_method("k", KEY_METHODS)
         self._check_method("v", VALUE_METHODS)
         if self.weigh_keys and self.key_method.needs_queries:
@@ -79,9 +85,11 @@ class CompressionConfig:
                 raise TypeError(f"{name}={getattr(self, name)!r} must be an integer")
             if getattr(self, name) > _MOST_TOKENS:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most {_MOST_TOKENS}")
-        for name in ("center_keys", "weigh_keys", "rescale_values"):
+        for name in ("center_keys", "weigh_keys", "rescale_values", "rotate_keys", "rotate_values"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a bool")
+        self._check_rotation("k", "rotate_keys")
+        self._check_rotation("v", "rotate_values")
         for name in ("residual_length", "sink_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
@@ -92,6 +100,14 @@ class CompressionConfig:
                 raise TypeError(f"v_slots={self.v_slots!r} must be an integer or None")
             if self.v_slots < 1 or self.value_method.equal_rows:
                 raise ValueError(f"v_slots={self.v_slots} must be at least 1, for a v_method of unequal rows")
+
+    def _check_rotation(self, letter: str, name: str) -> None:
+        sparsity, bits = getattr(self, f"{letter}_sparsity"), getattr(self, f"{letter}_bits")
+        if getattr(self, name) and (sparsity > 0 or bits == 16):
+            given = f"{letter}_sparsity={sparsity}, {letter}_bits={bits}"
+            raise ValueError(
+                f"{name}=True is for codes of every entry, {letter}_sparsity=0 and fewer bits; got {given}"
+            )
 
     def _check_method(self, letter: str, methods: dict[str, Method]) -> None:
         name, sparsity = getattr(self, f"{letter}_method"), getattr(self, f"{letter}_sparsity")
@@ -119,6 +135,13 @@ class CompressionConfig:
             "rescale_values": value_method is None or value_method.equal_rows,
         } | fields
         return cls(k_sparsity=k_sparsity, v_sparsity=v_sparsity, **chosen)
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> Self:
+        """A config by its name in `PRESETS`; `fields` override. ValueError for a name that is not there."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} must be one of {list(PRESETS)}")
+        return cls(**(PRESETS[name] | fields))
 
     @property
     def is_dense(self) -> bool:
@@ -166,9 +189,11 @@ class CompressionConfig:
     def formats(self, head_dim: int, dtype: np.dtype[Any]) -> tuple[RowFormat, RowFormat]:
         """How packed keys and packed values of this dtype are stored."""
         keys, values = self.slots(head_dim)
+        key_codec = codec_of("k_bits", self.k_bits, pruned=self.k_sparsity > 0)
+        value_codec = codec_of("v_bits", self.v_bits, pruned=self.v_sparsity > 0)
         return (
-            RowFormat(head_dim, dtype, keys if self.k_sparsity else None, BY_BITS[self.k_bits]),
-            RowFormat(head_dim, dtype, values if self.v_sparsity else None, BY_BITS[self.v_bits]),
+            RowFormat(head_dim, dtype, keys if self.k_sparsity else None, key_codec, pairs="channels"),
+            RowFormat(head_dim, dtype, values if self.v_sparsity else None, value_codec, pairs="tokens"),
         )
 
     def slots(self, head_dim: int) -> tuple[int, int]:
@@ -181,3 +206,26 @@ class CompressionConfig:
         """The fractions of packed keys and values that are really removed, after counts have been rounded."""
         keys = self.key_method.kept(head_dim, self.k_sparsity)
         return 1 - keys, 1 - self.value_method.kept(head_dim, self.v_sparsity)
+
+
+_CODES = {
+    "k_sparsity": 0,
+    "v_sparsity": 0,
+    "sink_tokens": 4,
+    "center_keys": True,
+    "rotate_keys": True,
+    "rotate_values": True,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "fast": _CODES | {"k_bits": 4, "v_bits": 4},
+    "balanced": _CODES | {"k_bits": 4, "v_bits": 2},
+    "small": _CODES | {"k_sparsity": 0.7, "k_bits": 4, "v_bits": 2, "rotate_keys": False, "weigh_keys": True},
+    "dense": {"k_sparsity": 0, "v_sparsity": 0},
+}
+"""The fields of configs with a name; docs/quality.md says which is for what.
+
+"published" prunes both by the paper's rule. "fast" codes both in 4 bits, "balanced" keys in 4 and values in 2, "small"
+prunes keys, codes what is kept in 4 bits, and values in 2. "dense" keeps everything.
+"""

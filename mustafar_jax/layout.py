@@ -20,9 +20,9 @@ def padded(length: int) -> int:
     return length + -length % WORD
 
 
-def round_slots(slots: int) -> int:
-    """The slots of a row: a multiple of 4, at least 4."""
-    return 4 * math.ceil(max(slots, 1) / 4)
+def round_slots(slots: int, unit: int = 4) -> int:
+    """The slots of a row: a multiple of `unit`, at least one."""
+    return unit * math.ceil(max(slots, 1) / unit)
 
 
 def chunk(slots: int) -> int:

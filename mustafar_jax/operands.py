@@ -13,6 +13,7 @@ import numpy as np
 
 from mustafar_jax.pruning import Context, Method
 from mustafar_jax.rope import rotate
+from mustafar_jax.rotation import turn_back
 from mustafar_jax.rows import RowFormat, Rows
 
 
@@ -35,15 +36,20 @@ class Mean(NamedTuple):
         return rotate(self.key[:, :, None], positions[:, None], jnp.asarray(self.inv_freq))
 
 
-def restored_keys(rows: Rows, mean: Mean | None, start: jax.Array | int = 0) -> jax.Array:
-    """Stored keys [B, K, n, H] as attention sees them; the first is row `start` of its cache.
+def restored(rows: Rows, *, turned: bool, mean: Mean | None = None, start: jax.Array | int = 0) -> jax.Array:
+    """Stored keys or values [B, K, n, H] as attention sees them.
 
-    Where keys are centred, they are float32: the mean is added, rotated to each row's position.
+    Args:
+        rows: [B, K, n, H].
+        turned: whether they are held as `rotation.turn` gives them; float32 then.
+        mean: of centred keys, to be added; float32 then.
+        start: the row of its cache that the first one is.
     """
+    array = turn_back(rows.to_array()) if turned else rows.to_array()
     if mean is None:
-        return rows.to_array()
+        return array
     positions = mean.offset + start + jnp.arange(rows.length)
-    return rows.to_array().astype(jnp.float32) + mean.at(positions[None])
+    return array.astype(jnp.float32) + mean.at(positions[None])
 
 
 class Tail(NamedTuple):
@@ -113,6 +119,7 @@ class PackedAttention:
         packed_lengths: int32 [B], how many of them are rows of `key` and `value`.
         mean: where keys are centred, what they are distances from.
         scale, window: as in `PromptAttention`.
+        turned_keys, turned_values: whether rows are held as `rotation.turn` gives them; the mean and the tail are not.
     """
 
     query: jax.Array
@@ -124,6 +131,8 @@ class PackedAttention:
     mean: Mean | None
     scale: float
     window: int | None
+    turned_keys: bool = False
+    turned_values: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +147,10 @@ class Side:
         method: the rule.
         sparsity: the fraction that it removes.
         mean: where keys are centred, what is taken off them first.
-        weight: float32 [B, K, H], by which entries are weighed when they are ranked; None ranks them as they are.
+        weight: float32 [B, K, H], by which entries are weighed when they are ranked, and errors when what is kept is
+            coded; None weighs all alike.
         rescale: scale what is kept of a vector to the whole vector's L2 norm.
+        turn: hold vectors as `rotation.turn` gives them.
     """
 
     source: jax.Array
@@ -151,6 +162,7 @@ class Side:
     mean: Mean | None = None
     weight: jax.Array | None = None
     rescale: bool = False
+    turn: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mustafar_jax.cache.packing import Leaving, packing_of, rule_context
 from mustafar_jax.cache.ring import Ring, place_new, place_prompt
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.layout import WORD
-from mustafar_jax.operands import Mean, Packing, Tail, restored_keys
+from mustafar_jax.operands import Mean, Packing, Tail, restored
 from mustafar_jax.pruning import RECENT
 from mustafar_jax.rows import RowFormat, Rows
 from mustafar_jax.writes import write_rows
@@ -114,8 +114,9 @@ class PackedCache(LayerCache):
             tokens = jnp.take_along_axis(both, place[..., None, None], axis=1, mode="clip")
             return jnp.where(held, tokens, 0)
 
-        keys = gather(self.keys.dense, restored_keys(self.keys.packed, self.mean))
-        return keys, gather(self.values.dense, self.values.packed.to_array())
+        keys = restored(self.keys.packed, turned=self.config.rotate_keys, mean=self.mean)
+        values = restored(self.values.packed, turned=self.config.rotate_values)
+        return gather(self.keys.dense, keys), gather(self.values.dense, values)
 
     def packing(self, leaving: Leaving) -> Packing:
         """What a backend is asked to do with tokens that leave the dense part."""
@@ -187,8 +188,8 @@ class PackedCache(LayerCache):
         cls, config: CompressionConfig, shape: CacheShape, inv_freq: ArrayLike | None, num_heads: int | None
     ) -> "PackedCache":
         head_dim, num_kv_heads = shape.head_dim, shape.num_kv_heads
-        if head_dim % WORD and (config.k_sparsity or config.v_sparsity):
-            raise ValueError(f"{head_dim=} must be a multiple of {WORD} where keys or values are pruned")
+        if head_dim % WORD:
+            raise ValueError(f"{head_dim=} must be a multiple of {WORD} where keys or values are pruned or coded")
         if config.needs_queries and (num_heads is None or num_heads < 1 or num_heads % num_kv_heads):
             methods = f"k_method={config.k_method!r}, v_method={config.v_method!r}"
             raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}, since {methods} score with queries")

@@ -57,7 +57,17 @@ def packing_of(
     """
     keys, values = config.formats(targets[0].head_dim, np.dtype(leaving.key.dtype))
     return Packing(
-        key=Side(leaving.key, targets[0], keys, config.k_method, config.key_method, config.k_sparsity, mean, weight),
+        key=Side(
+            leaving.key,
+            targets[0],
+            keys,
+            config.k_method,
+            config.key_method,
+            config.k_sparsity,
+            mean,
+            weight,
+            turn=config.rotate_keys,
+        ),
         value=Side(
             leaving.value,
             targets[1],
@@ -66,6 +76,7 @@ def packing_of(
             config.value_method,
             config.v_sparsity,
             rescale=config.rescale_values,
+            turn=config.rotate_values,
         ),
         first=leaving.first,
         start=leaving.start,

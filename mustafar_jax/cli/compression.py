@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mustafar_jax.codecs import BY_BITS
+from mustafar_jax.codecs import WHOLE
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
@@ -34,7 +34,7 @@ def _sparsity(letter: str) -> Flag:
 def _bits(letter: str) -> Flag:
     default = getattr(CompressionConfig, f"{letter}_bits")
     text = f"of each entry of {SIDES[letter]} that is held; 16: as it is, in whatever dtype ({default})"
-    return Flag("", {"type": int, "choices": sorted(BY_BITS, reverse=True), "help": text})
+    return Flag("", {"type": int, "choices": sorted(WHOLE, reverse=True), "help": text})
 
 
 def _method(letter: str, methods: Mapping[str, Any]) -> Flag:

@@ -1,16 +1,24 @@
 """How the entries of stored rows are coded: `PLAIN` numbers of the cache's dtype, or codes of fewer bits."""
 
 from mustafar_jax.codecs.codec import Codec
-from mustafar_jax.codecs.eight_bits import EightBits
+from mustafar_jax.codecs.magnitudes import SignMagnitude
 from mustafar_jax.codecs.plain import PLAIN, Plain
+from mustafar_jax.codecs.scaled import ScaledCodec
+from mustafar_jax.codecs.uniform import Uniform
 
-BY_BITS: dict[int, Codec] = {16: PLAIN, 8: EightBits()}
-"""The codecs that a config names by their bits; 16 stands for the cache's own dtype."""
+WHOLE: dict[int, Codec] = {16: PLAIN} | {bits: Uniform(bits) for bits in (8, 4, 3, 2)}
+"""The codecs of rows that hold every entry, by the bits that a config names; 16 stands for the cache's own dtype."""
 
-__all__ = ["BY_BITS", "PLAIN", "Codec", "EightBits", "Plain", "check_bits"]
+PRUNED: dict[int, Codec] = {16: PLAIN, 8: Uniform(8), 4: SignMagnitude()}
+"""Those of rows that hold what a bitmap names."""
+
+__all__ = ["PLAIN", "PRUNED", "WHOLE", "Codec", "Plain", "ScaledCodec", "SignMagnitude", "Uniform", "codec_of"]
 
 
-def check_bits(name: str, bits: object) -> None:
-    """Raise ValueError for bits that there is no codec of."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BY_BITS:
-        raise ValueError(f"{name}={bits!r} must be one of {list(BY_BITS)}")
+def codec_of(name: str, bits: object, *, pruned: bool) -> Codec:
+    """The codec of an argument `name`=bits; ValueError for bits that there is no codec of for such rows."""
+    offered = PRUNED if pruned else WHOLE
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in offered:
+        rows = "where entries are pruned" if pruned else "where every entry is held"
+        raise ValueError(f"{name}={bits!r} must be one of {list(offered)} {rows}")
+    return offered[bits]

@@ -18,13 +18,20 @@ class Plain(Codec):
         """See `Codec`."""
         return "plain numbers"
 
+    @property
+    def bits(self) -> None:
+        """See `Codec`."""
+        return None
+
     def result_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """See `Codec`."""
         return dtype
 
-    def encode(self, entries: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, None]:
+    def encode(
+        self, x: jax.Array, dtype: np.dtype[Any], held: jax.Array | None = None, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         """See `Codec`."""
-        return entries.astype(dtype), None
+        return x.astype(dtype), None
 
     def decode(self, codes: jax.Array, scale: jax.Array | None) -> jax.Array:
         """See `Codec`."""

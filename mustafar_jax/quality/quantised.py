@@ -22,33 +22,40 @@ GROUP = 32
 
 @dataclasses.dataclass(frozen=True)
 class Rounded(Codec):
-    """Numbers rounded to `bits`, in groups of 32 along channels or along tokens."""
+    """Numbers rounded to `width` bits, in groups of 32 along channels or along tokens."""
 
-    bits: int
+    width: int
     along: Literal["channels", "tokens"]
 
     @property
     def name(self) -> str:
         """See `Codec`."""
-        return f"simulated codes of {self.bits} bits"
+        return f"simulated codes of {self.width} bits"
+
+    @property
+    def bits(self) -> None:
+        """See `Codec`: rounded numbers are held as ordinary ones."""
+        return None
 
     def result_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """See `Codec`."""
         return dtype
 
-    def encode(self, entries: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, None]:
+    def encode(
+        self, x: jax.Array, dtype: np.dtype[Any], held: jax.Array | None = None, weight: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         """See `Codec`."""
         if self.along == "channels":
-            return quantise(entries, self.bits).astype(dtype), None
-        return quantise(entries.swapaxes(-2, -1), self.bits).swapaxes(-2, -1).astype(dtype), None
+            return quantise(x, self.width).astype(dtype), None
+        return quantise(x.swapaxes(-2, -1), self.width).swapaxes(-2, -1).astype(dtype), None
 
     def decode(self, codes: jax.Array, scale: jax.Array | None) -> jax.Array:
         """See `Codec`."""
         return codes
 
     def nbytes(self, held: int, entries: int) -> int:
-        """Bytes of `bits` per number, and 4 for each group's scale and offset."""
-        return entries * self.bits // 8 + entries // GROUP * 4
+        """Bytes of `width` bits per number, and 4 for each group's scale and offset."""
+        return entries * self.width // 8 + entries // GROUP * 4
 
 
 @dataclasses.dataclass(frozen=True)

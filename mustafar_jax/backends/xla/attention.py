@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from mustafar_jax import layout
-from mustafar_jax.operands import DenseAttention, PackedAttention, restored_keys
+from mustafar_jax.operands import DenseAttention, PackedAttention, restored
+from mustafar_jax.rotation import turn, turn_back
+from mustafar_jax.rows import Rows
 
 TILE = 128
 """Tokens that are unpacked at a time; a multiple of 32."""
@@ -38,27 +40,54 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 def attend_packed(operands: PackedAttention) -> jax.Array:
     """Attention over a packed cache: its dense slots, and its packed rows, a tile of tokens at a time."""
-    query, tail, lengths, window = operands.query, operands.tail, operands.lengths, operands.window
+    tail, lengths, window = operands.tail, operands.lengths, operands.window
     slots, rows, sinks = tail.key.shape[2], operands.key.length, tail.sinks
     packed = operands.packed_lengths[:, None]
     positions = layout.position_of_slot(jnp.arange(slots)[None], packed, sinks, slots - sinks)
-    dense = _attend(query, tail.key, tail.value, _visible(positions, lengths, window), operands.scale)
-    if rows == 0:
-        return _normalise(dense)
+    visible = _visible(positions, lengths, window)
+    dense = _attend(operands.query, tail.key, tail.value, visible, operands.scale)
+    return _normalise(dense if rows == 0 else merge(dense, _attend_rows(operands)))
+
+
+def _attend_rows(operands: PackedAttention) -> Partial:
+    """Attention over the packed rows."""
+    rows, sinks = operands.key.length, operands.tail.sinks
     tile = min(TILE, rows)
+    query = _for_rows(operands)
 
     def see(i: jax.Array) -> jax.Array:
         row = _tile_start(i, tile, rows) + jnp.arange(tile)[None]
-        fresh = (row >= i * tile) & (row < packed)  # the last tile may overlap the one before
-        return fresh & _visible(sinks + row, lengths, window)
+        fresh = (row >= i * tile) & (row < operands.packed_lengths[:, None])  # the last may overlap the one before
+        return fresh & _visible(sinks + row, operands.lengths, operands.window)
 
     def attend_tile(i: jax.Array, visible: jax.Array) -> Partial:
         start = _tile_start(i, tile, rows)
-        key = restored_keys(operands.key.take(start, tile), operands.mean, start)
+        key = _seen_keys(operands, operands.key.take(start, tile), start)
         value = operands.value.take(start, tile)
         return _attend(query, key, value.to_array(), visible, operands.scale)
 
-    return _normalise(_over_tiles(attend_tile, see, -(-rows // tile), dense))
+    found = _over_tiles(attend_tile, see, -(-rows // tile), _nothing(operands.query))
+    return found._replace(out=turn_back(found.out)) if operands.turned_values else found
+
+
+def _for_rows(operands: PackedAttention) -> jax.Array:
+    """The queries as `_seen_keys` wants them. A rotation keeps products, and to turn queries is less work than keys."""
+    if not operands.turned_keys:
+        return operands.query
+    turned = turn(operands.query)
+    both = [turned, operands.query.astype(jnp.float32)]
+    return turned if operands.mean is None else jnp.concatenate(both, axis=-1)
+
+
+def _seen_keys(operands: PackedAttention, keys: Rows, start: jax.Array) -> jax.Array:
+    """The keys of rows [B, K, n, H] that begin at row `start`; turned ones [B, K, n, 2H] with the mean beside them."""
+    if not operands.turned_keys:
+        return restored(keys, turned=False, mean=operands.mean, start=start)
+    if operands.mean is None:
+        return keys.to_array()
+    positions = operands.mean.offset + start + jnp.arange(keys.length)
+    mean = operands.mean.at(positions[None])
+    return jnp.concatenate([keys.to_array(), jnp.broadcast_to(mean, keys.shape)], axis=-1)
 
 
 def attend_dense(operands: DenseAttention) -> jax.Array:

@@ -6,6 +6,7 @@ from jax import lax
 
 from mustafar_jax.operands import Packing, Side
 from mustafar_jax.pruning import Context, rescale_to_norm
+from mustafar_jax.rotation import turn
 from mustafar_jax.rows import Rows
 
 
@@ -28,10 +29,11 @@ def _compress(side: Side, x: jax.Array, positions: jax.Array, context: Context) 
     """Prune and pack x [B, K, n, H] at positions [B, n]; where entries are chosen, invalid rows hold nothing."""
     held, ranked = _held_and_ranked(side, x, positions)
     if side.format.slots is None:
-        return side.format.pack(held)
+        return side.format.pack(turn(held) if side.turn else held)
     mask = side.method.mask(ranked, side.sparsity, context)
     held = rescale_to_norm(held, mask) if side.rescale else held
-    return side.format.pack(held, mask & context.valid[:, None, :, None])
+    weight = None if side.weight is None else side.weight[:, :, None]
+    return side.format.pack(held, mask & context.valid[:, None, :, None], weight)
 
 
 def _held_and_ranked(side: Side, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
