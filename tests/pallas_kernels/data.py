@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax.codecs import PLAIN
 from mustafar_jax.rows import RowFormat, Rows
 from tests.helpers import magnitude_mask, pack, rotated, unpack
 from tests.quick import QUICK
@@ -55,8 +54,9 @@ def rows_of(rng, shape, dtype, sparsity, kinds="magnitude"):
 
 def rows_of_words(bitmap, payload):
     """Plain rows with a bitmap of these arrays [B, K, ...], or their shapes."""
-    length, head_dim, dtype = bitmap.shape[2], bitmap.shape[3] * 32, np.dtype(payload.dtype)
-    return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), PLAIN, head_dim, dtype, length)
+    slots = payload.shape[-3] * payload.shape[-1]
+    how = RowFormat(bitmap.shape[3] * 32, np.dtype(payload.dtype), slots)
+    return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), how, bitmap.shape[2])
 
 
 def pack_rows(x, mask):
