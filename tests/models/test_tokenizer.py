@@ -166,7 +166,7 @@ def test_chat_template(metadata):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
     )
-    others = {"tokenizer.chat_template": template, "llama.context_length": 64}
+    others = {"tokenizer.chat_template": template, "general.architecture": "qwen2", "qwen2.context_length": 64}
     tokenizer = load(others, **metadata | {"add_bos_token": True})
     messages = [{"role": "user", "content": "the dog"}]
     text = "<|im_start|>user\nthe dog<|im_end|>"
