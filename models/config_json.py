@@ -62,11 +62,13 @@ def read_config_json(
         ValueError: for what no model here computes, and for numbers out of range, naming every such field, what it
             holds and what is supported.
     """
-    fields = {name: field.default for name, field in known.items() if field.default is not MISSING} | dict(fields)
+    # A default of None is what a file gives that leaves the field out; one that says null is checked.
+    defaults = {name: field.default for name, field in known.items() if field.default not in (MISSING, None)}
+    fields = defaults | dict(fields)
     generation = {name: value for name, value in (generation or {}).items() if value is not None}
     if problems := _problems(known, fields, generation):
         raise ValueError("config.json describes a model that is not supported: " + "; ".join(problems))
-    value = {name: fields[name] for name in known}
+    value: dict[str, Any] = {name: fields.get(name) for name in known}
     theta, scaling = read_rope(fields)
     return ModelConfig(
         vocab_size=value["vocab_size"],

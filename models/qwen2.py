@@ -10,6 +10,7 @@ from mustafar_jax.models.llama import Llama
 # What transformers' Qwen2Config holds. The window is there for all layers from max_window_layers on, where it is used.
 QWEN2_FIELDS: Mapping[str, Field] = {
     **{name: field for name, field in LLAMA_FIELDS.items() if name not in ("attention_bias", "mlp_bias")},
+    "head_dim": size(None),
     "num_key_value_heads": size(32, nullable=True),
     "max_position_embeddings": length(32768),
     "use_sliding_window": FLAG,

@@ -57,7 +57,7 @@ def _first_layer_problem(known: Container[str], fields: Mapping[str, Any]) -> st
 
 def _stated(known: Container[str], fields: Mapping[str, Any]) -> Any:
     unused = _is_chosen_by_layer(known) and not fields["use_sliding_window"]
-    return None if unused else fields["sliding_window"]
+    return None if unused else fields.get("sliding_window")
 
 
 def _is_chosen_by_layer(known: Container[str]) -> bool:
