@@ -12,8 +12,8 @@ from mustafar_jax.models.rope import RopeScaling, frequencies
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor that divides the rotary frequencies one by one."""
 
-# Control tokens that end a turn of a chat. Many files name one end token alone, though the model ends with several.
-_TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
+# Control tokens that end a text or a turn. Many files name one end token alone, though the model ends with several.
+_ENDS = frozenset({"<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
 _CONTROL_TOKEN = 3
 
 # Keys that llama.cpp computes with in this or a kindred architecture, and the values at which they change nothing.
@@ -156,7 +156,7 @@ def _eos_ids(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     ids += [
         index
         for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == _CONTROL_TOKEN and token in _TURN_ENDS
+        if kind == _CONTROL_TOKEN and token in _ENDS
     ]
     return tuple(dict.fromkeys(index for index in ids if is_token(index) and index < vocab_size))
 

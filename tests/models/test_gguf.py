@@ -154,10 +154,10 @@ def test_config(tmp_path):
         (
             {
                 "tokenizer.ggml.eos_token_id": 2,
-                "tokenizer.ggml.tokens": ["a", "<|eot_id|>", "</s>", "<|im_end|>"],
-                "tokenizer.ggml.token_type": [1, 3, 3, 1],
+                "tokenizer.ggml.tokens": ["a", "<|eot_id|>", "</s>", "<|im_end|>", "<|endoftext|>"],
+                "tokenizer.ggml.token_type": [1, 3, 3, 1, 3],
             },
-            {"eos_ids": (2, 1)},
+            {"eos_ids": (2, 1, 4)},
         ),
     ],
 )
