@@ -5,8 +5,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from mustafar_jax.codecs import codec_of
-from mustafar_jax.layout import WORD
+from mustafar_jax.codecs import PLAIN, Codec, codec_of
+from mustafar_jax.layout import WORD, round_slots
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Method, check_sparsity
 from mustafar_jax.rows import RowFormat
 
@@ -192,24 +192,42 @@ class CompressionConfig:
 
     def formats(self, head_dim: int, dtype: np.dtype[Any]) -> tuple[RowFormat, RowFormat]:
         """How packed keys and packed values of this dtype are stored."""
-        keys, values = self.slots(head_dim)
-        key_codec = codec_of("k_bits", self.k_bits, pruned=self.k_sparsity > 0)
-        value_codec = codec_of("v_bits", self.v_bits, pruned=self.v_sparsity > 0)
+        slots, codecs = self.slots(head_dim), self._codecs()
         return (
-            RowFormat(head_dim, dtype, keys if self.k_sparsity else None, key_codec, pairs="channels"),
-            RowFormat(head_dim, dtype, values if self.v_sparsity else None, value_codec, pairs="tokens"),
+            RowFormat(head_dim, dtype, slots[0] if self.k_sparsity else None, codecs[0], pairs="channels"),
+            RowFormat(head_dim, dtype, slots[1] if self.v_sparsity else None, codecs[1], pairs="tokens"),
+        )
+
+    def _codecs(self) -> tuple[Codec, Codec]:
+        return (
+            codec_of("k_bits", self.k_bits, pruned=self.k_sparsity > 0),
+            codec_of("v_bits", self.v_bits, pruned=self.v_sparsity > 0),
         )
 
     def slots(self, head_dim: int) -> tuple[int, int]:
         """Entries that a packed key and a packed value have room for."""
+        codecs = self._codecs()
         keys = self.key_method.slots(head_dim, self.k_sparsity)
         values = self.value_method.slots(head_dim, self.v_sparsity)
-        return keys, values if self.v_slots is None else min(self.v_slots, values)
+        values = values if self.v_slots is None else min(self.v_slots, values)
+        return round_slots(keys, codecs[0].bits), round_slots(values, codecs[1].bits)
+
+    def removed(self, head_dim: int) -> tuple[float, float]:
+        """The fractions of keys and of values that their rules are asked to remove.
+
+        As configured; less where rows are coded and all keep equally many entries, which then fill the slots there are.
+        """
+        sides = (self.k_sparsity, self.key_method), (self.v_sparsity, self.value_method)
+        keys, values = (
+            1 - slots / head_dim if sparsity > 0 and codec != PLAIN and method.equal_rows else sparsity
+            for (sparsity, method), codec, slots in zip(sides, self._codecs(), self.slots(head_dim), strict=True)
+        )
+        return keys, values
 
     def true_sparsity(self, head_dim: int) -> tuple[float, float]:
         """The fractions of packed keys and values that are really removed, after counts have been rounded."""
-        keys = self.key_method.kept(head_dim, self.k_sparsity)
-        return 1 - keys, 1 - self.value_method.kept(head_dim, self.v_sparsity)
+        keys, values = self.removed(head_dim)
+        return 1 - self.key_method.kept(head_dim, keys), 1 - self.value_method.kept(head_dim, values)
 
 
 _CODES = {

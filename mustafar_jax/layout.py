@@ -20,8 +20,9 @@ def padded(length: int) -> int:
     return length + -length % WORD
 
 
-def round_slots(slots: int, unit: int = 4) -> int:
-    """The slots of a row: a multiple of `unit`, at least one."""
+def round_slots(slots: int, bits: int | None = None) -> int:
+    """The slots of a row: a multiple of 4, at least 4; where they hold codes of so many bits, they fill whole words."""
+    unit = 4 if bits is None else max(4, WORD // bits)
     return unit * math.ceil(max(slots, 1) / unit)
 
 

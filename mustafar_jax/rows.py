@@ -43,11 +43,8 @@ class RowFormat:
 
     @property
     def room(self) -> int:
-        """Entries that each row has room for: slots fill whole words, in fours at least; or all."""
-        if self.slots is None:
-            return self.head_dim
-        unit = 4 if self.codec.bits is None else max(4, WORD // self.codec.bits)
-        return layout.round_slots(self.slots, unit)
+        """Entries that each row has room for: `slots`, rounded up by `layout.round_slots`; or all."""
+        return self.head_dim if self.slots is None else layout.round_slots(self.slots, self.codec.bits)
 
     def pack(self, x: jax.Array, mask: jax.Array | None = None, weight: jax.Array | None = None) -> "Rows":
         """Store vectors.

@@ -56,6 +56,7 @@ def packing_of(
         context: see `Packing`.
     """
     keys, values = config.formats(targets[0].head_dim, np.dtype(leaving.key.dtype))
+    k_sparsity, v_sparsity = config.removed(targets[0].head_dim)
     return Packing(
         key=Side(
             leaving.key,
@@ -63,7 +64,7 @@ def packing_of(
             keys,
             config.k_method,
             config.key_method,
-            config.k_sparsity,
+            k_sparsity,
             mean,
             weight,
             turn=config.rotate_keys,
@@ -74,7 +75,7 @@ def packing_of(
             values,
             config.v_method,
             config.value_method,
-            config.v_sparsity,
+            v_sparsity,
             rescale=config.rescale_values,
             turn=config.rotate_values,
         ),
