@@ -23,7 +23,7 @@ import mustafar_jax as mj
 from benchmarks.origin import where
 from benchmarks.quality_caches import CACHES, Cache, caches
 from mustafar_jax.quality import needle, perplexity
-from mustafar_jax.quality.evaluate import Evaluator, cache_bytes, row_bits
+from mustafar_jax.quality.evaluate import Evaluator, cache_bytes
 from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.quantised import Quantised
 from mustafar_jax.quality.runs import Run, fingerprint
@@ -80,7 +80,7 @@ def _metrics(model: Any, cache: Cache, examples: list[Example]) -> dict[str, Any
     return {
         "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
         "true_sparsity": None if config is None else config.true_sparsity(model.config.head_dim),
-        "bits": row_bits(cache.config, model.config.head_dim),
+        "bits": cache.config.entry_bits(model.config.head_dim),
         "bytes": cache_bytes(model, cache.config, longest),
     }
 

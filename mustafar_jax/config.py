@@ -3,12 +3,15 @@
 import dataclasses
 from typing import Any, Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from mustafar_jax.codecs import PLAIN, Codec, codec_of
 from mustafar_jax.layout import WORD, round_slots
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Method, check_sparsity
 from mustafar_jax.rows import RowFormat
+
+_BFLOAT16 = np.dtype(jnp.bfloat16)
 
 _MOST_TOKENS = 2**30
 """Positions are of 32 bits, also those of sinks and recent tokens together."""
@@ -137,9 +140,11 @@ class CompressionConfig:
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> Self:
-        """A config by its name in `PRESETS`; `fields` override. ValueError for a name that is not there."""
+        """A config by its name, one of `PRESETS` or "recommended"; `fields` override. ValueError for another name."""
+        if name == "recommended":
+            return cls.recommended(**fields)
         if name not in PRESETS:
-            raise ValueError(f"preset {name!r} must be one of {list(PRESETS)}")
+            raise ValueError(f"preset {name!r} must be one of {['recommended', *PRESETS]}")
         return cls(**(PRESETS[name] | fields))
 
     @property
@@ -222,6 +227,11 @@ class CompressionConfig:
             1 - slots / head_dim if sparsity > 0 and codec != PLAIN and method.equal_rows else sparsity
             for (sparsity, method), codec, slots in zip(sides, self._codecs(), self.slots(head_dim), strict=True)
         )
+        return keys, values
+
+    def entry_bits(self, head_dim: int, dtype: np.dtype[Any] = _BFLOAT16) -> tuple[float, float]:
+        """Bits that an entry of packed keys and of packed values takes, bitmaps and scales counted."""
+        keys, values = (how.nbytes_of_group * 8 / (WORD * head_dim) for how in self.formats(head_dim, dtype))
         return keys, values
 
     def true_sparsity(self, head_dim: int) -> tuple[float, float]:

@@ -46,6 +46,12 @@ class RowFormat:
         """Entries that each row has room for: `slots`, rounded up by `layout.round_slots`; or all."""
         return self.head_dim if self.slots is None else layout.round_slots(self.slots, self.codec.bits)
 
+    @property
+    def nbytes_of_group(self) -> int:
+        """Bytes of 32 rows: bitmap, payload and scales."""
+        rows: Rows = jax.eval_shape(functools.partial(self.empty, (), WORD))
+        return rows.nbytes - (0 if rows.overflow is None else rows.overflow.dtype.itemsize)
+
     def pack(self, x: jax.Array, mask: jax.Array | None = None, weight: jax.Array | None = None) -> "Rows":
         """Store vectors.
 

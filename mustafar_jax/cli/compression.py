@@ -4,8 +4,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from mustafar_jax.codecs import WHOLE
-from mustafar_jax.config import CompressionConfig
+from mustafar_jax.config import PRESETS, CompressionConfig
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS
 
 SIDES = {"k": "keys", "v": "values"}
@@ -33,13 +36,13 @@ def _sparsity(letter: str) -> Flag:
 
 def _bits(letter: str) -> Flag:
     default = getattr(CompressionConfig, f"{letter}_bits")
-    text = f"of each entry of {SIDES[letter]} that is held; 16: as it is, in whatever dtype ({default})"
+    text = f"of each entry of {SIDES[letter]} that is held, 8 or 4 where they are pruned; 16: as it is ({default})"
     return Flag("", {"type": int, "choices": sorted(WHOLE, reverse=True), "help": text})
 
 
 def _method(letter: str, methods: Mapping[str, Any]) -> Flag:
     default = getattr(CompressionConfig, f"{letter}_method")
-    text = f"rule that prunes {SIDES[letter]} ({default}); with --published-rule as its paper has it"
+    text = f"rule that prunes {SIDES[letter]} ({default}); with --preset published as its paper has it"
     return Flag(letter, {"choices": methods, "help": text}, of_pruning=True)
 
 
@@ -60,13 +63,15 @@ FLAGS = {
     "v_method": _method("v", VALUE_METHODS),
     "v_slots": Flag("v", {"type": int, "help": "room in a packed value, where its rule keeps unequal rows"}, True),
     "residual_length": _number("kv", f"recent tokens kept dense ({CompressionConfig.residual_length})"),
-    "sink_tokens": _number("kv", "first tokens kept dense; 4, or 0 with --published-rule"),
+    "sink_tokens": _number("kv", "first tokens kept dense; 4, or 0 with --preset published"),
     "center_keys": _switch("k", "store keys as their distance from the mean key", of_pruning=False),
     "weigh_keys": _switch("k", "prune keys by what the prompt's last queries use as well"),
     "rescale_values": _switch("v", "give what is kept of a value the value's norm"),
     "group": _number("kv", f"tokens pruned at once, a multiple of 32; {CompressionConfig.group} unless given"),
+    "rotate_keys": _switch("k", "turn keys before they are coded without a bitmap", of_pruning=False),
+    "rotate_values": _switch("v", "turn values before they are coded without a bitmap", of_pruning=False),
 }
-"""By the config's field. What is not given is as in `CompressionConfig.recommended`."""
+"""By the config's field. What is not given is as in the preset."""
 
 
 def flag_of(field: str) -> str:
@@ -79,21 +84,20 @@ def add_compression(command: argparse.ArgumentParser) -> None:
     for field, flag in FLAGS.items():
         command.add_argument(flag_of(field), **flag.settings)
     command.add_argument(
-        "--published-rule",
-        action="store_true",
-        help="prune as the methods' papers do: without dense sink tokens, centred and weighed keys and rescaled values",
+        "--preset",
+        choices=["recommended", *PRESETS],
+        default="recommended",
+        help="where the other options begin: fast (4 bits), balanced (keys 4, values 2), small (keys pruned in 4, "
+        "values 2), dense, published (pruned as the methods' papers have it) (%(default)s: pruned, with what helps it)",
     )
 
 
 def config_of(options: argparse.Namespace) -> CompressionConfig:
     """The config; ValueError for values out of range, and for an option that has no effect beside the others."""
     given = {field: value for field in FLAGS if (value := getattr(options, field)) is not None}
-    make = CompressionConfig if options.published_rule else CompressionConfig.recommended
-    config = make(**given)
+    config = CompressionConfig.preset(options.preset, **given)
     for field in given:
         _check_effect(flag_of(field), FLAGS[field], config)
-    if options.published_rule:
-        _check_effect("--published-rule", Flag("kv", {}, of_pruning=True), config)
     return config
 
 
@@ -104,3 +108,13 @@ def _check_effect(name: str, flag: Flag, config: CompressionConfig) -> None:
         sparsities = " and ".join(f"{flag_of(f'{side}_sparsity')} 0" for side in unpruned)
         what = " and ".join(SIDES[side] for side in unpruned)
         raise ValueError(f"{name} has no effect with {sparsities}, which leaves every entry of {what}")
+
+
+def packed_rows(config: CompressionConfig, head_dim: int, dtype: DTypeLike) -> str:
+    """What packed rows are, in words: the fraction that pruning removes, and the bits of an entry."""
+    sparsities, bits = config.true_sparsity(head_dim), config.entry_bits(head_dim, np.dtype(dtype))
+    sides = [
+        f"{name} {'' if sparsity == 0 else f'of true sparsity {sparsity:.4g} '}in {width:.4g} bits an entry"
+        for name, sparsity, width in zip(SIDES.values(), sparsities, bits, strict=True)
+    ]
+    return f"packed {', '.join(sides)}"

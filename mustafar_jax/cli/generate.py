@@ -13,7 +13,7 @@ import numpy as np
 from mustafar_jax import generation
 from mustafar_jax.arguments import parse_seed
 from mustafar_jax.backends.registry import check_implementation
-from mustafar_jax.cli.compression import add_compression, config_of
+from mustafar_jax.cli.compression import add_compression, config_of, packed_rows
 from mustafar_jax.cli.load import open_with_tokenizer
 from mustafar_jax.cli.parser import add_dtype, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
@@ -186,8 +186,7 @@ def _summary(rate: float | None, model: Any, config: CompressionConfig, batch: i
     caches = memory.abstract_caches(model.config, config, capacity, batch=batch, dtype=model.dtype)
     held, dense = (sum(getattr(cache, name) for cache in caches) for name in ("nbytes", "dense_nbytes"))
     speed = "too few tokens to time" if rate is None else f"{rate:.1f} tokens/s"
-    keys, values = config.true_sparsity(model.config.head_dim)
-    sparsity = f"sparsity of packed keys {keys:.4g}, of packed values {values:.4g}"
+    packed = packed_rows(config, model.config.head_dim, model.dtype)
     if not config.packed_tokens(capacity):
-        sparsity = "too few tokens to pack any"
-    return f"{speed} · cache {size(held)}, dense {size(dense)} ({held / dense:.1%}) · {sparsity}"
+        packed = "too few tokens to pack any"
+    return f"{speed} · cache {size(held)}, dense {size(dense)} ({held / dense:.1%}) · {packed}"

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mustafar_jax.arguments import parse_size
-from mustafar_jax.cli.compression import add_compression, config_of
+from mustafar_jax.cli.compression import add_compression, config_of, packed_rows
 from mustafar_jax.cli.parser import MODEL, add_dtype
 from mustafar_jax.cli.render import size, table
 from mustafar_jax.config import CompressionConfig
@@ -68,8 +68,7 @@ def _cost_table(config: "ModelConfig", compression: CompressionConfig, dtype: st
     """Bytes of one sequence's cache, all layers, at a few context lengths."""
     from mustafar_jax.models import memory
 
-    keys, values = compression.true_sparsity(config.head_dim)
-    title = f"KV cache of one sequence, {dtype}; true sparsity {keys:.4g} (keys), {values:.4g} (values)"
+    title = f"KV cache of one sequence, {dtype}; {packed_rows(compression, config.head_dim, dtype)}"
     costs = table(title, ("context", "dense", "compressed", "of dense", "dense/token", "compressed/token"))
     for length in _contexts(config):
         dense, held = (

@@ -124,7 +124,7 @@ def test_generate_prints_the_text_and_one_line_of_statistics(run, tiny):
 
 
 def test_the_options_reach_the_cache(run, tiny):
-    options = ["--k-sparsity", "0.5", "--v-sparsity", "0.25", "--residual-length", "8", "--published-rule"]
+    options = ["--k-sparsity", "0.5", "--v-sparsity", "0.25", "--residual-length", "8", "--preset", "published"]
     status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)
     config = CompressionConfig(k_sparsity=0.5, v_sparsity=0.25, residual_length=8)
     assert (status, out) == (0, written(tiny, config=config) + "\n")
@@ -462,7 +462,7 @@ def test_info_takes_the_same_compression_as_generate(run, tmp_path):
     folder = write_config(
         tmp_path / "mistral", model_type="mistral", num_key_value_heads=8, max_position_embeddings=2000
     )
-    options = ["--dtype", "float32", "--k-sparsity", "0", "--v-sparsity", "0.5", "--published-rule"]
+    options = ["--dtype", "float32", "--k-sparsity", "0", "--v-sparsity", "0.5", "--preset", "published"]
     status, out, _ = run("info", str(folder), *options)
     assert status == 0
     assert ["sliding_window", "4096"] in cells(out)  # what a Mistral's config.json means when it does not say
@@ -647,13 +647,19 @@ IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, weigh_keys=True, r
     ("flags", "base", "changes"),
     [
         ("", IMPROVED, {}),
-        ("--published-rule", CompressionConfig(), {}),
+        ("--preset published", CompressionConfig(), {}),
+        *((f"--preset {name}", CompressionConfig.preset(name), {}) for name in ("fast", "balanced", "small", "dense")),
+        (
+            "--preset fast --v-bits 3 --no-rotate-values",
+            CompressionConfig.preset("fast"),
+            {"v_bits": 3, "rotate_values": False},
+        ),
         ("--sink-tokens 2 --group 64", IMPROVED, {"sink_tokens": 2, "group": 64}),
         ("--no-center-keys", IMPROVED, {"center_keys": False}),
         ("--no-weigh-keys", IMPROVED, {"weigh_keys": False}),
         ("--no-rescale-values", IMPROVED, {"rescale_values": False}),
         (
-            "--published-rule --center-keys --sink-tokens 1",
+            "--preset published --center-keys --sink-tokens 1",
             CompressionConfig(),
             {"center_keys": True, "sink_tokens": 1},
         ),
@@ -695,7 +701,11 @@ def test_every_field_of_the_config_has_a_flag():
         ),
         ("--k-sparsity 0 --v-sparsity 0 --sink-tokens 1", "--sink-tokens has no effect with --k-sparsity 0 and "),
         ("--k-sparsity 0 --v-sparsity 0 --residual-length 8", "--residual-length has no effect with "),
-        ("--k-sparsity 0 --v-sparsity 0 --published-rule", "--published-rule has no effect with --k-sparsity 0 and "),
+        (
+            "--preset fast --k-sparsity 0.5",
+            "rotate_keys=True is for codes of every entry, k_sparsity=0 and fewer bits; got",
+        ),
+        ("--k-bits 3", "k_bits=3 must be one of [16, 8, 4] where entries are pruned"),
     ],
 )
 def test_options_without_effect_are_errors(flags, message):
