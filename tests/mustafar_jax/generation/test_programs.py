@@ -51,9 +51,10 @@ def test_padding_leaves_no_mark_on_draws_and_on_a_window(mistral):
     jax.tree.map(np.testing.assert_array_equal, mj.generate(mistral, PROMPTS, **options), wanted)
 
 
-@pytest.mark.parametrize("config", COMPRESSED.values(), ids=COMPRESSED)
-def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, config):
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, name):
     """Means, weights and queries, entries that are kept, and the logits after it."""
+    config = COMPRESSED[name]
 
     def filled(length: int, capacity: int) -> Any:
         caches = llama.init_cache(config, batch=4, capacity=capacity)
@@ -74,17 +75,17 @@ def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, config):
 
 
 def test_a_growing_chat_compiles_few_programs(llama):
-    lengths, tokens = range(60, 360, 25), np.random.default_rng(0).integers(1, VOCABULARY, (1, 360))
+    lengths, tokens = range(60, 180, 10), np.random.default_rng(0).integers(1, VOCABULARY, (1, 180))
     options: dict[str, Any] = {"max_new_tokens": 24, "config": CONFIGS["published"]}
     with Compilations() as compiled:
         for length in lengths:
             mj.generate(llama, tokens[:, :length], **options)
             next(mj.stream(llama, tokens[:, :length], **options))
-    # Of 12 lengths: prompts of 64, 96, 128, 192, 256 and 384, caches of 96, 128, 192, 256 and 384.
-    assert compiled.count("_decode_loop") == 5
-    assert compiled.count("_prefill_rows") <= 8
+    # Of 12 lengths: prompts of 64, 96, 128 and 192, caches of 96, 128, 192 and 256.
+    assert compiled.count("_decode_loop") == 4
+    assert compiled.count("_prefill_rows") <= 7
     with Compilations() as compiled:
-        mj.generate(llama, tokens[:, :333], **options)
+        mj.generate(llama, tokens[:, :133], **options)
     assert compiled == []
 
 
