@@ -81,7 +81,7 @@ class Evaluator:
                 progress(done + more, len(examples))
 
         report(0)
-        generation.keep_programs(2 * len(runs))  # a shape's batches are of two sizes at most
+        generation.keep_programs(2 * (len(runs) + 1))  # a shape's batches are of two sizes at most, dense ones too
         for batch in self._batches(pending):
             asked = [i for i, ids in enumerate(missing) if any(example.id in ids for example in batch)]
             answer = self._write if batch[0].gold is None else self._force

@@ -81,7 +81,7 @@ def test_texts_prefilled_some_at_a_time_score_as_all_at_once(llama, monkeypatch)
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, (5, 80))
     score = functools.partial(mj.log_likelihoods, llama, tokens, prompt_length=70)
     wanted = score()
-    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 2 * 70)  # three parts, the last of them moved back
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 2 * 96)  # three parts, the last of them moved back
     with Compilations() as compiled:
         scores = score()
     assert compiled.count("_prefill_rows") == 1
