@@ -43,14 +43,16 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
         chat: make it the user's turn of a conversation, by the tokenizer's chat template, with the answer to come.
 
     Raises:
-        ValueError: an empty prompt, or one of which the tokenizer or the chat template leaves nothing; `chat` where
-            the tokenizer has no chat template, or one that fails.
+        ValueError: an empty prompt, one that holds surrogates, or one of which the tokenizer or the chat template
+            leaves nothing; `chat` where the tokenizer has no chat template, or one that fails.
         TypeError: a prompt that is no text.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt is of type {type(prompt).__name__}; wanted one text")
     if not prompt:
         raise ValueError("prompt='' is empty; wanted some text")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python reads bytes that are not UTF-8
+        raise ValueError(f"prompt={reprlib.repr(prompt)} holds bytes that are no text; wanted UTF-8")
     if chat and tokenizer.chat_template is None:
         raise ValueError("chat=True needs a chat template, and this tokenizer has none")
     text = _user_turn(tokenizer, prompt) if chat else prompt

@@ -363,6 +363,15 @@ def test_memory_that_is_exhausted_is_one_line(run, folder, tmp_path):
     assert "; fewer prompts take less (" in err
 
 
+def test_the_host_s_memory_that_is_exhausted_is_one_line(run, folder):
+    status, _, err = run("bench", "--model", str(folder / "tiny"), "--context", "10", "--batches", str(2**44))
+    assert status == 1
+    hint = f"--batches {2**43} takes less"
+    assert re.fullmatch(
+        rf"mustafar bench: error: the host's memory is exhausted; {hint} \(Unable to allocate .*\)\n", err
+    )
+
+
 def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkeypatch):
     exam = tmp_path / "exam.jsonl"
     exam.touch()

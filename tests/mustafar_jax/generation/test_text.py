@@ -82,6 +82,12 @@ def test_encode_refuses_chat_without_a_template():
         text.encode(byte_level(), "Who?", chat=True)
 
 
+def test_encode_refuses_bytes_that_are_no_text():
+    prompt = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads arguments of a command
+    with pytest.raises(ValueError, match=r"^prompt='caf\\udce9' holds bytes that are no text; wanted UTF-8"):
+        text.encode(byte_level(), prompt)
+
+
 def test_encode_refuses_what_leaves_no_tokens():
     with pytest.raises(ValueError, match=r"^prompt='Who\?': the chat template of this tokenizer makes no tokens of it"):
         text.encode(byte_level(chat_template="{# nothing #}"), "Who?", chat=True)
