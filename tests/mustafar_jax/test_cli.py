@@ -769,6 +769,7 @@ def test_generate_says_where_values_lost_entries(run):
     assert err.startswith("mustafar generate: a value needed more than --v-slots 8 and lost entries\n")
 
 
+@pytest.mark.exhaustive
 def test_methods_reach_the_cache(run, tiny):
     options = ["--k-method", "think", "--v-method", "channel_magnitude", "--v-slots", "28", "--v-sparsity", "0.5"]
     status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)

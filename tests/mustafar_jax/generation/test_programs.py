@@ -20,7 +20,7 @@ from tests.mustafar_jax.generation.setting import LENGTHS, PROMPTS, TINY, VOCABU
 NEW = 40
 RULES = CompressionConfig(0.5, 0.5, k_method="output_aware", v_method="channel_output_aware")
 COMPRESSED = CONFIGS | {"by queries": RULES}
-NAMES = ["recommended", "by queries", *exhaustive(*sorted(COMPRESSED.keys() - {"recommended", "by queries"}))]
+NAMES = ["by queries", *exhaustive(*sorted(COMPRESSED.keys() - {"by queries"}))]
 
 
 def test_lengths_are_padded_to_powers_of_two_and_what_lies_between():
@@ -137,7 +137,7 @@ def test_the_number_that_is_kept_is_only_raised(monkeypatch):
     assert [function.kept for function in functions] == [programs.KEPT + 4] * 5
 
 
-@pytest.mark.parametrize("name", ["by queries", *exhaustive(*sorted(COMPRESSED.keys() - {"by queries"}))])
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_leaves_no_mark_on_likelihoods(llama, name):
     tokens, config = np.random.default_rng(1).integers(0, VOCABULARY, (2, 111)), COMPRESSED[name]
     options: dict[str, Any] = {"prompt_length": 70, "config": config}
