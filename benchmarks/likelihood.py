@@ -72,7 +72,9 @@ def measure(
     """Mean negative log-likelihood of each window, and the seconds that all took."""
     start = time.perf_counter()
     losses = [
-        -np.asarray(mj.log_likelihoods(model, part, prompt_length=prompt_length, config=config)).mean(axis=1)
+        -np.asarray(mj.log_likelihoods(model, part, prompt_length=prompt_length, config=config, padding=False)).mean(
+            axis=1
+        )
         for part in np.array_split(tokens, -(-len(tokens) // batch))
     ]
     return {"losses": np.concatenate(losses), "seconds": time.perf_counter() - start}

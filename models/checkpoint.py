@@ -79,7 +79,7 @@ class Checkpoint:
     dtype: DTypeLike
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer, None where there is none; ValueError for files that cannot be read, named."""
+        """The tokenizer, None where there is none; an error for files that cannot be read, named."""
         if self.path.is_dir():
             return load_folder_tokenizer(self.path)
         from mustafar_jax.models.tokenizer import load_gguf_tokenizer  # not every caller has such a file

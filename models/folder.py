@@ -1,6 +1,7 @@
 """A folder in Hugging Face's layout: which of its files are read, and what is said where they do not make a model."""
 
 import collections
+import contextlib
 import functools
 import json
 import logging
@@ -17,7 +18,7 @@ _log = logging.getLogger("mustafar_jax")
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
-_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "original/*.pth")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 _POINTER = b"version https://git-lfs"
 
@@ -26,7 +27,7 @@ def read_config_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | No
     """The content of config.json, and of generation_config.json where there is one.
 
     Raises:
-        FileNotFoundError: no config.json; what lies there in its place is named.
+        FileNotFoundError: no config.json; what lies there in its place is named. A link to a file that is missing.
         ValueError: a file that is no JSON object, or an adapter beside the model or in its place.
     """
     if (folder / _ADAPTER).exists():
@@ -35,10 +36,17 @@ def read_config_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | No
             f"{folder} holds an adapter ({_ADAPTER}) of {base!r}, which is not applied here: merge it into its model "
             f"(peft's merge_and_unload) and save that in a folder of its own"
         )
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         raise FileNotFoundError(_no_config(folder))
     generation = folder / "generation_config.json"
-    return read_json(folder / "config.json"), read_json(generation) if generation.exists() else None
+    return read_json(folder / "config.json"), read_json(generation) if is_there(generation) else None
+
+
+def is_there(file: Path) -> bool:
+    """Whether there is such a file; FileNotFoundError for a link that leads nowhere, which was meant to be one."""
+    if file.is_symlink() and not file.exists():
+        raise FileNotFoundError(f"{file} is a link to {file.readlink()}, which is missing: fetch it again")
+    return file.is_file()
 
 
 def _no_config(folder: Path) -> str:
@@ -130,12 +138,11 @@ def _open_file(file: Path) -> dict[str, tuple[str, LazyTensor]]:
 def _safetensors_files(folder: Path) -> list[Path]:
     """The files that transformers reads: one alone wins over the parts that an index names."""
     index, single = folder / _INDEX, folder / _SINGLE
-    parts = _parts(index) if index.exists() else []
-    if single.exists():
-        if unread := _names(part for part in parts if part != single and part.exists()):
-            _log.warning("%s holds %s, which is read, and %s, which are not", folder, _SINGLE, unread)
+    if is_there(single):
+        _tell_of_parts(folder)
         return [single]
-    if index.exists():
+    if is_there(index):
+        parts = _parts(index)
         if missing := _names(part for part in parts if not part.is_file()):
             raise FileNotFoundError(f"{folder} lacks files that {_INDEX} names: {missing}")
         return parts
@@ -144,6 +151,15 @@ def _safetensors_files(folder: Path) -> list[Path]:
         f"{folder} has neither {_INDEX} nor {_SINGLE}"
         + (f", but {found}; only safetensors under these names are read" if found else "")
     )
+
+
+def _tell_of_parts(folder: Path) -> None:
+    """Warn of parts that are not read, since one file wins over them; an index that is damaged names none."""
+    parts: list[Path] = []
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        parts = _parts(folder / _INDEX)
+    if unread := _names(part for part in parts if part != folder / _SINGLE and part.exists()):
+        _log.warning("%s holds %s, which is read, and %s, which are not", folder, _SINGLE, unread)
 
 
 def _parts(index: Path) -> list[Path]:

@@ -12,8 +12,8 @@ HEAD = "lm_head.weight"
 
 # A tensor of every checkpoint: what stands before it is the prefix of all.
 _ANCHOR = "layers.0.input_layernorm.weight"
-# Non-weights that checkpoints carry: RoPE frequencies, which follow from the config.
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
+# Non-weights that checkpoints carry: RoPE's frequencies, and its table, which follow from the config.
+_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^rope\.freqs$")
 _PARTS = frozenset({"embed_tokens", "layers", "norm"})
 # What PyTorch's wrappers put into names: torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})

@@ -10,13 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mustafar_jax.models.folder import is_lfs_pointer, lfs_message, read_json, read_text
+from mustafar_jax.models.folder import is_lfs_pointer, is_there, lfs_message, read_json, read_text
 
 _JSON = "tokenizer.json"
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt")  # read where there is no tokenizer.json
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = (_JSON, "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates/*.jinja"
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")  # those of the `tokenizers` package
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 _WANTED = "a tokenizer.json, as transformers' save_pretrained writes it"
@@ -31,8 +31,9 @@ def load_folder_tokenizer(folder: Path) -> Any:
 
     Raises:
         ValueError: a file that cannot be read, or that asks for code of its own; named.
+        FileNotFoundError: a link to a file that is missing.
     """
-    if not any((folder / name).exists() for name in _FILES):
+    if not any(is_there(folder / name) for name in _FILES):
         return None
     _check_whole(folder)
     _check_code(folder / "tokenizer_config.json")
@@ -41,16 +42,18 @@ def load_folder_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some settings are looked at when a text comes
     except Exception as error:  # of many kinds, bare Exceptions among them
         raise _unreadable(folder, error) from error
-    _check_syntax(tokenizer, folder / "chat_template.jinja")
+    _check_syntax(tokenizer, folder / _TEMPLATE)
     return tokenizer
 
 
 def _check_whole(folder: Path) -> None:
-    """Raise ValueError for files that are empty, that stand for others, or that are no JSON or text, as wanted."""
+    """Raise an error for files that are empty, that stand for others, or that are no JSON or text, as wanted."""
     vocabularies = (_JSON,) if (folder / _JSON).exists() else _VOCABULARIES
-    for file in (file for name in (*vocabularies, *_SETTINGS, *_TEMPLATES) for file in sorted(folder.glob(name))):
+    files = [folder / name for name in (*vocabularies, *_SETTINGS, _TEMPLATE) if is_there(folder / name)]
+    for file in (*files, *sorted(folder.glob(_MORE_TEMPLATES))):
         if file.stat().st_size == 0:
             raise ValueError(f"{file} is empty")
         if is_lfs_pointer(file):
@@ -106,7 +109,7 @@ def _check_syntax(tokenizer: Any, template: Path) -> None:
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
-    """What to say where transformers ended with this error: of the file that is damaged, or else of the folder."""
+    """What to say where transformers ended with this error: of the files that may be the reason, or of the folder."""
     file, model = folder / _JSON, folder / "tokenizer.model"
     if file.exists():
         try:
@@ -115,6 +118,8 @@ def _unreadable(folder: Path, error: Exception) -> ValueError:
             return damaged
         if reason is not None:
             return ValueError(f"{file} {reason}")
+        if settings := [str(folder / name) for name in _SETTINGS if (folder / name).exists()]:
+            return ValueError(f"{' or '.join(settings)} holds what cannot be used: {_line(error)}")
     elif model.exists():
         return ValueError(f"{model} is no SentencePiece model, or cut short; fetch it again, or add {_WANTED}")
     return ValueError(f"the tokenizer of {folder} cannot be read; wanted: {_WANTED} ({_line(error)})")

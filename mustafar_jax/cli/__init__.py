@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return interrupt.STATUS
     except (ValueError, TypeError, NotImplementedError, OverflowError, OSError) as error:
         return _failed(options, str(error))
+    except MemoryError as error:
+        return _failed(options, f"the host's memory is exhausted; {_smaller(options)} ({error})")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,9 +1,9 @@
 """Text from a model through its layers' caches: prefill and decode, sampling, streaming, scoring."""
 
 from mustafar_jax.generation.checks import DENSE
-from mustafar_jax.generation.loop import STEPS_PER_CHECK, Generation, decode_step, generate, keep_programs, stream
+from mustafar_jax.generation.loop import STEPS_PER_CHECK, Generation, decode_step, generate, stream
 from mustafar_jax.generation.prefill import PREFILL_TOKENS, prefill_prompt
-from mustafar_jax.generation.programs import padded
+from mustafar_jax.generation.programs import keep_programs, padded
 from mustafar_jax.generation.protocols import Caches, Layer, Model, Progress
 from mustafar_jax.generation.scoring import log_likelihoods
 

@@ -15,7 +15,7 @@ from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
 from mustafar_jax.generation.mesh import automatic, each_automatic, to_auto, to_caller
-from mustafar_jax.generation.prefill import _prefill_rows, prefill_prompt
+from mustafar_jax.generation.prefill import prefill_prompt
 from mustafar_jax.generation.programs import last_programs
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.request import Request, check_request
@@ -198,12 +198,6 @@ def decode_step(
         hidden, cache = layer.decode(hidden, cache, implementation=implementation)
         grown.append(cache)
     return model.logits(hidden), tuple(grown)
-
-
-def keep_programs(count: int) -> None:
-    """Keep the programs of at least so many shapes; of `programs.KEPT` unless told. More memory, less compiling."""
-    for function in (_prefill_rows, _decode_loop, _stream_step):
-        function.kept = max(function.kept, count)
 
 
 Shown = tuple[jax.Array, jax.Array, jax.Array]

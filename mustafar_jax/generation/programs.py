@@ -1,4 +1,4 @@
-"""How many programs a process compiles for generations, and how many it keeps."""
+"""How many programs a process compiles for generations and scores, and how many it keeps."""
 
 import collections
 import functools
@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 SHORTEST = 64
 """What shorter lengths are padded to."""
 
 KEPT = 16
-"""Programs that `generate` and `stream` keep of each kind: those of the shapes that were used last."""
+"""Programs that are kept of each kind, unless `keep_programs` raises it: those of the shapes that were used last."""
+
+_made: list["LastPrograms"] = []
 
 
 def padded(length: int, most: int) -> int:
@@ -19,6 +22,11 @@ def padded(length: int, most: int) -> int:
     power = 1 << (max(length, SHORTEST) - 1).bit_length()
     between = power // 4 * 3
     return min(between if max(length, SHORTEST) <= between else power, most)
+
+
+def pad_tokens(tokens: np.ndarray, most: int) -> np.ndarray:
+    """Tokens [B, S] with zeros on the right, so that there are `padded(S, most)` of each sequence."""
+    return np.pad(tokens, ((0, 0), (0, padded(tokens.shape[1], most) - tokens.shape[1])))
 
 
 class LastPrograms:
@@ -61,4 +69,15 @@ class LastPrograms:
 
 def last_programs(**options: Any) -> Callable[[Callable[..., Any]], LastPrograms]:
     """A decorator: see `LastPrograms`; with options of `jax.jit`."""
-    return functools.partial(LastPrograms, **options)
+
+    def made_of(function: Callable[..., Any]) -> LastPrograms:
+        _made.append(LastPrograms(function, **options))
+        return _made[-1]
+
+    return made_of
+
+
+def keep_programs(count: int) -> None:
+    """Keep the programs of at least so many shapes; of `KEPT` unless told. More memory, less compiling."""
+    for function in _made:
+        function.kept = max(function.kept, count)

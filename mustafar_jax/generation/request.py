@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from mustafar_jax.backends.registry import Implementation, Names, check_implementation
@@ -21,7 +20,7 @@ from mustafar_jax.generation.checks import (
     check_prompt_lengths,
     check_tokens,
 )
-from mustafar_jax.generation.programs import padded
+from mustafar_jax.generation.programs import pad_tokens, padded
 from mustafar_jax.generation.protocols import Model, Progress
 from mustafar_jax.generation.sampling import Sampling, Stops, check_sampling, check_stops
 
@@ -84,13 +83,13 @@ def check_request(
     own = check_prompt_lengths(lengths, batch, length)
     sampling = check_sampling(temperature, top_p, key)
     stops = check_stops(model, eos_id, min_new_tokens, max_new_tokens)
-    tokens, capacity = jax.device_get(texts.tokens), length + max_new_tokens
+    given, capacity = jax.device_get(texts.tokens), length + max_new_tokens
     if check_flag("padding", padding):
         capacity = padded(capacity, context)
-        tokens = np.pad(tokens, ((0, 0), (0, padded(length, capacity) - length)))
+        given = pad_tokens(given, capacity)
     check_caches(model, texts, capacity)
     return Request(
-        tokens=jax.device_put(tokens),
+        tokens=jax.device_put(given),
         lengths=own,
         capacity=capacity,
         max_new_tokens=max_new_tokens,

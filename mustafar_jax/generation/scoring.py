@@ -13,9 +13,10 @@ from jax.typing import ArrayLike
 from mustafar_jax.backends.registry import Implementation, Names
 from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation.checks import check_integer, not_finite
+from mustafar_jax.generation.checks import check_flag, check_integer, not_finite
 from mustafar_jax.generation.mesh import automatic, to_auto, to_caller
 from mustafar_jax.generation.prefill import embed, prefill_layer
+from mustafar_jax.generation.programs import last_programs, pad_tokens, padded
 from mustafar_jax.generation.protocols import BlockLayer, Layer, Model, Progress
 from mustafar_jax.generation.request import Texts, check_caches, check_texts
 
@@ -34,6 +35,7 @@ def log_likelihoods(
     config: CompressionConfig | None = None,
     implementation: Implementation = None,
     progress: Progress | None = None,
+    padding: bool = True,
 ) -> jax.Array:
     """How likely a text is, token by token, when its beginning is the prompt and the rest is decoded through the cache.
 
@@ -44,6 +46,7 @@ def log_likelihoods(
             would have written.
         config, implementation: as in `generate`.
         progress: called as progress(done, total) after each layer.
+        padding: pad the prompt, what follows it, and the caches, as in `generate`; what pads is not decoded.
 
     Returns:
         float32 [B, S - prompt_length], the natural logarithm of each token's probability after those before it.
@@ -58,8 +61,7 @@ def log_likelihoods(
         model = to_auto(model)
         texts = check_texts(model, tokens, config, implementation, progress)
         prompt_length = _check_prompt_length(model, texts, prompt_length)
-        check_caches(model, texts, texts.tokens.shape[1])
-        found = _score(model, texts, prompt_length, progress)
+        found = _score(model, texts, prompt_length, check_flag("padding", padding), progress)
     return to_caller(found)
 
 
@@ -76,22 +78,25 @@ def _check_prompt_length(model: Model, texts: Texts, prompt_length: Any) -> int:
     return prompt_length
 
 
-def _score(model: Model, texts: Texts, prompt_length: int, progress: Progress | None) -> jax.Array:
-    """What `log_likelihoods` returns, with the errors that show after the work."""
+def _score(model: Model, texts: Texts, prompt_length: int, padding: bool, progress: Progress | None) -> jax.Array:
+    """What `log_likelihoods` returns, with the errors of its caches, and those that show after the work."""
     batch, length = texts.tokens.shape
-    caches = model.init_cache(texts.config, batch=batch, capacity=length)
+    capacity = padded(length, model.config.max_position_embeddings) if padding else length
+    check_caches(model, texts, capacity)
+    caches = model.init_cache(texts.config, batch=batch, capacity=capacity)
     given = jax.device_get(texts.tokens)
-    prompt, continuation = jax.device_put((given[:, :prompt_length], given[:, prompt_length:]))
-    lengths = jax.device_put(np.full(batch, prompt_length, np.int32))
-    how = functools.partial(by_tokens, names=texts.implementation)
+    parts = given[:, :prompt_length], given[:, prompt_length:]
+    prompt, continuation = jax.device_put([pad_tokens(part, capacity) for part in parts] if padding else parts)
+    lengths, count = jax.device_put((np.full(batch, prompt_length, np.int32), np.int32(length - prompt_length - 1)))
+    how = functools.partial(by_tokens, names=texts.implementation, count=count)
     [hidden], [overflow] = forced_states(model, [caches.__getitem__], prompt, lengths, continuation, how, progress)
     if rows := np.flatnonzero(jax.device_get(overflow)).tolist():
         raise ValueError(f"v_slots={texts.config.v_slots} holds fewer entries than values of texts {rows} need")
-    found = _log_probabilities(model, hidden, continuation)
-    unknown = np.isnan(jax.device_get(found))
+    found = jax.device_get(_log_probabilities(model, hidden, continuation))[:, : length - prompt_length]
+    unknown = np.isnan(found)
     if broken := {f"text {row}": int(unknown[row].argmax()) + 1 for row in np.flatnonzero(unknown.any(axis=1))}:
         raise ValueError(not_finite(model, broken))
-    return found
+    return jax.device_put(found)
 
 
 class PassLayer(Protocol):
@@ -182,32 +187,39 @@ def by_tokens(
     given: Sequence[jax.Array],
     *,
     names: Names | None = None,
+    count: jax.Array | None = None,
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
     """A `PassLayer` of any layer, as `generate` would decode: one token at a time, by the implementation `names`.
 
+    Of the tokens that are given, `count` (int32, all if None) are decoded: outputs of what pads them are 0.
     The prompts pass the layer once for each cache, since `Layer.prefill` runs them and fills a cache in one.
     """
     prompts, outs, overflow = hidden, [], []
     for cache, tokens in zip(caches, given, strict=True):
         prompts, filled = prefill_layer(layer, hidden, cache, lengths, names)
-        out, filled = _decode_given(layer, tokens, filled, names)
+        decoded = jax.device_put(np.int32(tokens.shape[1])) if count is None else count
+        out, filled = _decode_given(layer, tokens, filled, decoded, names=names)
         outs.append(out)
         overflow.append(filled.overflow)
     return prompts, outs, overflow
 
 
-@functools.partial(jax.jit, static_argnames="names", donate_argnames="cache")
+@last_programs(static_argnames="names", donate_argnames="cache")
 def _decode_given(
-    layer: Layer, tokens: jax.Array, cache: LayerCache, names: Names | None
+    layer: Layer, tokens: jax.Array, cache: LayerCache, count: jax.Array, *, names: Names | None
 ) -> tuple[jax.Array, LayerCache]:
-    """Run tokens [B, n, D] through one layer, one after the other; the cache, which was donated, holds them then."""
+    """Run the first `count` of tokens [B, n, D] through one layer, one after the other; the cache is donated."""
+    Carry = tuple[jax.Array, LayerCache]  # noqa: N806
 
-    def advance(cache: LayerCache, token: jax.Array) -> tuple[LayerCache, jax.Array]:
+    def advance(step: jax.Array, carry: Carry) -> Carry:
+        outs, cache = carry
+        token = lax.dynamic_index_in_dim(tokens, step, axis=1, keepdims=False)
         out, cache = layer.decode(token, cache, implementation=names)
-        return cache, out
+        return lax.dynamic_update_index_in_dim(outs, out, step, axis=1), cache
 
-    cache, outs = lax.scan(advance, cache, tokens.swapaxes(0, 1))
-    return outs.swapaxes(0, 1), cache
+    if not tokens.shape[1]:  # of no tokens, not even the loop's body could be traced
+        return tokens, cache
+    return lax.fori_loop(0, count, advance, (jnp.zeros_like(tokens), cache))
 
 
 def by_blocks(
@@ -226,14 +238,14 @@ def by_blocks(
     return hidden, [out for out, _ in ends], [over for _, over in ends]
 
 
-@functools.partial(jax.jit, donate_argnames="hidden")
+@last_programs(donate_argnames="hidden")
 def _run_prompt(
     layer: BlockLayer, hidden: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return layer.run_prompt(hidden, lengths)
 
 
-@jax.jit
+@last_programs()
 def _extend(
     layer: BlockLayer, cache: LayerCache, entries: Sequence[jax.Array], lengths: jax.Array, given: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -258,7 +270,7 @@ def _extend(
     return jnp.concatenate(outs, axis=1) if outs else given, cache.overflow
 
 
-@jax.jit
+@last_programs()
 def _log_probabilities(model: Model, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """Log-probabilities float32 [B, n] of the targets [B, n], each after a hidden state of [B, n, D]."""
 

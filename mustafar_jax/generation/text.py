@@ -1,6 +1,7 @@
 """Between text and tokens: prompts, chat templates, and generated text as it comes."""
 
 import re
+import reprlib
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -42,18 +43,24 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
         chat: make it the user's turn of a conversation, by the tokenizer's chat template, with the answer to come.
 
     Raises:
-        ValueError: an empty prompt; `chat` where the tokenizer has no chat template, or one that fails.
+        ValueError: an empty prompt, one that holds surrogates, or one of which the tokenizer or the chat template
+            leaves nothing; `chat` where the tokenizer has no chat template, or one that fails.
         TypeError: a prompt that is no text.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt is of type {type(prompt).__name__}; wanted one text")
     if not prompt:
         raise ValueError("prompt='' is empty; wanted some text")
-    if not chat:
-        return np.asarray(tokenizer(prompt)["input_ids"], np.int32)[None]
-    if tokenizer.chat_template is None:
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python reads bytes that are not UTF-8
+        raise ValueError(f"prompt={reprlib.repr(prompt)} holds bytes that are no text; wanted UTF-8")
+    if chat and tokenizer.chat_template is None:
         raise ValueError("chat=True needs a chat template, and this tokenizer has none")
-    return np.asarray(tokenizer(_user_turn(tokenizer, prompt), add_special_tokens=False)["input_ids"], np.int32)[None]
+    text = _user_turn(tokenizer, prompt) if chat else prompt
+    tokens = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not tokens:
+        source = f"the chat template of {_template_source(tokenizer)}" if chat and not text else "the tokenizer"
+        raise ValueError(f"prompt={reprlib.repr(prompt)}: {source} makes no tokens of it; wanted at least one")
+    return np.asarray(tokens, np.int32)[None]
 
 
 def _user_turn(tokenizer: Any, prompt: str) -> str:

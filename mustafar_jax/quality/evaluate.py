@@ -14,7 +14,7 @@ from mustafar_jax import generation
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
-from mustafar_jax.generation.mesh import each_automatic
+from mustafar_jax.generation.mesh import each_automatic, to_auto
 from mustafar_jax.quality.examples import Example, Problem
 from mustafar_jax.quality.forcing import check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap_groups
@@ -37,7 +37,7 @@ class Evaluator:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = 8, padding: int = PADDING) -> None:
-        self.model, self.tokenizer, self.batch, self.padding = model, tokenizer, batch, padding
+        self.model, self.tokenizer, self.batch, self.padding = to_auto(model), tokenizer, batch, padding
 
     def run(
         self, config: CompressionConfig, examples: Sequence[Example], run: Run, progress: Progress | None = None
@@ -81,7 +81,7 @@ class Evaluator:
                 progress(done + more, len(examples))
 
         report(0)
-        generation.keep_programs(2 * len(runs))  # a shape's batches are of two sizes at most
+        generation.keep_programs(2 * (len(runs) + 1))  # a shape's batches are of two sizes at most, dense ones too
         for batch in self._batches(pending):
             asked = [i for i, ids in enumerate(missing) if any(example.id in ids for example in batch)]
             answer = self._write if batch[0].gold is None else self._force

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.generation.programs import last_programs
 from mustafar_jax.generation.scoring import by_blocks, forced_states
 
 TOKENS = 256
@@ -93,7 +94,7 @@ def check_fits(config: CompressionConfig, overflow: ArrayLike, names: Sequence[o
         raise ValueError(f"{config}: a packed value needs more entries than its slots hold, in rows {over}")
 
 
-@jax.jit
+@last_programs()
 def compare(model: Any, dense: jax.Array, compressed: Sequence[jax.Array], continuation: jax.Array) -> list[Scores]:
     """Score the tokens [B, n] of a continuation, given hidden states [B, n, D] through a dense cache and others.
 

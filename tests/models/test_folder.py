@@ -151,6 +151,15 @@ FORMS: dict[str, tuple[str, Build, str | None]] = {
         "unexpected: ema.layers.0.input_layernorm.weight$",
     ),
     "frequencies of old files": ("llama", with_tensors(model__layers__0__self_attn__rotary_emb__inv_freq=ONE), None),
+    "table of RoPE": (
+        "llama",
+        with_tensors(
+            model__layers__0__self_attn__rotary_emb__cos_cached=ONE,
+            model__layers__0__self_attn__rotary_emb__sin_cached=ONE,
+            rope__freqs=ONE,
+        ),
+        None,
+    ),
     "bias of the head": ("llama", with_tensors(lm_head__bias=torch.ones(97)), "unexpected: lm_head.bias"),
     "head of a classifier": ("llama", with_tensors(score__weight=ONE), "unexpected: score.weight"),
     "biases unsaid": (
@@ -212,6 +221,8 @@ FORMS: dict[str, tuple[str, Build, str | None]] = {
         lambda folder: split(folder, both=True),
         "model.norm.weight is in .*a.safe.*b.safe",
     ),
+    "one file beside a damaged index": ("llama", beside("model.safetensors.index.json", "{"), None),
+    "Flax's file alone": ("llama", in_place_of_the_model("flax_model.msgpack"), "but flax_model.msgpack; only safe"),
     "PyTorch's file beside": ("llama", beside("pytorch_model.bin", "not read"), None),
     "Mistral's own file beside": ("mistral", beside("consolidated.safetensors", "not read"), None),
     "PyTorch's file alone": (
@@ -302,6 +313,29 @@ def test_a_folder_without_config_json_says_what_it_holds(read, files, message, t
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", odd.SINGLE, "model.safetensors.index.json", "tokenizer.json"]
+)
+def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
+    odd.copy("llama", tmp_path)
+    if "index" in name:
+        (tmp_path / odd.SINGLE).unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("../blobs/1f")
+    with pytest.raises(
+        FileNotFoundError, match=rf"{name} is a link to \.\./blobs/1f, which is missing: fetch it again"
+    ):
+        models.load(tmp_path)
+
+
+def test_a_folder_in_the_place_of_weights_is_no_file(tmp_path):
+    odd.copy("llama", tmp_path)
+    (tmp_path / odd.SINGLE).unlink()
+    (tmp_path / odd.SINGLE).mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors.index.json nor model.safetensors"):
+        models.load(tmp_path)
+
+
 def test_an_adapter_alone_names_its_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text(ADAPTER)
     with pytest.raises(ValueError, match=r"an adapter .* of 'some/model', which is not applied here: merge it"):
@@ -373,6 +407,7 @@ def test_all_missing_shards_are_named(tmp_path):
 
 def test_an_index_without_a_weight_map(tmp_path):
     odd.write_small(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index.json has no weight_map"):
         models.load(tmp_path)

@@ -119,6 +119,29 @@ def test_a_tokenizer_that_is_unknown_is_named(folder, change_to, message):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"bos_token": 5},
+        {"added_tokens_decoder": ["<s>"]},
+        {"padding_side": "middle"},
+        {"model_max_length": "long"},  # is looked at when a text comes
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(folder, fields):
+    (folder / "special_tokens_map.json").unlink()
+    (folder / "added_tokens.json").unlink()
+    change(folder / "tokenizer_config.json", **fields)
+    refused(folder, f"^{re.escape(str(folder / 'tokenizer_config.json'))} holds what cannot be used: .")
+
+
+def test_settings_that_lead_nowhere_are_named(folder):
+    (folder / "special_tokens_map.json").unlink()
+    (folder / "special_tokens_map.json").symlink_to("../blobs/1f")
+    with pytest.raises(FileNotFoundError, match=r"special_tokens_map\.json is a link to \.\./blobs/1f, which"):
+        load_folder_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
     "auto_map", [{"AutoTokenizer": ["code.Own", None]}, {"AutoTokenizer": "code.Own"}, ["code.Own"]]
 )
 @pytest.mark.parametrize("tokenizer_class", ["Own", "LlamaTokenizer"])

@@ -363,6 +363,15 @@ def test_memory_that_is_exhausted_is_one_line(run, folder, tmp_path):
     assert "; fewer prompts take less (" in err
 
 
+def test_the_host_s_memory_that_is_exhausted_is_one_line(run, folder):
+    status, _, err = run("bench", "--model", str(folder / "tiny"), "--context", "10", "--batches", str(2**44))
+    assert status == 1
+    hint = f"--batches {2**43} takes less"
+    assert re.fullmatch(
+        rf"mustafar bench: error: the host's memory is exhausted; {hint} \(Unable to allocate .*\)\n", err
+    )
+
+
 def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkeypatch):
     exam = tmp_path / "exam.jsonl"
     exam.touch()
@@ -770,6 +779,7 @@ def test_generate_says_where_values_lost_entries(run):
     assert err.startswith("mustafar generate: a value needed more than --v-slots 8 and lost entries\n")
 
 
+@pytest.mark.exhaustive
 def test_methods_reach_the_cache(run, tiny):
     options = ["--k-method", "think", "--v-method", "channel_magnitude", "--v-slots", "28", "--v-sparsity", "0.5"]
     status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)

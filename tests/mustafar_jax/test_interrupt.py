@@ -30,6 +30,14 @@ AT_ONCE = 5.0
 """Seconds; on an idle machine it takes a half at most, and a program's compilation lasts longer."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _interrupts_are_not_ignored() -> Iterator[None]:
+    """A shell has its background jobs ignore them, and what these start does as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the model `tiny`, whose decode step takes some seconds to compile."""

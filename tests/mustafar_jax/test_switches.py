@@ -1,6 +1,9 @@
 """jax's own switches: under each of them, everything public runs and gives what it gives without."""
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -16,23 +19,43 @@ from mustafar_jax.models import Mistral, ModelConfig
 from tests.helpers import exhaustive, rope_frequencies
 from tests.pallas_kernels.lowering import lower_for_cuda
 
-TRACING: dict[str, Any] = {
-    "rank promotion": functools.partial(jax.numpy_rank_promotion, "raise"),
-    "dtype promotion": functools.partial(jax.numpy_dtype_promotion, "strict"),
-    "checking leaks": jax.checking_leaks,
+Switch = Callable[[], AbstractContextManager[Any]]
+
+
+def together(*switches: Switch) -> Switch:
+    """Switches of which each has errors of its own, as one: what is compiled and run serves for all."""
+
+    @contextlib.contextmanager
+    def under_all() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for switch in switches:
+                stack.enter_context(switch())
+            yield
+
+    return under_all
+
+
+TRACING: dict[str, Switch] = {
+    "promotion, checking leaks": together(
+        functools.partial(jax.numpy_rank_promotion, "raise"),
+        functools.partial(jax.numpy_dtype_promotion, "strict"),
+        jax.checking_leaks,
+    ),
     "explicit mesh": lambda: jax.set_mesh(jax.make_mesh((1,), ("model",), axis_types=(AxisType.Explicit,))),
 }
 """What they look at shows in tracing, so that nothing is compiled."""
 
-RUNNING: dict[str, Any] = {
+RUNNING: dict[str, Switch] = {
     "disable_jit": jax.disable_jit,
-    "debug_nans": functools.partial(jax.debug_nans, True),
-    "debug_infs": functools.partial(jax.debug_infs, True),
+    "debug_nans, debug_infs": together(
+        functools.partial(jax.debug_nans, True), functools.partial(jax.debug_infs, True)
+    ),
     "x64": functools.partial(jax.enable_x64, True),
 }
 
 GENERATING = TRACING | RUNNING | {"transfer guard": functools.partial(jax.transfer_guard, "disallow")}
-DRAWING = GENERATING | {name: functools.partial(jax.default_prng_impl, name) for name in ("rbg", "unsafe_rbg")}
+GENERATORS: dict[str, Switch] = {name: functools.partial(jax.default_prng_impl, name) for name in ("rbg", "unsafe_rbg")}
+DRAWING = GENERATING | GENERATORS
 
 SHORT: dict[str, Any] = {"residual_length": 0, "sink_tokens": 1}
 CONFIGS = {
@@ -154,9 +177,8 @@ def test_what_needs_no_cache_is_traced_under_it(switch, use):
         assert traced(lambda: use(None)) == wanted
 
 
-RUN = [(switch, name) for switch in RUNNING for name in ("dense", "recommended", "coded")]
-SLOW = ("disable_jit", "coded")
-RUN = [case for case in RUN if case[0] != "disable_jit"] + exhaustive(SLOW)  # generation has the others
+RUN = [(switch, name) for switch in RUNNING if switch != "disable_jit" for name in ("recommended", "coded")]
+RUN += exhaustive(("disable_jit", "coded"))  # generation has the others
 
 
 @pytest.mark.parametrize(("switch", "name"), RUN)
@@ -166,15 +188,19 @@ def test_caches_hold_the_usual_under_it(switch, name):
     check_usual(result, usual(caches, name))
 
 
-@pytest.mark.parametrize("switch", RUNNING)
-@pytest.mark.parametrize("use", WITHOUT_CACHE)
+COMPUTED = [(switch, use) for switch in RUNNING for use in WITHOUT_CACHE if switch != "disable_jit"]
+COMPUTED += [("disable_jit", rows), *exhaustive(("disable_jit", prompts), ("disable_jit", model))]  # as generation does
+
+
+@pytest.mark.parametrize(("switch", "use"), COMPUTED)
 def test_what_needs_no_cache_is_the_usual_under_it(switch, use):
     with RUNNING[switch]():
         result = use(CONFIGS["dense"])
     check_usual(result, usual(use, "dense"))
 
 
-GENERATED = [(switch, "dense") for switch in GENERATING] + exhaustive(*[(switch, "recommended") for switch in RUNNING])
+GENERATED = [(switch, "dense") for switch in GENERATING if switch != "disable_jit"]  # which drawing has
+GENERATED += exhaustive(("disable_jit", "dense"), *[(switch, "recommended") for switch in RUNNING])
 
 
 @pytest.mark.parametrize(("switch", "name"), GENERATED)
@@ -184,7 +210,7 @@ def test_tokens_and_likelihoods_are_the_usual_ones_under_it(switch, name):
     check_usual(result, usual(generation, name))
 
 
-@pytest.mark.parametrize("switch", DRAWING)
+@pytest.mark.parametrize("switch", [*GENERATING, "rbg", *exhaustive("unsafe_rbg")])
 def test_tokens_are_drawn_under_it(switch):
     with DRAWING[switch]():
         result = drawing(CONFIGS["dense"])

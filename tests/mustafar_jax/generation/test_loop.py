@@ -296,6 +296,7 @@ def test_a_cache_that_overflows_is_told_of(tokens, overflow):
     assert steps.value.overflow.tolist() == overflow
 
 
+@pytest.mark.exhaustive
 @compressed
 def test_where_integers_have_64_bits_tokens_are_the_same(llama, config):
     expected = mj.generate(llama, PROMPTS[:2], max_new_tokens=40, config=config)

@@ -1,5 +1,6 @@
 """A model on two devices: the tokens of one, whatever kind of mesh the weights and the caller have."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tests.helpers import exhaustive
 
 PROGRAM = """
     import contextlib
+    import json
     import sys
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -34,7 +36,7 @@ PROGRAM = """
         return steps, np.asarray(scores)
 
     tokens_of_one, scores_of_one = run(models.load(folder)[0])
-    for load_in, run_in in [(False, False), (False, True), (True, True), (True, False)]:
+    for load_in, run_in in json.loads(sys.argv[3]):
         with jax.set_mesh(mesh) if load_in else contextlib.nullcontext():
             model, _ = models.load(folder, mesh=mesh)
         assert len(jax.tree.leaves(model)[0].sharding.device_set) == 2
@@ -63,10 +65,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["Explicit", *exhaustive("Auto")])
-def test_tokens_on_two_devices_are_those_on_one(kind, folder):
+EVERYWHERE = [(False, False), (False, True), (True, True), (True, False)]
+"""Whether the model is loaded within the mesh, and whether it is run there."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "places"), [("Explicit", [(True, True)]), *exhaustive(("Explicit", EVERYWHERE), ("Auto", EVERYWHERE))]
+)
+def test_tokens_on_two_devices_are_those_on_one(kind, places, folder):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(PROGRAM), str(folder), kind]
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(PROGRAM), str(folder), kind, json.dumps(places)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import pytest
 import mustafar_jax as mj
 from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.generation import keep_programs, loop, prefill, prefill_prompt, programs
+from mustafar_jax.generation import keep_programs, loop, prefill, prefill_prompt, programs, scoring
 from mustafar_jax.generation.programs import LastPrograms, padded
 from tests.helpers import CONFIGS, exhaustive
 from tests.mustafar_jax.generation.setting import LENGTHS, PROMPTS, TINY, VOCABULARY, Compilations, counting
@@ -20,7 +20,7 @@ from tests.mustafar_jax.generation.setting import LENGTHS, PROMPTS, TINY, VOCABU
 NEW = 40
 RULES = CompressionConfig(0.5, 0.5, k_method="output_aware", v_method="channel_output_aware")
 COMPRESSED = CONFIGS | {"by queries": RULES}
-NAMES = ["recommended", "by queries", *exhaustive(*sorted(COMPRESSED.keys() - {"recommended", "by queries"}))]
+NAMES = ["by queries", *exhaustive(*sorted(COMPRESSED.keys() - {"by queries"}))]
 
 
 def test_lengths_are_padded_to_powers_of_two_and_what_lies_between():
@@ -51,9 +51,10 @@ def test_padding_leaves_no_mark_on_draws_and_on_a_window(mistral):
     jax.tree.map(np.testing.assert_array_equal, mj.generate(mistral, PROMPTS, **options), wanted)
 
 
-@pytest.mark.parametrize("config", COMPRESSED.values(), ids=COMPRESSED)
-def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, config):
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, name):
     """Means, weights and queries, entries that are kept, and the logits after it."""
+    config = COMPRESSED[name]
 
     def filled(length: int, capacity: int) -> Any:
         caches = llama.init_cache(config, batch=4, capacity=capacity)
@@ -74,17 +75,17 @@ def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, config):
 
 
 def test_a_growing_chat_compiles_few_programs(llama):
-    lengths, tokens = range(60, 360, 25), np.random.default_rng(0).integers(1, VOCABULARY, (1, 360))
+    lengths, tokens = range(60, 180, 10), np.random.default_rng(0).integers(1, VOCABULARY, (1, 180))
     options: dict[str, Any] = {"max_new_tokens": 24, "config": CONFIGS["published"]}
     with Compilations() as compiled:
         for length in lengths:
             mj.generate(llama, tokens[:, :length], **options)
             next(mj.stream(llama, tokens[:, :length], **options))
-    # Of 12 lengths: prompts of 64, 96, 128, 192, 256 and 384, caches of 96, 128, 192, 256 and 384.
-    assert compiled.count("_decode_loop") == 5
-    assert compiled.count("_prefill_rows") <= 8
+    # Of 12 lengths: prompts of 64, 96, 128 and 192, caches of 96, 128, 192 and 256.
+    assert compiled.count("_decode_loop") == 4
+    assert compiled.count("_prefill_rows") <= 7
     with Compilations() as compiled:
-        mj.generate(llama, tokens[:, :333], **options)
+        mj.generate(llama, tokens[:, :133], **options)
     assert compiled == []
 
 
@@ -100,6 +101,8 @@ def test_padding_stays_within_the_context(llama):
 def test_padding_is_a_flag(padding):
     with pytest.raises(TypeError, match=f"padding={padding!r} must be True or False"):
         mj.generate(counting(), [[1]], max_new_tokens=1, padding=padding)
+    with pytest.raises(TypeError, match=f"padding={padding!r} must be True or False"):
+        mj.log_likelihoods(counting(), [[1, 2]], prompt_length=1, padding=padding)
 
 
 def test_the_programs_that_were_used_last_are_kept_and_others_freed():
@@ -126,9 +129,39 @@ def test_the_programs_that_were_used_last_are_kept_and_others_freed():
 
 
 def test_the_number_that_is_kept_is_only_raised(monkeypatch):
-    functions = [prefill._prefill_rows, loop._decode_loop, loop._stream_step]
-    for function in functions:
+    functions = [prefill._prefill_rows, loop._decode_loop, loop._stream_step, scoring._decode_given, scoring._extend]
+    for function in programs._made:
         monkeypatch.setattr(function, "kept", programs.KEPT)
     keep_programs(programs.KEPT + 4)
     keep_programs(3)
-    assert [function.kept for function in functions] == [programs.KEPT + 4] * 3
+    assert [function.kept for function in functions] == [programs.KEPT + 4] * 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_leaves_no_mark_on_likelihoods(llama, name):
+    tokens, config = np.random.default_rng(1).integers(0, VOCABULARY, (2, 111)), COMPRESSED[name]
+    options: dict[str, Any] = {"prompt_length": 70, "config": config}
+    wanted = mj.log_likelihoods(llama, tokens, **options, padding=False)
+    np.testing.assert_allclose(mj.log_likelihoods(llama, tokens, **options), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_pads_a_text_overflows_no_cache(llama):
+    """Its 31 tokens that go into the cache fill no group; what pads them would, and so does one more."""
+    config = CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=4, residual_length=0)
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 41))
+    wanted = mj.log_likelihoods(llama, tokens[:, :32], prompt_length=20, config=config, padding=False)
+    np.testing.assert_allclose(
+        mj.log_likelihoods(llama, tokens[:, :32], prompt_length=20, config=config), wanted, atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"v_slots=4 holds fewer entries than values of texts \[0, 1\] need"):
+        mj.log_likelihoods(llama, tokens[:, :33], prompt_length=20, config=config)
+
+
+def test_texts_of_many_lengths_compile_few_programs(llama):
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, 120))
+    with Compilations() as compiled:
+        for length in range(70, 120, 7):
+            mj.log_likelihoods(llama, tokens[:, :length], prompt_length=length - 30)
+    # Of 8 lengths: caches of 96 and 128, prompts of 64 and 96, what follows of 64.
+    assert compiled.count("_decode_given") == 2
+    assert compiled.count("_prefill_rows") == 2

@@ -81,7 +81,7 @@ def test_texts_prefilled_some_at_a_time_score_as_all_at_once(llama, monkeypatch)
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, (5, 80))
     score = functools.partial(mj.log_likelihoods, llama, tokens, prompt_length=70)
     wanted = score()
-    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 2 * 70)  # three parts, the last of them moved back
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 2 * 96)  # three parts, the last of them moved back
     with Compilations() as compiled:
         scores = score()
     assert compiled.count("_prefill_rows") == 1
@@ -93,9 +93,9 @@ def makers(model, configs, capacity):
     return [model.init_cache(config, batch=4, capacity=capacity).__getitem__ for config in configs]
 
 
-@pytest.mark.parametrize("count", [1, 98, *exhaustive(33)])
+@pytest.mark.parametrize("count", [1, 34, *exhaustive(33, 98)])
 def test_tokens_in_blocks_pass_as_one_by_one_through_every_cache(llama, count):
-    """Of no given token, those of one block, and of three blocks and one more; after prompts of four lengths."""
+    """Of no given token, of one block and one more, of one, of three and one more; after prompts of four lengths."""
     continuation = jnp.asarray(np.random.default_rng(4).integers(0, VOCABULARY, (4, count)))
     configs = [DENSE, CONFIGS["recommended"]]
     given = jnp.asarray(PROMPTS), jnp.asarray(LENGTHS, jnp.int32), continuation

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -80,6 +80,21 @@ def test_encode_refuses_what_is_no_text():
 def test_encode_refuses_chat_without_a_template():
     with pytest.raises(ValueError, match="chat=True needs a chat template, and this tokenizer has none"):
         text.encode(byte_level(), "Who?", chat=True)
+
+
+def test_encode_refuses_bytes_that_are_no_text():
+    prompt = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads arguments of a command
+    with pytest.raises(ValueError, match=r"^prompt='caf\\udce9' holds bytes that are no text; wanted UTF-8"):
+        text.encode(byte_level(), prompt)
+
+
+def test_encode_refuses_what_leaves_no_tokens():
+    with pytest.raises(ValueError, match=r"^prompt='Who\?': the chat template of this tokenizer makes no tokens of it"):
+        text.encode(byte_level(chat_template="{# nothing #}"), "Who?", chat=True)
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(ValueError, match=r"^prompt=' \\n': the tokenizer makes no tokens of it; wanted at least one"):
+        text.encode(tokenizer, " \n")
 
 
 FAILING_TEMPLATES = {

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.forcing import compare, hidden_states
 from mustafar_jax.quality.quantised import Quantised, quantise
 from mustafar_jax.quality.runs import Run
+from tests.helpers import exhaustive
 
 VOCABULARY, LAYERS, HEAD_DIM = 96, 2, 32
 PUBLISHED = mj.CompressionConfig(0.7, 0.7)
@@ -139,6 +141,23 @@ def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
     }
     del again.records[0]["scores"]["agreement"]  # as an earlier version wrote it
     assert list(summarise(again.records, TOKENS)["all"]) == [name for name in TOKENS if name != "agreement"]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, *exhaustive(AxisType.Auto)])
+@pytest.mark.parametrize("placed", [True, *exhaustive(False)])
+def test_within_a_mesh_the_records_are_the_same(model, tokenizer, tmp_path, kind, placed):
+    """Of a model that lies on the mesh's own axes, too."""
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(kind,))
+    spread = jax.device_put(model, NamedSharding(mesh, PartitionSpec())) if placed else model
+    examples = [*forced(2), Example("written", tokens(90), max_new_tokens=3, score=len)]
+    found, wanted = Run(tmp_path / "found", {}), Run(tmp_path / "wanted", {})
+    Evaluator(model, tokenizer, batch=2, padding=100).run(PUBLISHED, examples, wanted)
+    with jax.set_mesh(mesh):
+        Evaluator(spread, tokenizer, batch=2, padding=100).run(PUBLISHED, examples, found)
+    assert [record["id"] for record in found.records] == [record["id"] for record in wanted.records]
+    for record, same in zip(found.records, wanted.records, strict=True):
+        assert record["scores"] == pytest.approx(same["scores"], abs=1e-5)
+        assert record.get("prediction") == same.get("prediction")
 
 
 def test_kinds_together_are_scored_as_alone(model, tokenizer, tmp_path):
