@@ -351,6 +351,40 @@ def test_a_config_s_fields_are_read():
     assert (config.attention_bias, config.mlp_bias, config.sliding_window) == (True, False, None)
 
 
+# As published: the older spelling, without layer_types, and with windows that are not used.
+QWEN25_7B = {
+    "model_type": "qwen2", "hidden_act": "silu", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
+    "max_window_layers": 28, "use_sliding_window": False, "sliding_window": 131072, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "tie_word_embeddings": False, "use_mrope": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+QWEN3_8B = {
+    "model_type": "qwen3", "hidden_act": "silu", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40960, "max_window_layers": 36, "use_sliding_window": False, "sliding_window": None,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_scaling": None, "tie_word_embeddings": False,
+    "attention_bias": False, "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        (QWEN25_7B, {"num_heads": 28, "num_kv_heads": 4, "head_dim": 128, "attention_bias": True, "qk_norm": False}),
+        (QWEN3_8B, {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "attention_bias": False, "qk_norm": True}),
+    ],
+    ids=["Qwen2.5-7B", "Qwen3-8B"],
+)
+def test_files_as_published(fields, wanted):
+    config = MODELS[fields["model_type"]].read_config(fields)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert (config.sliding_window, config.rope_theta, config.rope_scaling) == (None, 1e6, None)
+    assert not config.attention_output_bias
+    generation = {"eos_token_id": [151645, 151643]}
+    assert MODELS[fields["model_type"]].read_config(fields, generation).eos_ids == (151645, 151643)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
