@@ -111,10 +111,8 @@ def _check_effect(name: str, flag: Flag, config: CompressionConfig) -> None:
 
 
 def packed_rows(config: CompressionConfig, head_dim: int, dtype: DTypeLike) -> str:
-    """What packed rows are, in words: the fraction that pruning removes, and the bits of an entry."""
+    """What packed rows are, in words: the bits of an entry, and the fraction that pruning removes."""
     sparsities, bits = config.true_sparsity(head_dim), config.entry_bits(head_dim, np.dtype(dtype))
-    sides = [
-        f"{name} {'' if sparsity == 0 else f'of true sparsity {sparsity:.4g} '}in {width:.4g} bits an entry"
-        for name, sparsity, width in zip(SIDES.values(), sparsities, bits, strict=True)
-    ]
-    return f"packed {', '.join(sides)}"
+    removed = ["" if sparsity == 0 else f" ({sparsity:.4g} removed)" for sparsity in sparsities]
+    keys, values = (f"{width:.4g}" for width in bits)
+    return f"bits of a packed entry: keys {keys}{removed[0]}, values {values}{removed[1]}"

@@ -374,7 +374,7 @@ def test_recommended():
         (ValueError, "capacity=0 must be at least 1", {"capacity": 0}),
         (ValueError, "batch=-1 must be at least 1", {"batch": -1}),
         (ValueError, "num_kv_heads=0 must be at least 1", {"num_kv_heads": 0}),
-        (ValueError, "head_dim=80 must be a multiple of 32 where keys or values are pruned", {"head_dim": 80}),
+        (ValueError, "head_dim=80 must be a multiple of 32 where keys or values are pruned or coded", {"head_dim": 80}),
         (TypeError, "capacity=8.0 must be an integer", {"capacity": 8.0}),
         (TypeError, "dtype=int32 must be bfloat16, float16 or float32", {"dtype": jnp.int32}),
         (TypeError, "dtype=fp16 must be bfloat16, float16 or float32", {"dtype": "fp16"}),

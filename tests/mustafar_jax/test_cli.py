@@ -119,7 +119,7 @@ def test_generate_prints_the_text_and_one_line_of_statistics(run, tiny):
     assert status == 0
     assert out == written(tiny, config=config) + "\n"
     # 12 of 32 entries are kept, the smallest multiple of 4 that is at least 9.6.
-    sparsity = "sparsity of packed keys 0.625, of packed values 0.625"
+    sparsity = r"bits of a packed entry: keys 13 \(0.625 removed\), values 13 \(0.625 removed\)"
     assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
 
 
@@ -128,7 +128,7 @@ def test_the_options_reach_the_cache(run, tiny):
     status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)
     config = CompressionConfig(k_sparsity=0.5, v_sparsity=0.25, residual_length=8)
     assert (status, out) == (0, written(tiny, config=config) + "\n")
-    sparsity = "sparsity of packed keys 0.5, of packed values 0.25"
+    sparsity = r"bits of a packed entry: keys 17 \(0.5 removed\), values 25 \(0.25 removed\)"
     assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
 
 
@@ -136,7 +136,7 @@ def test_sparsities_of_0_are_a_dense_cache(run, tiny):
     status, out, err = run(*GENERATE, "--prompt", PROMPT, "--k-sparsity", "0", "--v-sparsity", "0")
     assert (status, out) == (0, written(tiny) + "\n")
     config = CompressionConfig(k_sparsity=0, v_sparsity=0)
-    sparsity = "sparsity of packed keys 0, of packed values 0"
+    sparsity = "bits of a packed entry: keys 32, values 32"
     assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
     assert "(100.0%)" in err
 
@@ -452,7 +452,9 @@ def test_info_shows_the_shape_and_the_costs(run, tmp_path, monkeypatch):
         length: 32 * 32 * (packed * 2 * (16 + 40 * 2) + 68 * 128 * 2 * 2 + 2 * 128 * 4 + 2) + 32 * 5
         for length, packed in ((1024, 960), (4096, 4032))
     }
-    assert "bfloat16; true sparsity 0.6875 (keys), 0.6875 (values)" in " ".join(out.split())
+    assert "bfloat16; bits of a packed entry: keys 6 (0.6875 removed), values 6 (0.6875 removed)" in " ".join(
+        out.split()
+    )
     assert costs[-2:] == [
         [
             f"{length:,}",
@@ -478,7 +480,7 @@ def test_info_takes_the_same_compression_as_generate(run, tmp_path):
     # Of 2000 tokens 1952 are packed: keys whole, of values 64 float32 and 16 bytes of bitmap; 64 slots are dense.
     held = 32 * 8 * (1952 * (128 * 4 + 64 * 4 + 16) + 64 * 128 * 4 * 2) / (32 * 8 * 2000 * 128 * 4 * 2)
     assert cells(out)[-1][3] == f"{held:.1%}"
-    assert "float32; true sparsity 0 (keys), 0.5 (values)" in " ".join(out.split())
+    assert "float32; bits of a packed entry: keys 32, values 17 (0.5 removed)" in " ".join(out.split())
 
 
 def test_info_says_how_many_sequences_fit(run, tmp_path):
@@ -508,7 +510,7 @@ def test_sizes(text, size):
     ("fields", "message"),
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral', 'qwen2', 'qwen3'"),
-        ({"head_dim": 80}, "head_dim=80 must be a multiple of 32 where keys or values are pruned"),
+        ({"head_dim": 80}, "head_dim=80 must be a multiple of 32 where keys or values are pruned or coded"),
     ],
 )
 def test_errors_of_info_are_one_line_and_status_1(run, tmp_path, fields, message):
