@@ -164,7 +164,7 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
         state = State.from_flat(carry[key.registers + value.registers :], plan)
         turn = mean.load_turn(unit) if mean else []
-        seen, ahead = seen_of(unit * TOKENS + at.lane), unit + plan.warps
+        seen, ahead = seen_of(unit * TOKENS + at.token), unit + plan.warps
         key.unpack(w, carry, unit, seen, at, plan)
         next_key = key.load(w, ahead, at, ahead < end)
         if mean:

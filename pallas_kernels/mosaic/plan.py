@@ -146,6 +146,7 @@ class Places:
     Attributes:
         tile, scores, weights, turned: where its parts of shared memory begin: see `Plan.warp_bytes`.
         table, queries: where what the block's warps share begins: see `Plan.shared_bytes`.
+        token: of a unit, that this lane stands for, in the order of `layout.to_lanes`: quad g holds tokens 8 i + g.
         lane, g, t: numbers of this lane.
     """
 
@@ -155,6 +156,7 @@ class Places:
     turned: Register
     table: Register
     queries: Register
+    token: Register
     lane: Register
     g: Register
     t: Register
@@ -168,7 +170,8 @@ class Places:
         weights = scores + plan.scores_bytes
         turned = weights + plan.weights_bytes
         table = shared + plan.warps * plan.warp_bytes
-        return Places(tile, scores, weights, turned, table, table + plan.table_bytes, lane, lane >> 2, lane & 3)
+        token = ((lane & 3) << 3) + (lane >> 2)
+        return Places(tile, scores, weights, turned, table, table + plan.table_bytes, token, lane, lane >> 2, lane & 3)
 
 
 @dataclasses.dataclass

@@ -152,7 +152,7 @@ class FewHeads(_Common):
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
         """A token per lane, whose parts of scores are in shared memory; leaves the weights there."""
         w, at, plan = self.w, self.at, self.plan
-        seen, column = seen_of(unit * TOKENS + at.lane), at.scores + (at.lane << 2)
+        seen, column = seen_of(unit * TOKENS + at.token), at.scores + (at.lane << 2)
         scores = []
         for head in range(plan.group):
             parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * ROW)[0]) for j in range(4)]
@@ -271,10 +271,10 @@ class ManyHeads(_Common):
     def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
         """Weights [octets][4] of head g, a word for each token of a quad: of quad 2 t, then of 2 t + 1."""
         w, at, plan = self.w, self.at, self.plan
-        seen = seen_of(unit * TOKENS + at.lane)
+        seen = seen_of(unit * TOKENS + at.token)
 
         def hide(scores: list[Register]) -> list[Register]:
-            seen = [seen_of(unit * TOKENS + (at.g << 2) + i) for i in range(4)]
+            seen = [seen_of(unit * TOKENS + at.g + 8 * i) for i in range(4)]
             return [w.select(seen[i // 2 % 4], x, w.number(-math.inf)) for i, x in enumerate(scores)]
 
         scores = [x * plan.scale for x in scores]

@@ -127,6 +127,9 @@ class Warp:
     def exp2(self, x: Register) -> Register:
         return self._pure("ex2.approx.ftz.f32 $0, $1;", [x], result="f")
 
+    def log2(self, x: Register) -> Register:
+        return self._pure("lg2.approx.ftz.f32 $0, $1;", [x], result="f")
+
     def reciprocal(self, x: Register) -> Register:
         return self._pure("rcp.approx.ftz.f32 $0, $1;", [x], result="f")
 
@@ -139,11 +142,11 @@ class Warp:
     def as_bits(self, x: Register) -> Register:
         return Register(arith.bitcast(_u32(), x.value))
 
-    def pack_pair(self, low: Register, high: Register) -> Register:
-        return self._pure(f"cvt.rn.{self.dtype}x2.f32 $0, $1, $2;", [high, low])
+    def pack_pair(self, low: Register, high: Register, *, float16: bool = False) -> Register:
+        return self._pure(f"cvt.rn.{self._kind(float16)}x2.f32 $0, $1, $2;", [high, low])
 
-    def unpack_pair(self, x: Register) -> list[Register]:
-        converted = " ".join(f"cvt.f32.{self.dtype} ${i}, {half};" for i, half in enumerate("lh"))
+    def unpack_pair(self, x: Register, *, float16: bool = False) -> list[Register]:
+        converted = " ".join(f"cvt.f32.{self._kind(float16)} ${i}, {half};" for i, half in enumerate("lh"))
         code = f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $2; {converted} }}"
         return self._asm(code, ["f", "f"], None, [x], effects=False)
 
@@ -268,8 +271,11 @@ class Warp:
 
     # Matrix products
 
-    def multiply_add(self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register]) -> list[Register]:
-        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{self.dtype}.{self.dtype}.f32 "
+    def multiply_add(
+        self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register], *, float16: bool = False
+    ) -> list[Register]:
+        kind = self._kind(float16)
+        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
         code += ", ".join(_braces(r) for r in (range(4), range(4, 8), range(8, 10), range(10, 14))) + ";"
         return self._effect(code, [*a, *b, *c], ["f"] * 4)
 
@@ -305,6 +311,9 @@ class Warp:
         return [Register(x) for x in operation.results]
 
     # How instructions are emitted
+
+    def _kind(self, float16: bool) -> str:
+        return "f16" if float16 else self.dtype
 
     def _pure(self, code: str, arguments: list[Register], result: str = "r") -> Register:
         """An instruction of one result that nothing but its operands decides."""

@@ -20,8 +20,8 @@ class PackedSource:
 
     def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
         """Begin to load a unit's rows into registers; undefined where not `where`."""
-        words = w.load(self.bitmap, (unit * TOKENS + at.lane) * (4 * self.words), self.words, where=where)
-        offset = unit * (TOKENS * self.slots * 2) + at.lane * (2 * self.chunk)
+        words = w.load(self.bitmap, (unit * TOKENS + at.token) * (4 * self.words), self.words, where=where)
+        offset = unit * (TOKENS * self.slots * 2) + at.token * (2 * self.chunk)
         for i in range(self.slots // self.chunk):
             words += w.load(self.values, offset, self.chunk // 2, i * TOKENS * self.chunk * 2, where=where)
         return words
@@ -50,7 +50,7 @@ class DenseSource:
         self, w: Warp, _registers: list[Register], unit: Register, seen: Register, at: Places, plan: Plan
     ) -> None:
         """Copy a unit's rows to the tile, a row per lane; zeros for tokens that are not seen."""
-        row = smaller(w, unit * TOKENS + at.lane, w.integer(self.rows - 1)) * (plan.head_dim * 2)
+        row = smaller(w, unit * TOKENS + at.token, w.integer(self.rows - 1)) * (plan.head_dim * 2)
         column = at.tile + (at.lane << 2)
         for pair in range(0, plan.pairs, 8):
             low, high = (w.load(self.ref, row, 4, 2 * channel) for channel in (pair, pair + plan.pairs))
