@@ -1,25 +1,30 @@
 """What the kernels ask of rows, whichever backend lowers them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mustafar_jax.operands import PackedAttention, Tail
 from mustafar_jax.rows import Rows
 
 
-def why_not_rows(rows: Rows, dtype: Any) -> str | None:
-    """Why rows cannot be multiplied with what is of `dtype`, in words, or None."""
-    if not rows.is_plain:
+def is_dense(rows: Rows) -> bool:
+    """Whether rows are an ordinary array."""
+    return rows.bitmap is None and rows.is_plain
+
+
+def why_not_rows(rows: Rows, dtype: Any, bits: Sequence[int] = ()) -> str | None:
+    """Why rows cannot be multiplied with what is of `dtype`, in words, or None; `bits`: of codes that can be."""
+    if not rows.is_plain and (rows.bitmap is not None or rows.codec.bits not in bits):
         return f"the kernels take plain numbers; got rows of {rows.codec.name}"
-    if rows.dtype != dtype:
+    if rows.is_plain and rows.dtype != dtype:
         return f"the kernels take one dtype; got {dtype} and rows of {rows.dtype}"
     return None
 
 
-def check_rows(key: Rows, value: Rows, dtype: Any) -> None:
+def check_rows(key: Rows, value: Rows, dtype: Any, bits: Sequence[int] = ()) -> None:
     """Raise NotImplementedError for what `why_not_rows` says; ValueError where there are not as many of both."""
     for rows in (key, value):
-        if reason := why_not_rows(rows, dtype):
+        if reason := why_not_rows(rows, dtype, bits):
             raise NotImplementedError(reason)
     if key.padded_length != value.padded_length:
         given = f"{key.padded_length} rows of keys and {value.padded_length} of values"

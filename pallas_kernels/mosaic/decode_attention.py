@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from mustafar_jax.operands import Mean, PackedAttention
-from mustafar_jax.pallas_kernels.mosaic import launch, lowering
+from mustafar_jax.pallas_kernels.mosaic import codes, launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
 from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State, layout
 from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
+from mustafar_jax.pallas_kernels.mosaic.sides import keys_of, values_of
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
-from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
+from mustafar_jax.pallas_kernels.rows import check_rows, check_tail, is_dense
 from mustafar_jax.rows import Rows
 
 BOTH_DENSE = "the Mosaic GPU kernels want a bitmap for keys or for values; here both hold every entry"
@@ -62,6 +63,7 @@ def decode_attention(
         last,
         scale=scale,
         mean=operands.mean,
+        turned_keys=operands.turned_keys,
         params=params,
         interpret=interpret,
     )
@@ -77,6 +79,7 @@ def attend_rows(
     *,
     scale: float,
     mean: Mean | None = None,
+    turned_keys: bool = False,
     params: launch.MosaicParams | None = None,
     interpret: bool = False,
 ) -> list[jax.Array]:
@@ -93,8 +96,8 @@ def attend_rows(
     """
     batch, kv_heads, group, head_dim = query.shape
     lowering.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    check_rows(key, value, query.dtype)
-    if key.bitmap is None and value.bitmap is None:
+    check_rows(key, value, query.dtype, codes.BITS)
+    if is_dense(key) and is_dense(value):
         raise NotImplementedError(BOTH_DENSE)
     heads, rows = batch * kv_heads, key.padded_length
     if rows == 0:
@@ -112,10 +115,11 @@ def attend_rows(
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
-        centred=mean is not None and key.bitmap is not None,
+        centred=mean is not None and not is_dense(key),
+        turned_keys=turned_keys,
     )
     arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query]
-    arrays += [x for side in (key, value) for x in (side.bitmap, side.payload) if x is not None]
+    arrays += [x for side in (key, value) for x in (side.bitmap, side.payload, side.scale) if x is not None]
     if plan.centred:
         assert mean is not None
         arrays += [mean.key.astype(jnp.float32), turns(mean, plan)]
@@ -151,32 +155,32 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     # in flight while the rest is made ready
     loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
     multiply = products(w, at, plan)
-    fragments = multiply.load_query(query, head)
     mean = MeanKey(w, inputs[0], inputs[1], at, plan) if plan.centred else None
-    if mean:
-        mean.share(head, fragments, multiply.heads())
-    clear_tile(w, at, plan)
+    keys, values = keys_of(key, query, head, multiply, mean, w, at, plan), values_of(value, multiply, w, at, plan)
+    if plan.has_tile:
+        clear_tile(w, at, plan)
     state = State.empty(w, LOWEST, plan)
 
     def seen_of(token: Register) -> Register:
         return w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
 
     def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
-        state = State.from_flat(carry[key.registers + value.registers :], plan)
+        of_key, of_value = carry[: key.registers], carry[key.registers : len(loaded)]
+        state = State.from_flat(carry[len(loaded) :], plan)
         turn = mean.load_turn(unit) if mean else []
         seen, ahead = seen_of(unit * TOKENS + at.token), unit + plan.warps
-        key.unpack(w, carry, unit, seen, at, plan)
+        taken = keys.take(of_key, unit, seen)
         next_key = key.load(w, ahead, at, ahead < end)
         if mean:
             mean.turn_queries(turn)
         w.sync_warp()
-        scores = multiply.multiply_keys(fragments)
+        scores = keys.scores(taken)
         w.sync_warp()
-        weights = multiply.weigh(state, scores, unit, seen_of)
-        value.unpack(w, carry[key.registers :], unit, seen, at, plan)
+        weights = multiply.weigh(state, scores, unit, seen_of, values.scales(of_value))
+        values.take(of_value, state, weights, unit, seen)
         next_value = value.load(w, ahead, at, ahead < end)
         w.sync_warp()
-        multiply.add_values(state, weights)
+        values.add(state, weights)
         w.sync_warp()
         return [*next_key, *next_value, *state.flat()]
 

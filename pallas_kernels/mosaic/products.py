@@ -1,8 +1,9 @@
 """Queries times keys, softmax, weights times values: what a warp does with a tile, for few and for many query heads.
 
 With one or two query heads per KV head, a lane weighs one token for every head: scores and weights go through shared
-memory. With more, a lane weighs 4 tokens for two heads of each 8: all stays in registers. docs/kernels.md says what
-either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and t below are these two.
+memory. With more, or where keys or values are codes, a lane weighs 4 tokens for two heads of each 8: all stays in
+registers. docs/kernels.md says what either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and t
+below are these two.
 """
 
 import functools
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mustafar_jax.pallas_kernels.mosaic import codes
 from mustafar_jax.pallas_kernels.mosaic.mean import read_table, read_turned
 from mustafar_jax.pallas_kernels.mosaic.plan import ROW, TOKENS, Places, Plan, State
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
@@ -34,16 +36,29 @@ class Products(Protocol):
         """The queries of a KV head, as `multiply_keys` wants them: of each of `heads`, of each 8 pairs two words."""
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
-        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants, not scaled yet.
+        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants.
 
         Where keys are centred, the mean's part of the scores, of the turned queries, is where the sums begin.
         """
 
-    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
-        """Turn a unit's scores into weights, and update the statistics; what `add_values` wants."""
+    def weigh(
+        self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf, value_scales: list[Register]
+    ) -> list[Register]:
+        """Turn a unit's scores into weights, and update the statistics; what `add_values` wants.
+
+        Args:
+            state: as it stands before the unit, and after it.
+            scores: of `multiply_keys`.
+            unit: the unit.
+            seen_of: which tokens are seen.
+            value_scales: where values are codes, those of a lane's 4 tokens, by which weights are to be multiplied.
+        """
 
     def add_values(self, state: State, weights: list[Register]) -> None:
         """Add weights times the tile of values to the sums, and empty the tile."""
+
+    def mean_sums(self, octet: int = 0) -> list[list[Register]]:
+        """The mean's products with an octet's turned queries, not scaled."""
 
     def publish(self, state: State) -> None:
         """Leave the result in shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
@@ -149,7 +164,9 @@ class FewHeads(_Common):
         w, at = self.w, self.at
         return [[w.select(at.t == 0, x, w.number(0)) for x in part] for part in self.mean_sums()]
 
-    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
+    def weigh(
+        self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf, value_scales: list[Register]
+    ) -> list[Register]:
         """A token per lane, whose parts of scores are in shared memory; leaves the weights there."""
         w, at, plan = self.w, self.at, self.plan
         seen, column = seen_of(unit * TOKENS + at.token), at.scores + (at.lane << 2)
@@ -241,7 +258,7 @@ class ManyHeads(_Common):
                     of_classes[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, of_classes[i], strict=True)]
         w.sync_warp()
         clear_tile(w, at, plan)
-        return [x for of_classes in sums for x in self._hand_on(of_classes)]
+        return [x * plan.scale for of_classes in sums for x in self._hand_on(of_classes)]
 
     def _first_sums(self, octet: int) -> list[list[list[Register]]]:
         """Where the sums [2 classes][2][4] of an octet begin: class 0 has quad g in row g, as the mean's product."""
@@ -268,19 +285,24 @@ class ManyHeads(_Common):
         ours, others = ([x for part in parts for x in part] for parts in of_classes)
         return [a + self.w.shuffle(b, self.at.lane ^ 16) for a, b in zip(ours, others, strict=True)]
 
-    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
+    def weigh(
+        self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf, value_scales: list[Register]
+    ) -> list[Register]:
         """Weights [octets][4] of head g, a word for each token of a quad: of quad 2 t, then of 2 t + 1."""
         w, at, plan = self.w, self.at, self.plan
-        seen = seen_of(unit * TOKENS + at.token)
+        seen, count = seen_of(unit * TOKENS + at.token), len(scores)
 
-        def hide(scores: list[Register]) -> list[Register]:
+        def hide(numbers: list[Register]) -> list[Register]:
             seen = [seen_of(unit * TOKENS + at.g + 8 * i) for i in range(4)]
-            return [w.select(seen[i // 2 % 4], x, w.number(-math.inf)) for i, x in enumerate(scores)]
+            scores = [w.select(seen[i // 2 % 4], x, w.number(-math.inf)) for i, x in enumerate(numbers[:count])]
+            return scores + [w.select(there, x, w.number(0)) for there, x in zip(seen, numbers[count:], strict=False)]
 
-        scores = [x * plan.scale for x in scores]
-        scores = w.branch(w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), scores, hide)
+        numbers = w.branch(
+            w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), [*scores, *value_scales], hide
+        )
+        scores, value_scales = numbers[:count], numbers[count:]
         of_heads = [scores[8 * octet + i : 8 * octet + 8 : 2] for octet in range(plan.octets) for i in range(2)]
-        largest = [functools.reduce(w.maximum, x) for x in of_heads]
+        largest = [functools.reduce(w.maximum, x) for x in codes.raised(w, of_heads, value_scales)]
         larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(largest, state.m, strict=True)])
 
         def rescale(carry: list[Register]) -> list[Register]:
@@ -294,8 +316,10 @@ class ManyHeads(_Common):
         weights = [[w.exp2(s - m) for s in x] for x, m in zip(of_heads, new.m, strict=True)]
         state.m, state.out = new.m, new.out
         state.l = [functools.reduce(lambda a, b: a + b, x, total) for x, total in zip(weights, new.l, strict=True)]
-        pairs = [pair for i in range(0, len(weights), 2) for pair in zip(*weights[i : i + 2], strict=True)]
-        return [w.transpose(w.pack_pair(*pair)) for pair in pairs]
+        of_tokens = [zip(*weights[i : i + 2], strict=True) for i in range(0, len(weights), 2)]
+        if value_scales:
+            return [w.transpose(x) for pairs in of_tokens for x in codes.scaled(w, pairs, value_scales, plan.value.bits)]
+        return [w.transpose(w.pack_pair(*pair)) for pairs in of_tokens for pair in pairs]
 
     def _over_quads(self, x: Register, combine: Callable[[Register, Register], Register]) -> Register:
         """What lanes of one t have, combined."""
@@ -322,11 +346,15 @@ class ManyHeads(_Common):
     def publish(self, state: State) -> None:
         """Each lane has two heads of its channels."""
         w, at, plan = self.w, self.at, self.plan
+        blocks, strides = (8, plan.pairs), (16, 8)
+        out, (block_stride, half_stride) = state.out, blocks
+        if plan.value.bits:
+            out, (block_stride, half_stride) = codes.without_middle(w, state.out, plan.value.bits), strides
         for octet in range(plan.octets):
-            for block in range(plan.pairs // 8):
-                part = state.out[block][octet]
+            for block in range(plan.tiles):
+                part = out[block][octet]
                 for half in range(2):
-                    channel = at.g + (8 * block + half * plan.pairs)
+                    channel = at.g + (block_stride * block + half_stride * half)
                     place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
                     for i in range(2):
                         w.store_shared(place, [part[2 * half + i]], i * plan.head_dim * 4)

@@ -1,4 +1,4 @@
-"""Rows of one KV head on their way from global memory to a tile, packed or dense."""
+"""Rows of one KV head on their way from global memory: packed or dense ones to a tile, codes to products."""
 
 from typing import Any
 
@@ -59,8 +59,33 @@ class DenseSource:
                 w.store_shared(column, [w.select(seen, word, w.integer(0))], (pair + i) * ROW)
 
 
-def source(w: Warp, inputs: list[Any], head: Register, layout: Layout, plan: Plan) -> PackedSource | DenseSource:
+class CodedSource:
+    """Codes of whole rows of one KV head in global memory. A lane reads its words of each product, and its scales."""
+
+    def __init__(self, w: Warp, payload: Any, scale: Any, head: Register, layout: Layout, plan: Plan) -> None:
+        _, self.vectors, _, self.vector = layout_of.coded_shape(TOKENS, plan.head_dim, layout.bits)
+        self.words = self.vectors * self.vector
+        self.payload = w.row(payload, head, layout.rows * self.words * 4)
+        self.scale = w.row(scale, head, layout.rows * 2)
+        self.registers = self.words + 2
+
+    def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
+        """Begin to load a unit's words, then its scales; undefined where not `where`."""
+        words, size = [], 4 * self.vector
+        offset = unit * (TOKENS * 4 * self.words) + at.lane * size
+        for i in range(self.vectors):
+            words += w.load(self.payload, offset, self.vector, i * TOKENS * size, where=where)
+        return words + w.load(self.scale, (unit << 6) + (at.g << 3), 2, where=where)
+
+
+TileSource = PackedSource | DenseSource
+Source = TileSource | CodedSource
+
+
+def source(w: Warp, inputs: list[Any], head: Register, layout: Layout, plan: Plan) -> Source:
     """Rows of a KV head; takes their arrays off the front of `inputs`."""
+    if layout.bits:
+        return CodedSource(w, inputs.pop(0), inputs.pop(0), head, layout, plan)
     if layout.slots == 0:
         return DenseSource(w, inputs.pop(0), head, layout, plan)
     return PackedSource(w, inputs.pop(0), inputs.pop(0), head, layout, plan)

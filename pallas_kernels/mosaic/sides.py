@@ -1,0 +1,140 @@
+"""The two ways of a unit's keys and values from registers to sums: through the tile, or, as codes, at once.
+
+Either side takes a unit's registers, which are then free to be loaded again, and gives its result afterwards.
+"""
+
+from typing import Any, Protocol
+
+from mustafar_jax.pallas_kernels.mosaic import codes
+from mustafar_jax.pallas_kernels.mosaic.coded_query import CodedQuery
+from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey
+from mustafar_jax.pallas_kernels.mosaic.plan import Places, Plan, State
+from mustafar_jax.pallas_kernels.mosaic.products import Products
+from mustafar_jax.pallas_kernels.mosaic.sources import CodedSource, Source, TileSource
+from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
+
+
+class Keys(Protocol):
+    """Of one warp."""
+
+    def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
+        """Use what was loaded; what `scores` wants."""
+
+    def scores(self, taken: list[Register]) -> list[Register]:
+        """What `Products.weigh` wants. Other lanes' shared memory has been waited for."""
+
+
+class Values(Protocol):
+    """Of one warp."""
+
+    def scales(self, registers: list[Register]) -> list[Register]:
+        """Of the lane's 4 tokens where values are codes, else none."""
+
+    def take(
+        self, registers: list[Register], state: State, weights: list[Register], unit: Register, seen: Register
+    ) -> None:
+        """Use what was loaded."""
+
+    def add(self, state: State, weights: list[Register]) -> None:
+        """Have weights times values added to the sums. Other lanes' shared memory has been waited for."""
+
+
+class TileKeys(Keys):
+    """Keys that go through the tile."""
+
+    def __init__(self, source: TileSource, query: list[Register], multiply: Products, w: Warp, at: Places, plan: Plan):
+        self.source, self.query, self.multiply, self.w, self.at, self.plan = source, query, multiply, w, at, plan
+
+    def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
+        """See `Keys`."""
+        self.source.unpack(self.w, registers, unit, seen, self.at, self.plan)
+        return []
+
+    def scores(self, taken: list[Register]) -> list[Register]:
+        """See `Keys`."""
+        return self.multiply.multiply_keys(self.query)
+
+
+class CodedKeys(Keys):
+    """Keys as codes; where they are centred, the mean's part of the scores is a product of its own."""
+
+    def __init__(self, source: CodedSource, query: CodedQuery, multiply: Products, w: Warp, plan: Plan):
+        self.words, self.multiply, self.w, self.plan = source.words, multiply, w, plan
+        self.fragments, self.factors = query.fragments(), query.factors()
+
+    def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
+        """See `Keys`."""
+        sums = codes.multiply_keys(self.w, registers[: self.words], self.fragments, self.plan)
+        return codes.scores(
+            self.w, sums, codes.scales(self.w, registers[self.words :]), self.factors, self.plan
+        )
+
+    def scores(self, taken: list[Register]) -> list[Register]:
+        """See `Keys`."""
+        if not self.plan.centred:
+            return taken
+        scale = self.w.number(self.plan.scale)
+        of_mean = [x for octet in range(self.plan.octets) for part in self.multiply.mean_sums(octet) for x in part]
+        return [self.w.fused(x, scale, y) for x, y in zip(of_mean, taken, strict=True)]
+
+
+class TileValues(Values):
+    """Values that go through the tile."""
+
+    def __init__(self, source: TileSource, multiply: Products, w: Warp, at: Places, plan: Plan):
+        self.source, self.multiply, self.w, self.at, self.plan = source, multiply, w, at, plan
+
+    def scales(self, registers: list[Register]) -> list[Register]:
+        """See `Values`."""
+        return []
+
+    def take(
+        self, registers: list[Register], state: State, weights: list[Register], unit: Register, seen: Register
+    ) -> None:
+        """See `Values`."""
+        self.source.unpack(self.w, registers, unit, seen, self.at, self.plan)
+
+    def add(self, state: State, weights: list[Register]) -> None:
+        """See `Values`."""
+        self.multiply.add_values(state, weights)
+
+
+class CodedValues(Values):
+    """Values as codes."""
+
+    def __init__(self, source: CodedSource, w: Warp, plan: Plan):
+        self.words, self.w, self.plan = source.words, w, plan
+
+    def scales(self, registers: list[Register]) -> list[Register]:
+        """See `Values`."""
+        return codes.scales(self.w, registers[self.words :])
+
+    def take(
+        self, registers: list[Register], state: State, weights: list[Register], unit: Register, seen: Register
+    ) -> None:
+        """See `Values`."""
+        codes.add_values(self.w, state.out, registers[: self.words], weights, self.plan)
+
+    def add(self, state: State, weights: list[Register]) -> None:
+        """See `Values`."""
+
+
+def keys_of(
+    source: Source, query: Any, head: Register, multiply: Products, mean: MeanKey | None, w: Warp, at: Places, plan: Plan
+) -> Keys:
+    """The keys of a KV head; the block's warps share what they need of the queries."""
+    words = [] if isinstance(source, CodedSource) and not mean else multiply.load_query(query, head)
+    if mean:
+        mean.share(head, words, multiply.heads())
+    if not isinstance(source, CodedSource):
+        return TileKeys(source, words, multiply, w, at, plan)
+    coded = CodedQuery(w, query, head, at, plan)
+    coded.share()
+    return CodedKeys(source, coded, multiply, w, plan)
+
+
+def values_of(source: Source, multiply: Products, w: Warp, at: Places, plan: Plan) -> Values:
+    """The values of a KV head."""
+    if isinstance(source, CodedSource):
+        return CodedValues(source, w, plan)
+    return TileValues(source, multiply, w, at, plan)
