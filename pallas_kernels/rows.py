@@ -13,9 +13,11 @@ def is_dense(rows: Rows) -> bool:
 
 
 def why_not_rows(rows: Rows, dtype: Any, bits: Sequence[int] = ()) -> str | None:
-    """Why rows cannot be multiplied with what is of `dtype`, in words, or None; `bits`: of codes that can be."""
+    """Why rows cannot be multiplied with what is of `dtype`, in words, or None; `bits` as in `why_not_attend`."""
     if not rows.is_plain and (rows.bitmap is not None or rows.codec.bits not in bits):
-        return f"the kernels take plain numbers; got rows of {rows.codec.name}"
+        taken = f"plain numbers and, without a bitmap, codes of {bits} bits" if bits else "plain numbers"
+        held = "" if rows.bitmap is None else " behind a bitmap"
+        return f"the kernels take {taken}; got rows of {rows.codec.name}{held}"
     if rows.is_plain and rows.dtype != dtype:
         return f"the kernels take one dtype; got {dtype} and rows of {rows.dtype}"
     return None
@@ -31,11 +33,19 @@ def check_rows(key: Rows, value: Rows, dtype: Any, bits: Sequence[int] = ()) -> 
         raise ValueError(f"there are {given}; wanted as many")
 
 
-def why_not_attend(operands: PackedAttention, why_not: Callable[..., str | None]) -> str | None:
-    """Why kernels cannot attend, in words, or None; `why_not` says so of a dtype, a head_dim and query heads."""
+def why_not_attend(
+    operands: PackedAttention, why_not: Callable[..., str | None], bits: Sequence[int] = ()
+) -> str | None:
+    """Why kernels cannot attend, in words, or None.
+
+    Args:
+        operands: what they would attend.
+        why_not: says so of a dtype, a head_dim and query heads.
+        bits: of codes without a bitmap that the kernels take.
+    """
     query = operands.query
     reason = why_not(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2])
-    reasons = [reason, *(why_not_rows(rows, query.dtype) for rows in (operands.key, operands.value))]
+    reasons = [reason, *(why_not_rows(rows, query.dtype, bits) for rows in (operands.key, operands.value))]
     return next((reason for reason in reasons if reason), None)
 
 

@@ -18,7 +18,7 @@ from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.mosaic import codes, launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
-from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State, layout
+from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Layout, Places, Plan, State, layout
 from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
 from mustafar_jax.pallas_kernels.mosaic.sides import keys_of, values_of
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
@@ -26,7 +26,7 @@ from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 from mustafar_jax.pallas_kernels.rows import check_rows, check_tail, is_dense
 from mustafar_jax.rows import Rows
 
-BOTH_DENSE = "the Mosaic GPU kernels want a bitmap for keys or for values; here both hold every entry"
+BOTH_DENSE = "the Mosaic GPU kernels want keys or values pruned or coded; here both are ordinary arrays"
 
 
 def decode_attention(
@@ -37,8 +37,8 @@ def decode_attention(
     The packed rows are attended here; `merge`, a second kernel, merges the blocks' results and attends the rest.
 
     Args:
-        operands: of one dtype, rows of plain numbers, those of keys or of values with a bitmap; 1 to 16 query heads per
-            KV head.
+        operands: of one dtype; keys and values each plain numbers, with a bitmap or without, or codes without one, but
+            not both plain numbers without one; 1 to 16 query heads per KV head.
         params: launch parameters; a heuristic if None.
         interpret: run as numpy and plain JAX, anywhere.
 
@@ -46,8 +46,8 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `lowering.check_supported`; also for rows without a bitmap on both sides, and for rows
-            of another dtype than the query's.
+        NotImplementedError: see `lowering.check_supported`; also for plain rows without a bitmap on both sides, for
+            rows of another dtype than the query's, and for other codes.
         ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
@@ -67,7 +67,17 @@ def decode_attention(
         params=params,
         interpret=interpret,
     )
-    return merge(query, splits, tail, lengths, last, scale=scale, window=operands.window, interpret=interpret)
+    return merge(
+        query,
+        splits,
+        tail,
+        lengths,
+        last,
+        scale=scale,
+        window=operands.window,
+        turned=operands.turned_values,
+        interpret=interpret,
+    )
 
 
 def attend_rows(
@@ -86,7 +96,7 @@ def attend_rows(
     """Attend to the rows first <= row < last of each sequence, in splits.
 
     Args:
-        query, key, value, scale, mean, params, interpret: as in `decode_attention`.
+        query, key, value, scale, mean, turned_keys, params, interpret: as in `decode_attention`.
         first, last: int32 [B], at least 0; a sequence with last <= first sees nothing.
 
     Returns:
@@ -103,8 +113,8 @@ def attend_rows(
     if rows == 0:
         return []
     of_key, of_value = layout(key), layout(value)
-    slots = sum(side.slots or 2 * head_dim for side in (of_key, of_value))
-    params = params or launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
+    centred = mean is not None and not is_dense(key)
+    params = params or _params(heads, rows, group, head_dim, (of_key, of_value), centred=centred)
     plan = Plan(
         head_dim=head_dim,
         group=group,
@@ -115,7 +125,7 @@ def attend_rows(
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
-        centred=mean is not None and not is_dense(key),
+        centred=centred,
         turned_keys=turned_keys,
     )
     arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query]
@@ -134,6 +144,16 @@ def attend_rows(
         dtype=query.dtype,
         interpret=interpret,
     )
+
+
+def _params(
+    heads: int, rows: int, group: int, head_dim: int, sides: tuple[Layout, Layout], *, centred: bool
+) -> launch.MosaicParams:
+    """A heuristic's."""
+    if all(side.bits for side in sides):
+        return launch.coded_params(heads=heads, rows=rows, group=group, centred=centred)
+    slots = sum(side.slots or 2 * head_dim for side in sides)
+    return launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
 
 
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:

@@ -12,6 +12,8 @@ _START = 3
 """What starting and ending such a block costs, in tiles; a guess."""
 _WIDE = 12
 """Warps of a block that has a multiprocessor to itself, in place of two blocks of 4: 168 registers a thread."""
+_CODED = 16
+"""Warps of such a block where keys and values are codes, and 128 registers suffice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,16 @@ def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicPar
     return MosaicParams(launch.tuned_or_cheapest("mosaic_gpu", heads, rows, _cost))
 
 
+def coded_params(*, heads: int, rows: int, group: int, centred: bool) -> MosaicParams:
+    """Launch parameters where keys and values are codes, from static facts alone; arguments as in `mosaic_params`.
+
+    A multiprocessor has one block: as many warps as registers suffice for keep as many loads on their way.
+    """
+    warps = _CODED if group <= 8 and not centred else _WIDE
+    tiles = max(1, -(-rows // launch.TILE))
+    return MosaicParams(launch.cheapest(heads, tiles, functools.partial(_cost, warps=warps)), warps)
+
+
 def wave() -> int:
     """Blocks that the GPU holds at once."""
     return launch.cores() * _PER_CORE
@@ -64,6 +76,6 @@ def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
 
 def _cost(heads: int, tiles: int, splits: int, *, warps: int = 4) -> float:
     """Tiles that 4 warps of a block take one after the other, in whole waves of blocks."""
-    at_once = launch.cores() if warps == _WIDE else wave()
+    at_once = launch.cores() if warps >= _WIDE else wave()
     share = math.ceil(-(-tiles // splits) * 4 / warps)
     return -(-heads * splits // at_once) * (share + _START)
