@@ -33,11 +33,10 @@ class CompressionConfig:
         sink_tokens: the first tokens of a sequence that stay dense.
         center_keys: prune the distance of each key from its sequence's mean key, rotated to the token's position;
             attention adds the mean again. Needs the model's RoPE frequencies, in Hugging Face's half-split convention.
-            Without effect where keys are neither pruned nor coded, and for a prompt of at most sink_tokens +
-            residual_length tokens, which has no mean.
-        weigh_keys: multiply what ranks a key's entries by a weight per channel that `prefill` takes from the prompt's
-            last 512 queries, `pruning.query_weight`; they are held without it. Without effect where keys are not
-            pruned, and for a prompt of at most sink_tokens + residual_length tokens, which weighs all channels alike.
+            Without effect where keys are neither pruned nor coded.
+        weigh_keys: multiply what ranks a key's entries by a weight per channel that is taken from the prompt's last 512
+            queries, `pruning.query_weight`; they are held without it. Where they are coded, it weighs errors, too.
+            Without effect where keys are not pruned.
         rescale_values: scale what is kept of a value vector to the whole vector's L2 norm. Meant for rules that keep
             equally many entries of each vector.
         rotate_keys, rotate_values: code vectors as `rotation.turn` gives them, which makes their entries alike. For
@@ -160,6 +159,11 @@ class CompressionConfig:
         """
         groups = (length - self.sink_tokens - self.residual_length) // self.group
         return (groups + abs(groups)) // 2 * self.group  # 0 where there are fewer than none
+
+    @property
+    def shortest_packed(self) -> int:
+        """The length at which a sequence has its first group packed."""
+        return self.sink_tokens + self.residual_length + self.group
 
     @property
     def key_method(self) -> Method:

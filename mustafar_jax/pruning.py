@@ -169,30 +169,38 @@ VALUE_METHODS: dict[str, Method] = {
 """The rules for values by name, as `CompressionConfig.v_method` takes them."""
 
 
-def query_weight(query: jax.Array, counted: jax.Array, kv_heads: int) -> jax.Array:
+def query_norm(query: jax.Array, counted: jax.Array, kv_heads: int) -> jax.Array:
+    """The L2 norm of queries by channel, float32 [B, K, H], over tokens and the query heads of each KV head.
+
+    Args:
+        query: [B, S, N, H] after RoPE.
+        counted: bool [B, S], which of them there are; the others may be anything. Entries that are not finite are not
+            counted either.
+        kv_heads: K; each has N // K query heads.
+    """
+    group = query.shape[2] // kv_heads
+    heads = query.reshape(*query.shape[:2], kv_heads, group, query.shape[3]).astype(jnp.float32)
+    heads = jnp.where(counted[:, :, None, None, None] & jnp.isfinite(heads), heads, 0)
+    # relative to the largest, so that squares neither over- nor underflow
+    largest = jnp.max(jnp.abs(heads), axis=(1, 3), keepdims=True, initial=0)
+    total = jnp.sum((heads / jnp.where(largest > 0, largest, 1)) ** 2, axis=(1, 3))
+    return largest[:, 0, :, 0] * jnp.sqrt(total)
+
+
+def query_weight(norm: jax.Array) -> jax.Array:
     """What the entries of keys are weighed by when they are ranked: sqrt(RMS of queries), by channel.
 
     An entry that is dropped changes a query's score by their product, so a channel that queries use much matters more.
     The RMS itself would be that product's; its root was found to rank better (docs/quality.md).
 
     Args:
-        query: [B, S, N, H] after RoPE.
-        counted: bool [B, S], which of them there are; the others may be anything. Entries that are not finite are not
-            counted either.
-        kv_heads: K; each is weighed by its N // K query heads together.
+        norm: [B, K, H], as `query_norm` gives it.
 
     Returns:
-        float32 [B, K, H], the largest of each head 1, so that weighing overflows no dtype; all 1 where the queries are
-        zero or none is counted.
+        float32 [B, K, H], the largest of each head 1, so that weighing overflows no dtype; all 1 where the norms are 0.
     """
-    group = query.shape[2] // kv_heads
-    heads = query.reshape(*query.shape[:2], kv_heads, group, query.shape[3]).astype(jnp.float32)
-    heads = jnp.where(counted[:, :, None, None, None] & jnp.isfinite(heads), heads, 0)
-    # relative to the largest, so that squares neither over- nor underflow
-    largest = jnp.max(jnp.abs(heads), axis=(1, 3, 4), keepdims=True, initial=0)
-    total = jnp.sum((heads / jnp.where(largest > 0, largest, 1)) ** 2, axis=(1, 3))
-    most = jnp.max(total, axis=-1, keepdims=True)
-    return jnp.where(most > 0, (total / jnp.where(most > 0, most, 1)) ** 0.25, 1)
+    most = jnp.max(norm, axis=-1, keepdims=True)
+    return jnp.where(most > 0, jnp.sqrt(norm / jnp.where(most > 0, most, 1)), 1)
 
 
 def rescale_to_norm(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -23,6 +23,11 @@ CONFIGS = {
     "no window": CompressionConfig.recommended(0.5, 0.5, residual_length=0, sink_tokens=1),
     "8 bits": CompressionConfig(0, 0, k_bits=8, v_bits=8, center_keys=True, sink_tokens=4),
     "pruned in 8 bits": CompressionConfig.recommended(0.5, 0.7, k_bits=8, v_bits=8),
+    "fast": CompressionConfig.preset("fast"),
+    "balanced": CompressionConfig.preset("balanced", residual_length=40),
+    "small": CompressionConfig.preset("small"),
+    "3 bits": CompressionConfig(0, 0, k_bits=3, v_bits=3, rotate_values=True),
+    "pruned in 4 bits": CompressionConfig.recommended(0.625, 0.5, k_bits=4, v_bits=4),
 }
 
 # Each compiled as one program: outside jit, every operation would be compiled by itself for every shape.

@@ -221,7 +221,9 @@ def append(
     Args:
         cache: the cache; a sequence that is at its capacity keeps its tokens and gets `overflow` set.
         key, value: [B, K, H] in the cache's dtype, the key after RoPE at position `cache.lengths`.
-        query: [B, N, H], the token's own after RoPE, needed (and read) where a method scores with recent queries.
+        query: [B, N, H], the token's own after RoPE, needed (and read) where a method scores with recent queries. Where
+            keys are weighed, it is read until the first tokens are packed: without it the weights are the prompt's, or
+            all 1 where there was none.
         implementation: as in `prefill`.
 
     Raises:

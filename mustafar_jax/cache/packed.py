@@ -18,7 +18,7 @@ from mustafar_jax.cache.ring import Ring, place_new, place_prompt
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.layout import WORD
 from mustafar_jax.operands import Mean, Packing, Tail, restored
-from mustafar_jax.pruning import RECENT
+from mustafar_jax.pruning import RECENT, query_weight
 from mustafar_jax.rows import RowFormat, Rows
 from mustafar_jax.writes import write_rows
 
@@ -43,7 +43,7 @@ class Store:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "key_mean", "key_weight", "queries", *COUNTS],
+    data_fields=["keys", "values", "key_mean", "query_norm", "queries", *COUNTS],
     meta_fields=["inv_freq", *STATIC],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -58,11 +58,11 @@ class PackedCache(LayerCache):
 
     Attributes:
         keys, values: what is held of each.
-        key_mean: float32 [B, K, H], the mean key of the prompt before RoPE, fixed by `prefill`; None unless keys are
-            centred. Packed keys are then distances from it: a key is what is held plus the mean, rotated to its
-            position.
-        key_weight: float32 [B, K, H], by which entries of keys are weighed when they are ranked, fixed by `prefill`;
-            None unless keys are weighed.
+        key_mean: float32 [B, K, H], the mean key before RoPE; None unless keys are centred. Packed keys are then
+            distances from it: a key is what is held plus the mean, rotated to its position. See `statistics` for when
+            it is fixed.
+        query_norm: float32 [B, K, H], the norm of queries, by which entries of keys are weighed; None unless they are.
+            Fixed when the mean is.
         queries: [B, N, 32, H], the most recent queries, each in slot position % 32; None unless a method scores with
             them.
         inv_freq: the RoPE frequencies that rotate `key_mean`; static.
@@ -71,7 +71,7 @@ class PackedCache(LayerCache):
     keys: Store
     values: Store
     key_mean: jax.Array | None
-    key_weight: jax.Array | None
+    query_norm: jax.Array | None
     queries: jax.Array | None
     inv_freq: tuple[float, ...] | None
 
@@ -96,6 +96,11 @@ class PackedCache(LayerCache):
         if self.key_mean is None:
             return None
         return Mean(self.key_mean, np.asarray(self.inv_freq, np.float32), self.config.sink_tokens)
+
+    @property
+    def key_weight(self) -> jax.Array | None:
+        """float32 [B, K, H], by which entries of keys are weighed when they are ranked; None unless they are."""
+        return None if self.query_norm is None else query_weight(self.query_norm)
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
@@ -161,7 +166,7 @@ class PackedCache(LayerCache):
 
         Args:
             key, value: [B, n, K, H], n at most `config.group`, the first ones at the positions `first` [B].
-            query: [B, n, N, H], read where a method scores with queries.
+            query: [B, n, N, H], read where a method scores with queries, or keys are weighed by them.
             first, lengths: see above; the ring must have room for the tokens.
         """
         fits = jnp.minimum(lengths, self.capacity)
@@ -170,8 +175,11 @@ class PackedCache(LayerCache):
         queries = self.queries
         if queries is not None:
             queries = place(queries, query.astype(self.dtype), statistics.query_positions(fits))
+        position = first[:, None] + jnp.arange(key.shape[1])[None]
+        new = (position >= self.lengths[:, None]) & (position < fits[:, None])
         return dataclasses.replace(
             self,
+            **self._statistics_with(key, query, position, new),
             keys=Store(place(self.keys.dense, key, positions), self.keys.packed),
             values=Store(place(self.values.dense, value, positions), self.values.packed),
             queries=queries,
@@ -198,6 +206,8 @@ class PackedCache(LayerCache):
 
     def _check_queries(self, query: jax.Array | None, leading: tuple[int, ...], *, letters: str) -> None:
         if self.queries is None:
+            if self.query_norm is not None and query is not None:
+                self._check_weighing(query, leading, letters)
             return
         wanted = (*leading, self.queries.shape[1], self.head_dim)
         if query is None:
@@ -208,14 +218,18 @@ class PackedCache(LayerCache):
 
     def _check_prompt_queries(self, query: jax.Array | None, leading: tuple[int, ...]) -> None:
         self._check_queries(query, leading, letters="[B, S, N, H]")
-        if self.key_weight is None:
+        if self.query_norm is None:
             return
         if query is None:
             raise ValueError("query=None: weigh_keys=True weighs keys by the prompt's queries; wanted [B, S, N, H]")
-        fits = query.ndim == 4 and (*query.shape[:2], query.shape[3]) == (*leading, self.head_dim)
-        if not fits or query.shape[2] == 0 or query.shape[2] % self.num_kv_heads:
-            sizes = f"[{leading[0]}, {leading[1]}, a multiple of {self.num_kv_heads}, {self.head_dim}]"
-            raise ValueError(f"query has shape {query.shape}; the cache wants [B, S, N, H] = {sizes}")
+        self._check_weighing(query, leading, "[B, S, N, H]")
+
+    def _check_weighing(self, query: jax.Array, leading: tuple[int, ...], letters: str) -> None:
+        """Raise ValueError for queries that keys cannot be weighed by."""
+        fits = query.ndim == len(leading) + 2 and (*query.shape[:-2], query.shape[-1]) == (*leading, self.head_dim)
+        if not fits or query.shape[-2] == 0 or query.shape[-2] % self.num_kv_heads:
+            sizes = [*map(str, leading), f"a multiple of {self.num_kv_heads}", str(self.head_dim)]
+            raise ValueError(f"query has shape {query.shape}; the cache wants {letters} = [{', '.join(sizes)}]")
 
     def _prefill(
         self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, packers: Candidates
@@ -241,18 +255,35 @@ class PackedCache(LayerCache):
         if self.queries is not None:
             assert query is not None
             found["queries"] = statistics.recent_queries(query, self.lengths, self.dtype)
-        if self.key_weight is not None:
+        if self.query_norm is not None:
             assert query is not None
-            found["key_weight"] = statistics.key_weight(self.config, query, self.lengths, self.num_kv_heads)
+            found["query_norm"] = statistics.prompt_norm(query, self.lengths, self.num_kv_heads)
         return dataclasses.replace(self, **found)
+
+    def _statistics_with(
+        self, key: jax.Array, query: jax.Array | None, position: jax.Array, new: jax.Array
+    ) -> dict[str, Any]:
+        """The mean key and the queries' norm with tokens [B, n, ..] at positions [B, n], of which there are the `new`.
+
+        Without queries, the norm stays as it is.
+        """
+        mean, norm = self.key_mean, self.query_norm
+        if mean is not None:
+            assert self.inv_freq is not None
+            mean = statistics.mean_with(self.config, mean, key, position, new, self.inv_freq)
+        if norm is not None and query is not None:
+            norm = statistics.norm_with(self.config, norm, query, position, new)
+        return {"key_mean": mean, "query_norm": norm}
 
     def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, packers: Candidates) -> Self:
         fits = self.lengths < self.capacity
         slot = jnp.where(fits, self.ring.slot(self.lengths), self.ring.slots)
         stores = (self.keys, key), (self.values, value)
         dense = [write_rows(store.dense, token[:, :, None], slot, axis=2) for store, token in stores]
+        asked = None if query is None else query[:, None]
         written = dataclasses.replace(
             self,
+            **self._statistics_with(key[:, None], asked, self.lengths[:, None], fits[:, None]),
             queries=self._with_query(query, fits),
             keys=Store(dense[0], self.keys.packed),
             values=Store(dense[1], self.values.packed),
@@ -333,7 +364,7 @@ def _empty(
         values=values,
         queries=None if num_queries is None else jnp.zeros((shape.batch, num_queries, RECENT, head_dim), dtype),
         key_mean=None if inv_freq is None else jnp.zeros((*leading, head_dim), jnp.float32),
-        key_weight=jnp.ones((*leading, head_dim), jnp.float32) if config.weigh_keys and config.k_sparsity else None,
+        query_norm=jnp.zeros((*leading, head_dim), jnp.float32) if config.weigh_keys and config.k_sparsity else None,
         inv_freq=inv_freq,
         config=config,
         **shape.fields(),

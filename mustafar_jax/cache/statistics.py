@@ -1,4 +1,8 @@
-"""What a prompt tells of its keys: their mean, the channels' weights; and what recent queries attend to."""
+"""What the first tokens tell of keys: their mean, the channels' weights; and what recent queries attend to.
+
+Mean and weights are fixed when the first group of a sequence is packed: from the prompt, or, where that was too short
+to pack any, from the tokens that there are then. Which calls brought these makes no difference but for rounding.
+"""
 
 import math
 
@@ -9,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.pruning import RECENT, WEIGHING, query_weight
+from mustafar_jax.pruning import RECENT, WEIGHING, query_norm
 from mustafar_jax.rope import rotate
 
 
@@ -30,22 +34,73 @@ def frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim:
 
 
 def mean_key(config: CompressionConfig, key: jax.Array, lengths: jax.Array, inv_freq: tuple[float, ...]) -> jax.Array:
-    """float32 [B, K, H]: the mean, before RoPE, of a prompt's keys [B, S, K, H] but for the sinks and the window."""
+    """float32 [B, K, H]: the mean, before RoPE, of a prompt's keys [B, S, K, H] but for the sinks and the window.
+
+    Of a prompt too short to be packed, with the window.
+    """
     position = jnp.arange(key.shape[1])[None]
-    last = lengths[:, None] - config.residual_length
+    last = jnp.where(lengths < config.shortest_packed, lengths, lengths - config.residual_length)[:, None]
     counted = (position >= config.sink_tokens) & (position < last)
-    before_rope = rotate(key, -position[..., None], jnp.asarray(inv_freq))
-    total = jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
+    total = _total_before_rope(key, position, counted, inv_freq)
     return total / jnp.maximum(counted.sum(axis=1), 1).astype(jnp.float32)[:, None, None]
 
 
-def key_weight(config: CompressionConfig, query: jax.Array, lengths: jax.Array, num_kv_heads: int) -> jax.Array:
-    """float32 [B, K, H]: `query_weight` of a prompt's last queries of [B, S, N, H]; 1 where the prompt is too short."""
+def mean_with(
+    config: CompressionConfig,
+    mean: jax.Array,
+    key: jax.Array,
+    position: jax.Array,
+    new: jax.Array,
+    inv_freq: tuple[float, ...],
+) -> jax.Array:
+    """The mean key with tokens that come before anything is packed; as it was after that.
+
+    Args:
+        config: of the cache.
+        mean: float32 [B, K, H], of the tokens before.
+        key: [B, n, K, H], at positions [B, n] that follow each other.
+        position: see above.
+        new: bool [B, n], which of them there are.
+        inv_freq: the RoPE frequencies.
+    """
+    counted = new & (position >= config.sink_tokens) & (position < config.shortest_packed)
+    before = jnp.maximum(jnp.min(position, axis=1, where=counted, initial=config.shortest_packed), config.sink_tokens)
+    before = (before - config.sink_tokens).astype(jnp.float32)[:, None, None]
+    more = counted.sum(axis=1).astype(jnp.float32)[:, None, None]
+    total = _total_before_rope(key, position, counted, inv_freq)
+    return mean + (total - mean * more) / jnp.maximum(before + more, 1)
+
+
+def _total_before_rope(
+    key: jax.Array, position: jax.Array, counted: jax.Array, inv_freq: tuple[float, ...]
+) -> jax.Array:
+    """float32 [B, K, H]: the sum of the counted ones of keys [B, n, K, H], turned back to position 0."""
+    before_rope = rotate(key, -position[..., None], jnp.asarray(inv_freq))
+    return jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
+
+
+def prompt_norm(query: jax.Array, lengths: jax.Array, num_kv_heads: int) -> jax.Array:
+    """float32 [B, K, H]: `pruning.query_norm` of a prompt's last queries of [B, S, N, H]."""
     recent = min(WEIGHING, query.shape[1])
     position = lengths[:, None] - recent + jnp.arange(recent)[None]
-    is_long = lengths > config.sink_tokens + config.residual_length
     last = jnp.take_along_axis(query, position[:, :, None, None], axis=1, mode="clip")
-    return query_weight(last, (position >= 0) & is_long[:, None], num_kv_heads)
+    return query_norm(last, position >= 0, num_kv_heads)
+
+
+def norm_with(
+    config: CompressionConfig, norm: jax.Array, query: jax.Array, position: jax.Array, new: jax.Array
+) -> jax.Array:
+    """The queries' norm with those of tokens that come before anything is packed; as it was after that.
+
+    Args:
+        config: of the cache.
+        norm: float32 [B, K, H], of the queries before.
+        query: [B, n, N, H], at positions [B, n].
+        position: see above.
+        new: bool [B, n], which of them there are.
+    """
+    counted = new & (position < config.shortest_packed)
+    return jnp.hypot(norm, query_norm(query, counted, norm.shape[1]))
 
 
 def query_positions(lengths: jax.Array) -> jax.Array:

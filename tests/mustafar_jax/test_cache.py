@@ -1,6 +1,7 @@
 """The cache: what it holds after any prompt and any number of tokens, its bytes, its place in memory, bad arguments."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -18,10 +19,12 @@ from mustafar_jax import (
     decode_attention,
     keep_count,
     prefill,
+    rotation,
     unpack,
 )
 from mustafar_jax.cache import DenseCache, PackedCache
-from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Context, query_weight, rescale_to_norm
+from mustafar_jax.layout import from_lanes
+from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Context, query_norm, rescale_to_norm
 from tests.helpers import CONFIGS, DTYPES, exhaustive, magnitude_mask, rope_frequencies, rotated, to_dense
 from tests.quick import HLO_AS_USERS
 
@@ -31,7 +34,7 @@ HEADS = 2 * KV_HEADS
 QUERY = jnp.asarray(np.random.default_rng(10).standard_normal((BATCH, CAPACITY, HEADS, HEAD_DIM)), jnp.float32)
 QUERY *= jnp.exp(jnp.linspace(-2, 2, HEAD_DIM))  # of unequal channels
 
-MIXED = ("dense", "recommended", "dense keys", "no window", "pruned in 8 bits")
+MIXED = ("dense", "recommended", "dense keys", "no window", "pruned in 8 bits", "small")
 """Of CONFIGS, those that have among them every part that a cache may have."""
 EVERY_PART = pytest.mark.parametrize("name", [*MIXED, *exhaustive(*(name for name in CONFIGS if name not in MIXED))])
 
@@ -57,47 +60,64 @@ def sequences(seed, dtype=jnp.float32, length=CAPACITY + 8):
 
 
 def expected_tokens(config, query, key, value, prompt, length):
-    """What a cache holds of one sequence's keys and values [S, K, H], by the rule; every token pruned, then chosen.
+    """What a cache holds of one sequence's keys and values [S, K, H], by the rule; every token compressed, then chosen.
 
-    Each with how far it may be off: by rounding, and by half a step where it is coded.
+    Each with how far it may be off: by rounding, and where it is coded by a step, for another rounding may make another
+    code.
     """
     position = np.arange(key.shape[0])
     first, packed = config.sink_tokens, config.packed_tokens(length)
     is_packed = ((position >= first) & (position < first + packed))[:, None, None]
     key, value = np.asarray(key), np.asarray(value)
-    keys, values, shift = key, value, np.zeros_like(key)
+    shift, weight, mask = np.zeros_like(key), None, None
     if config.center_keys and (config.k_sparsity or config.k_bits < 16):
         shift = np.asarray(rotated(mean_before_rope(config, key, prompt), position[:, None], INV_FREQ))
     if config.k_sparsity:
-        weight = weight_by_queries(config, query, prompt) if config.weigh_keys else 1
-        keys = np.where(magnitude_mask((key - shift) * weight, config.k_sparsity), key, shift)
-    if config.v_sparsity:
-        mask = magnitude_mask(value, config.v_sparsity)
-        values = np.where(mask, rescaled(value, mask) if config.rescale_values else value, 0)
-    sides = (keys, key, shift, config.k_bits), (values, value, 0, config.v_bits)
+        weight = weight_by_queries(config, query, prompt)[None] if config.weigh_keys else None
+        mask = magnitude_mask((key - shift) * (1 if weight is None else weight), config.k_sparsity)
+    key_format, value_format = config.formats(HEAD_DIM, np.dtype(np.float32))
+    keys, key_step = stored(key_format, key - shift, mask, weight, turned=config.rotate_keys)
+    mask = magnitude_mask(value, config.v_sparsity) if config.v_sparsity else None
+    kept = rescaled(value, mask) if config.v_sparsity and config.rescale_values else value
+    values, value_step = stored(value_format, kept, mask, None, turned=config.rotate_values)
     return [
-        (np.where(is_packed, held, x)[:length], 2e-5 + (is_packed * half_step(held - taken_off, bits))[:length])
-        for held, x, taken_off, bits in sides
+        (np.where(is_packed, held, x)[:length], 2e-5 + (is_packed * step)[:length])
+        for held, x, step in ((keys + shift, key, key_step), (values, value, value_step))
     ]
 
 
-def half_step(x, bits):
-    """[..., 1]: half of the distance of two levels of codes with one scale a row; bfloat16 may round that up."""
-    return 0 if bits == 16 else np.abs(x).max(axis=-1, keepdims=True) / (2**bits - 1) * (1 + 2**-8)
+@functools.partial(jax.jit, static_argnames=("how", "turned"))
+def stored(how, x, mask, weight, *, turned):
+    """What rows of a format give back of vectors [S, K, H], and the distance of their levels [S, K, 1]."""
+    x = x.swapaxes(0, 1)
+    mask, weight = (None if y is None else jnp.broadcast_to(y, (len(y), *x.shape[::2])) for y in (mask, weight))
+    mask, weight = (None if y is None else y.swapaxes(0, 1) for y in (mask, weight))
+    rows = how.pack(rotation.turn(x) if turned else x, mask, weight)
+    held = rotation.turn_back(rows.to_array()) if turned else rows.to_array()
+    if rows.scale is None:
+        return held.swapaxes(0, 1), jnp.zeros((x.shape[1], x.shape[0], 1))
+    step = from_lanes(rows.scale)[:, : x.shape[1]].astype(jnp.float32) * (2.02 if how.slots else 1.01)
+    return held.swapaxes(0, 1), step.T[..., None]
+
+
+def statistics_of(config, prompt):
+    """The positions that the mean key is of, and those of the queries that weigh keys."""
+    if prompt >= config.shortest_packed:
+        return np.arange(config.sink_tokens, prompt - config.residual_length), np.arange(prompt)
+    return np.arange(config.sink_tokens, config.shortest_packed), np.arange(config.shortest_packed)
 
 
 def mean_before_rope(config, key, prompt):
-    """float32 [K, H]: the mean of R_-s k_s over the prompt, sinks and window left out; 0 where none is left."""
-    positions = np.arange(config.sink_tokens, prompt - config.residual_length)
+    """float32 [K, H]: the mean of R_-s k_s over what it is taken from; 0 where that is nothing."""
+    positions, _ = statistics_of(config, prompt)
     before = np.asarray(rotated(key, -np.arange(key.shape[0])[:, None], INV_FREQ))[positions]
     return before.sum(axis=0) / max(1, len(positions))
 
 
 def weight_by_queries(config, query, prompt):
-    """float32 [K, H]: the root of the RMS of a prompt's queries [S, N, H] by channel; of each KV head 1 at most."""
-    if prompt <= config.sink_tokens + config.residual_length:
-        return np.ones((KV_HEADS, HEAD_DIM), np.float32)
-    squares = np.asarray(query, np.float64)[:prompt].reshape(prompt, KV_HEADS, -1, HEAD_DIM) ** 2
+    """float32 [K, H]: the root of the RMS of queries [S, N, H] by channel; of each KV head 1 at most."""
+    _, positions = statistics_of(config, prompt)
+    squares = np.asarray(query, np.float64)[positions].reshape(len(positions), KV_HEADS, -1, HEAD_DIM) ** 2
     weight = np.sqrt(np.sqrt(squares.mean(axis=(0, 2))))
     return (weight / weight.max(axis=-1, keepdims=True)).astype(np.float32)
 
@@ -116,13 +136,15 @@ def test_holds_what_the_rule_says(name, seed, prompts, steps):
     key, value, rows = np.asarray(key), np.asarray(value), np.arange(BATCH)
     for step in range(steps):
         now = np.array(prompts) + step
-        cache = append_jit(cache, key[rows, now], value[rows, now])
+        cache = append_jit(cache, key[rows, now], value[rows, now], query=np.asarray(QUERY)[rows, now])
     keys, values, lengths = map(np.asarray, to_dense(cache))
     assert lengths.tolist() == [prompt + steps for prompt in prompts]
     for row, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
         wanted = expected_tokens(config, QUERY[row], key[row], value[row], prompt, length)
         for held, (expected, error) in zip((keys[row], values[row]), wanted, strict=True):
-            assert (jnp.abs(held[:length] - expected) <= error).all()
+            off = np.abs(held[:length] - expected)
+            assert (off <= error).all()
+            assert (off > 2e-5).sum() <= 0.01 * off.size
             assert not held[length:].any()
 
 
@@ -241,7 +263,7 @@ def test_kinds():
     assert isinstance(mixed, PackedCache)
     assert mixed.keys.packed.shape == mixed.values.packed.shape
     assert mixed.key_mean is None  # dense keys are not centred
-    assert mixed.key_weight is None
+    assert mixed.query_norm is None
     assert (
         LayerCache.init(CONFIGS["dense"], batch=1, capacity=8, num_kv_heads=1, head_dim=20, dtype=jnp.float32).head_dim
         == 20
@@ -510,7 +532,7 @@ def test_queries_of_the_padding_have_no_effect(center_keys):
     )
     for one, other in zip(*map(jax.tree.leaves, (plain, poisoned)), strict=True):
         np.testing.assert_array_equal(one, other)
-    wanted = [weight_by_queries(config, QUERY[row], int(length)) for row, length in enumerate(lengths)]
+    wanted = weight_by_queries(config, QUERY[0], int(lengths[0])), np.ones((KV_HEADS, HEAD_DIM))
     np.testing.assert_allclose(plain.key_weight, np.stack(wanted), rtol=1e-5)
 
 
@@ -530,8 +552,8 @@ def test_queries_that_are_not_finite_are_not_counted():
     query = jnp.asarray(np.random.default_rng(15).standard_normal((1, 40, 2, 32)), jnp.float32)
     broken = query.at[0, 3, 0, 5].set(jnp.inf).at[0, 4, 1, 5].set(jnp.nan)
     without = query.at[0, jnp.array([3, 4]), jnp.array([0, 1]), 5].set(0)
-    weights, wanted = (query_weight(q, jnp.ones((1, 40), bool), 1) for q in (broken, without))
-    np.testing.assert_allclose(weights, wanted, rtol=1e-6)
+    norm, wanted = (query_norm(q, jnp.ones((1, 40), bool), 1) for q in (broken, without))
+    np.testing.assert_allclose(norm, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

@@ -67,7 +67,7 @@ def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, config):
         for found, expected in zip(cache.to_dense()[:2], other.to_dense()[:2], strict=True):
             np.testing.assert_allclose(found[:, :110], expected, **close)
         if isinstance(cache, PackedCache):
-            for name in ("key_mean", "key_weight", "queries"):
+            for name in ("key_mean", "query_norm", "queries"):
                 jax.tree.map(
                     lambda x, y: np.testing.assert_allclose(x, y, **close), getattr(cache, name), getattr(other, name)
                 )
