@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from mustafar_jax.codecs import PLAIN
+from mustafar_jax import layout
+from mustafar_jax.codecs import codec_of
+from mustafar_jax.operands import restored
+from mustafar_jax.rotation import turn
 from mustafar_jax.rows import RowFormat, Rows
 from tests.helpers import magnitude_mask, pack, rotated, unpack
 from tests.quick import QUICK
@@ -55,8 +58,26 @@ def rows_of(rng, shape, dtype, sparsity, kinds="magnitude"):
 
 def rows_of_words(bitmap, payload):
     """Plain rows with a bitmap of these arrays [B, K, ...], or their shapes."""
-    length, head_dim, dtype = bitmap.shape[2], bitmap.shape[3] * 32, np.dtype(payload.dtype)
-    return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), PLAIN, head_dim, dtype, length)
+    slots = payload.shape[-3] * payload.shape[-1]
+    form = RowFormat(bitmap.shape[3] * 32, np.dtype(payload.dtype), slots)
+    return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), form, bitmap.shape[2])
+
+
+def coded_format(head_dim, dtype, bits, pairs):
+    """Of codes of so many bits of every entry."""
+    return RowFormat(head_dim, np.dtype(dtype), None, codec_of("bits", bits, pruned=False), pairs)
+
+
+def coded_rows(rng, shape, dtype, bits, pairs, *, turned=False):
+    """(codes of random rows, the array [B, K, S, H] that they stand for), S a multiple of 32; turned first, or not."""
+
+    @jax.jit
+    def code(x):
+        rows = coded_format(shape[-1], dtype, bits, pairs).pack(turn(x) if turned else x)
+        return rows, restored(rows, turned=turned)
+
+    rows, dense = code(jnp.asarray(rng.standard_normal(shape), dtype))
+    return rows, np.pad(dense, [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
 
 
 def pack_rows(x, mask):
@@ -74,8 +95,10 @@ def with_mean(dense, mean):
 
 @jax.jit
 def poison(rows, outside):
-    """Rows with NaN values and full or arbitrary bitmaps where bool `outside` [B, S] holds."""
+    """Rows with NaN values, or NaN scales, and full or arbitrary bitmaps where bool `outside` [B, S] holds."""
     outside = outside[:, None]
+    if rows.scale is not None:
+        return dataclasses.replace(rows, scale=jnp.where(layout.to_lanes(outside), jnp.nan, rows.scale))
     if rows.bitmap is None:
         return dataclasses.replace(rows, payload=jnp.where(outside[..., None], jnp.nan, rows.payload))
     blocks = outside.reshape(*outside.shape[:2], -1, 1, 32, 1)
@@ -90,15 +113,17 @@ WHERE = [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.ma
 """Parameters for `interpret`: plain JAX or numpy anywhere, and the compiled kernel where there is a GPU."""
 
 
-def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
-    """Shapes of a query, of keys and of values; 0 slots: dense."""
+def specs(batch, kv_heads, group, rows, head_dim, key, value, dtype):
+    """Shapes of a query, of keys and of values, each given as slots (0: dense), or as "8", "4" or "2" bits of codes."""
 
-    def rows_spec(slots):
-        how = RowFormat(head_dim, np.dtype(dtype), slots or None)
-        return jax.eval_shape(lambda: how.empty((batch, kv_heads), rows))
+    def rows_spec(how, pairs):
+        form = RowFormat(head_dim, np.dtype(dtype), how or None)
+        if isinstance(how, str):
+            form = coded_format(head_dim, dtype, int(how), pairs)
+        return jax.eval_shape(lambda: form.empty((batch, kv_heads), rows))
 
     query = jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype)
-    return query, rows_spec(k_slots), rows_spec(v_slots)
+    return query, rows_spec(key, "channels"), rows_spec(value, "tokens")
 
 
 def float32(*arrays):
