@@ -67,8 +67,11 @@ INSTRUCTIONS = {
     "maximum": lambda w, s, a, b, c: [w.as_bits(w.maximum(f(w, a), f(w, b)))],
     "as_float": lambda w, s, a, b, c: [w.as_bits(f(w, a) * f(w, b) - f(w, c))],
     "as_bits": lambda w, s, a, b, c: [w.as_bits(f(w, a) + 1.0)],
-    "pack_pair": lambda w, s, a, b, c: [w.pack_pair(f(w, a), f(w, b))],
+    "pack_pair": lambda w, s, a, b, c: [w.pack_pair(f(w, a), f(w, b)), w.pack_pair(f(w, a), f(w, b), float16=True)],
     "unpack_pair": lambda w, s, a, b, c: [w.as_bits(x) for x in w.unpack_pair(w.pack_pair(f(w, a), f(w, b)))],
+    "unpack_pair, float16": lambda w, s, a, b, c: [
+        w.as_bits(x) for word in (a & 0x03FF03FF, b & 0xFBFFFBFF) for x in w.unpack_pair(word, float16=True)
+    ],
     "pick_halves": lambda w, s, a, b, c: [w.pick_halves(a, b, 0), w.pick_halves(a, b, 1)],
     "pick_bytes": lambda w, s, a, b, c: [w.pick_bytes(a, b, c & 0x7777)],
     "count_bits": lambda w, s, a, b, c: [w.count_bits(a & b)],
@@ -128,6 +131,7 @@ INSTRUCTIONS = {
 # rounded in another order, or approximated
 INEXACT = {
     "exp2": lambda w, s, a, b, c: [w.as_bits(w.exp2(f(w, a) * 10.0))],
+    "log2": lambda w, s, a, b, c: [w.as_bits(w.log2(w.as_float(a & 0x7FFFFFFF | 0x00800000) * 0.5))],
     "reciprocal": lambda w, s, a, b, c: [w.as_bits(w.reciprocal(f(w, a))), w.as_bits(w.reciprocal(f(w, b) * 1e6))],
     "fused": lambda w, s, a, b, c: [w.as_bits(w.fused(f(w, a), f(w, b), f(w, c)))],
     "multiply_add": lambda w, s, a, b, c: [
@@ -136,6 +140,16 @@ INEXACT = {
             [w.pack_pair(f(w, x), f(w, y)) for x, y in ((a, b), (b, c), (c, a), (a, c))],
             [w.pack_pair(f(w, x), f(w, y)) for x, y in ((b, a), (c, b))],
             [f(w, x) for x in (a, b, c, a)],
+        )
+    ],
+    # codes, which are subnormal numbers, and other numbers
+    "multiply_add, float16": lambda w, s, a, b, c: [
+        w.as_bits(x * 2.0**24)
+        for x in w.multiply_add(
+            [x & 0x00FF00FF for x in (a, b, c, a ^ b)],
+            [w.pack_pair(f(w, x), f(w, y), float16=True) for x, y in ((b, a), (c, b))],
+            [w.number(0)] * 4,
+            float16=True,
         )
     ],
 }
