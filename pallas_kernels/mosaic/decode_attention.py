@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mustafar_jax.layout import WORD
 from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.mosaic import codes, launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
@@ -143,6 +144,7 @@ def attend_rows(
         shared_bytes=plan.shared_bytes,
         dtype=query.dtype,
         interpret=interpret,
+        teams=params.teams,
     )
 
 
@@ -150,8 +152,11 @@ def _params(
     heads: int, rows: int, group: int, head_dim: int, sides: tuple[Layout, Layout], *, centred: bool
 ) -> launch.MosaicParams:
     """A heuristic's."""
-    if all(side.bits for side in sides):
-        return launch.coded_params(heads=heads, rows=rows, group=group, centred=centred)
+    if any(side.bits for side in sides):
+        words = sum(side.bits for side in sides) * head_dim // WORD if all(side.bits for side in sides) else None
+        return launch.coded_params(
+            heads=heads, rows=rows, group=group, head_dim=head_dim, words=words, centred=centred
+        )
     slots = sum(side.slots or 2 * head_dim for side in sides)
     return launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
 

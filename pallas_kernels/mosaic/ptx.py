@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
+
+from mustafar_jax.pallas_kernels.mosaic.warp import LANES
 
 _COMPARE_INT = {"==": arith.CmpIPredicate.eq, "<": arith.CmpIPredicate.ult, ">": arith.CmpIPredicate.ugt}
 _COMPARE_FLOAT = {"==": arith.CmpFPredicate.OEQ, "<": arith.CmpFPredicate.OLT, ">": arith.CmpFPredicate.OGT}
@@ -87,15 +90,32 @@ class Register:
         return self._binary(">", other)
 
 
+@dataclasses.dataclass(frozen=True)
+class Teams:
+    """Blocks of a kernel that are launched as one block. They share its memory's size, not its memory.
+
+    Attributes:
+        count: of a launched block.
+        warps: of each.
+        blocks: of the kernel; where their number is not a multiple, the last one is run more than once.
+    """
+
+    count: int
+    warps: int
+    blocks: int
+
+
 class Warp:
     """Emits the instructions of one warp into the MLIR module under construction.
 
     Attributes:
         dtype: of 16-bit operands, bfloat16 or float16.
+        teams: how blocks are launched; None for each by itself.
     """
 
-    def __init__(self, dtype: Any) -> None:
+    def __init__(self, dtype: Any, teams: Teams | None = None) -> None:
         self.dtype = "bf16" if dtype == jnp.bfloat16 else "f16"
+        self.teams = teams
         # grids have one dimension, which the assembler cannot know: see `shift_if_empty`
         self._one = self._pure("mov.u32 $0, %nctaid.y;", [])
 
@@ -111,10 +131,15 @@ class Warp:
         return self._pure("mov.u32 $0, %laneid;", [])
 
     def warp(self) -> Register:
-        return self._pure("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", [])
+        warp = self._warp_of_launch()
+        return warp if self.teams is None else warp % self.teams.warps
 
     def block(self) -> Register:
-        return self._pure("mov.u32 $0, %ctaid.x;", [])
+        block = self._pure("mov.u32 $0, %ctaid.x;", [])
+        if self.teams is None:
+            return block
+        block, last = block * self.teams.count + self._team(), self.integer(self.teams.blocks - 1)
+        return self.select(block < last, block, last)
 
     # Arithmetic
 
@@ -216,7 +241,10 @@ class Warp:
         self._effect("bar.warp.sync 0xffffffff;", [], [])
 
     def sync_block(self) -> None:
-        self._effect("bar.sync 0;", [], [])
+        if self.teams is None:
+            self._effect("bar.sync 0;", [], [])
+        else:
+            self._effect(f"bar.sync $0, {LANES * self.teams.warps};", [self._team() + 1], [])
 
     # Global memory
 
@@ -310,6 +338,16 @@ class Warp:
                 scf.yield_([x.value for x in function(list(carry))])
         return [Register(x) for x in operation.results]
 
+    # How blocks are launched
+
+    def _team(self) -> Register:
+        """Which of the launched block's teams this is."""
+        assert self.teams
+        return self._warp_of_launch() // self.teams.warps
+
+    def _warp_of_launch(self) -> Register:
+        return self._pure("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", [])
+
     # How instructions are emitted
 
     def _kind(self, float16: bool) -> str:
@@ -338,6 +376,11 @@ class Warp:
             types[0] if types else ir.Type.parse("!llvm.void"), values, code, text, has_side_effects=effects
         )
         return [Register(result)] if types else []
+
+
+def memory_of(warp: Warp, shared: Register, nbytes: int) -> Register:
+    """Where the memory, of so many bytes, of a warp's block begins in that of the launched block."""
+    return shared if warp.teams is None else shared + warp._team() * nbytes
 
 
 def _u32() -> ir.Type:

@@ -60,11 +60,11 @@ class CodedKeys(Keys):
 
     def __init__(self, source: CodedSource, query: CodedQuery, multiply: Products, w: Warp, plan: Plan):
         self.words, self.multiply, self.w, self.plan = source.words, multiply, w, plan
-        self.fragments, self.factors = query.fragments(), query.factors()
+        self.query, self.factors = query, query.factors()
 
     def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
         """See `Keys`."""
-        sums = codes.multiply_keys(self.w, registers[: self.words], self.fragments, self.plan)
+        sums = codes.multiply_keys(self.w, registers[: self.words], self.query.fragments(), self.plan)
         return codes.scores(
             self.w, sums, codes.scales(self.w, registers[self.words :]), self.factors, self.plan
         )

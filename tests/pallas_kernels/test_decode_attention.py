@@ -411,7 +411,7 @@ CODED_AXES = AXES | {
     "k_slots": ["in eights", "dense", *CODES],
     "v_slots": ["in eights", "dense", *CODES],
     "turned": [False, True],
-    "warps": [4, 16],
+    "teams": [1, 3],
 }
 
 
@@ -419,19 +419,14 @@ def without_codes(case):
     return not {case.get("k_slots", "4 bits"), case.get("v_slots", "4 bits")} & {*CODES}
 
 
-def too_wide(case):
-    """16 warps where there are tiles: their shared memory does not suffice."""
-    return case.get("warps") == 16 and not {case.get("k_slots", "4 bits"), case.get("v_slots", "4 bits")} <= {*CODES}
-
-
 LOWERED_CODES = [
     {**case, "group": 1 + i % 16}
-    for i, case in enumerate(pairwise(CODED_AXES, without=lambda case: without_codes(case) or too_wide(case)))
+    for i, case in enumerate(pairwise(CODED_AXES, without=without_codes))
 ]
 
 
 def abstract_call(
-    kernel, *, k_slots, v_slots, rows, sinks, head_dim, dtype, window, centred, splits, group, turned=False, warps=None
+    kernel, *, k_slots, v_slots, rows, sinks, head_dim, dtype, window, centred, splits, group, turned=False, teams=None
 ):
     """(decode attention as a function of arrays, their shapes); sinks and recent tokens beside the packed rows."""
     k_slots, v_slots = ((SLOTS | CODES)[slots](head_dim) for slots in (k_slots, v_slots))
@@ -439,7 +434,7 @@ def abstract_call(
     dense = jax.ShapeDtypeStruct((2, 2, 64 + sinks, head_dim), dtype)
     mean = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 2, head_dim), (head_dim // 2,))]
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
-    params = None if splits is None else kernel.params(splits, **{"warps": warps} if warps else {})
+    params = None if splits is None else kernel.params(splits, **{"teams": teams} if teams else {})
 
     def call(query, key, value, dense, mean, lengths):
         tail, mean = Tail(dense, dense, sinks), Mean(*mean, sinks) if centred else None

@@ -157,8 +157,8 @@ USED_BY_ALL = {"row", "load", "store", "sync_warp"}
 BOTH = INSTRUCTIONS | INEXACT
 
 
-def random_words():
-    return jnp.asarray(np.random.default_rng(3).integers(0, 2**32, (3, 2 * WARPS * LANES), dtype=np.uint32))
+def random_words(blocks=2):
+    return jnp.asarray(np.random.default_rng(3).integers(0, 2**32, (3, blocks * WARPS * LANES), dtype=np.uint32))
 
 
 @functools.cache
@@ -171,7 +171,7 @@ def result_words(name):
     return counts[0]
 
 
-def apply(name, dtype, words, *, interpret):
+def apply(name, dtype, words, *, interpret, teams=1):
     """An instruction on [3, threads] words; [threads, results]."""
     threads, results = words.shape[1], result_words(name)
 
@@ -191,6 +191,7 @@ def apply(name, dtype, words, *, interpret):
         shared_bytes=WARPS * 512,
         dtype=dtype,
         interpret=interpret,
+        teams=teams,
     )
     return out
 
@@ -213,6 +214,17 @@ def test_an_instruction_does_what_its_twin_does(name, dtype):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["block", "warp", "sync_block", "load_shared"])
+def test_teams_do_what_blocks_by_themselves_do(name):
+    """Three blocks, two at a time: one is run twice."""
+    one, other = (
+        jax.jit(functools.partial(apply, name, jnp.bfloat16, interpret=interpret, teams=2))(random_words(3))
+        for interpret in (True, False)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.fixture(scope="module")
 def snippets():
     """All inline assembly, (code, letters of results, constraints of operands), as `ptx.Warp` emits it."""
@@ -230,6 +242,7 @@ def snippets():
             for dtype in (jnp.bfloat16, jnp.float16):
                 call = functools.partial(apply, name, dtype, interpret=False)
                 assert "mosaic_gpu" in lower_for_cuda(call, random_words())
+                assert "mosaic_gpu" in lower_for_cuda(functools.partial(call, teams=3), random_words(3))
     return [*found]
 
 
