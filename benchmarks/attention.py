@@ -135,8 +135,13 @@ def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
     """The cases of a shape; all sparsities where it is A or B, else the largest; codes wherever they can be."""
     dense = [Case(shape, "dense", 0.0, options.dense_implementation, lengths) for lengths in (False, True)]
     several = options.sparsities if shape.name in ("A", "B", "tiny") else [max(options.sparsities)]
-    rules = [(rule, sparsity) for sparsity in several for rule in options.rules] + [(rule, 0) for rule in options.codes]
-    return dense + [Case(shape, *rule, implementation) for rule in rules for implementation in options.implementations]
+    rules = [(rule, sparsity) for sparsity in several for rule in options.rules]
+    rules += [(rule, 0.0) for rule in options.codes]
+    return dense + [
+        Case(shape, rule, sparsity, implementation)
+        for rule, sparsity in rules
+        for implementation in options.implementations
+    ]
 
 
 def measure(shape: Shape, options: argparse.Namespace) -> Iterator[Row]:

@@ -158,7 +158,8 @@ def _random_numbers(like: Rows, seed: jax.Array, sink: jax.Array | float) -> Row
 
 
 def _random_codes(like: Rows, seed: jax.Array) -> Rows:
-    assert like.codec.bits and like.scale is not None
+    assert like.codec.bits
+    assert like.scale is not None
     of_codes, of_scales = jax.random.split(seed)
     every = jnp.arange(2**like.codec.bits, dtype=jnp.uint8)
     usual = 1 / jnp.std(like.codec.decode(every, jnp.ones((), jnp.bfloat16)))

@@ -1,7 +1,7 @@
 """Queries as products with coded keys want them: turned as the keys are, scaled, in float16.
 
-A query is scaled by a power of two that puts its largest entry from 2 ** 14 to 2 ** 15: nothing overflows, and what is lost
-below float16's normal numbers is 2 ** -39 of the largest entry.
+A query is scaled by a power of two that puts its largest entry from 2 ** 14 to 2 ** 15: nothing overflows, and what is
+lost below float16's normal numbers is 2 ** -39 of the largest entry.
 """
 
 import functools

@@ -19,8 +19,9 @@ from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.mosaic import codes, launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
+from mustafar_jax.pallas_kernels.mosaic.merge_warps import merge_warps
 from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Layout, Places, Plan, State, layout
-from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
+from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, products
 from mustafar_jax.pallas_kernels.mosaic.sides import keys_of, values_of
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
@@ -154,9 +155,7 @@ def _params(
     """A heuristic's."""
     if any(side.bits for side in sides):
         words = sum(side.bits for side in sides) * head_dim // WORD if all(side.bits for side in sides) else None
-        return launch.coded_params(
-            heads=heads, rows=rows, group=group, head_dim=head_dim, words=words, centred=centred
-        )
+        return launch.coded_params(heads=heads, rows=rows, group=group, head_dim=head_dim, words=words, centred=centred)
     slots = sum(side.slots or 2 * head_dim for side in sides)
     return launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
 

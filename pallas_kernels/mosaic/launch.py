@@ -51,15 +51,12 @@ def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicPar
     """
     tiles = max(1, -(-rows // launch.TILE))
     if _is_wide(heads, tiles, group, slots):
-        return MosaicParams(launch.cheapest(heads, tiles, functools.partial(_cost, warps=_WIDE, at_once=launch.cores())), _WIDE)
-    return MosaicParams(
-        launch.tuned_or_cheapest("mosaic_gpu", heads, rows, functools.partial(_cost, at_once=wave()))
-    )
+        cost = functools.partial(_cost, warps=_WIDE, at_once=launch.cores())
+        return MosaicParams(launch.cheapest(heads, tiles, cost), _WIDE)
+    return MosaicParams(launch.tuned_or_cheapest("mosaic_gpu", heads, rows, functools.partial(_cost, at_once=wave())))
 
 
-def coded_params(
-    *, heads: int, rows: int, group: int, head_dim: int, words: int | None, centred: bool
-) -> MosaicParams:
+def coded_params(*, heads: int, rows: int, group: int, head_dim: int, words: int | None, centred: bool) -> MosaicParams:
     """Launch parameters where keys or values are codes, from static facts alone.
 
     A multiprocessor has one launched block, of as many teams as registers suffice for: the more warps, the more loads

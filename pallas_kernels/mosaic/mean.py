@@ -28,7 +28,7 @@ Piece = list[list[Register]]
 
 
 def turns(mean: Mean, plan: Plan) -> jax.Array:
-    """Cosines and sines of turns, float32 [units + 9, 2, pairs]: back from each unit; to its first 8 tokens; by 8 tokens.
+    """Cosines and sines of turns, float32 [units + 9, 2, pairs]: back from each unit; to its first 8 tokens; by 8.
 
     Pairs stand in the order of pieces. The turns are the same for every layer of a model, whose compiler keeps one.
     """

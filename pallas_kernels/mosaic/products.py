@@ -2,8 +2,8 @@
 
 With one or two query heads per KV head, a lane weighs one token for every head: scores and weights go through shared
 memory. With more, or where keys or values are codes, a lane weighs 4 tokens for two heads of each 8: all stays in
-registers. docs/kernels.md says what either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and t
-below are these two.
+registers. docs/kernels.md says what either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and
+t below are these two.
 """
 
 import functools
@@ -297,9 +297,7 @@ class ManyHeads(_Common):
             scores = [w.select(seen[i // 2 % 4], x, w.number(-math.inf)) for i, x in enumerate(numbers[:count])]
             return scores + [w.select(there, x, w.number(0)) for there, x in zip(seen, numbers[count:], strict=False)]
 
-        numbers = w.branch(
-            w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), [*scores, *value_scales], hide
-        )
+        numbers = w.branch(w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), [*scores, *value_scales], hide)
         scores, value_scales = numbers[:count], numbers[count:]
         of_heads = [scores[8 * octet + i : 8 * octet + 8 : 2] for octet in range(plan.octets) for i in range(2)]
         largest = [functools.reduce(w.maximum, x) for x in codes.raised(w, of_heads, value_scales)]
@@ -316,10 +314,12 @@ class ManyHeads(_Common):
         weights = [[w.exp2(s - m) for s in x] for x, m in zip(of_heads, new.m, strict=True)]
         state.m, state.out = new.m, new.out
         state.l = [functools.reduce(lambda a, b: a + b, x, total) for x, total in zip(weights, new.l, strict=True)]
-        of_tokens = [zip(*weights[i : i + 2], strict=True) for i in range(0, len(weights), 2)]
-        if value_scales:
-            return [w.transpose(x) for pairs in of_tokens for x in codes.scaled(w, pairs, value_scales, plan.value.bits)]
-        return [w.transpose(w.pack_pair(*pair)) for pairs in of_tokens for pair in pairs]
+        words = []
+        for i in range(0, len(weights), 2):
+            pairs = zip(*weights[i : i + 2], strict=True)
+            scales = value_scales
+            words += codes.scaled(w, pairs, scales, plan.value.bits) if scales else [w.pack_pair(*x) for x in pairs]
+        return [w.transpose(x) for x in words]
 
     def _over_quads(self, x: Register, combine: Callable[[Register, Register], Register]) -> Register:
         """What lanes of one t have, combined."""
@@ -346,15 +346,14 @@ class ManyHeads(_Common):
     def publish(self, state: State) -> None:
         """Each lane has two heads of its channels."""
         w, at, plan = self.w, self.at, self.plan
-        blocks, strides = (8, plan.pairs), (16, 8)
-        out, (block_stride, half_stride) = state.out, blocks
-        if plan.value.bits:
-            out, (block_stride, half_stride) = codes.without_middle(w, state.out, plan.value.bits), strides
+        coded = plan.value.bits > 0
+        out = codes.without_middle(w, state.out, plan.value.bits) if coded else state.out
+        of_block, of_half = (16, 8) if coded else (8, plan.pairs)
         for octet in range(plan.octets):
             for block in range(plan.tiles):
                 part = out[block][octet]
                 for half in range(2):
-                    channel = at.g + (block_stride * block + half_stride * half)
+                    channel = at.g + (of_block * block + of_half * half)
                     place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
                     for i in range(2):
                         w.store_shared(place, [part[2 * half + i]], i * plan.head_dim * 4)
@@ -382,32 +381,3 @@ def load_query_head(w: Warp, query: Any, head: Register, number: Register, at: P
         word = w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0))
         words.append(w.select(there, word, w.integer(0)))
     return words
-
-
-def merge_warps(w: Warp, shared: Register, out: Any, m: Any, l: Any, plan: Plan) -> None:  # noqa: E741
-    """Merge what the block's warps have published, and write it to global memory."""
-    block, threads, size = w.block(), plan.warps * LANES, plan.group * plan.head_dim
-    out, m, l = (w.row(x, block, 4 * n) for x, n in ((out, size), (m, plan.group), (l, plan.group)))  # noqa: E741
-    for start in range(0, size, threads):
-        element = w.warp() * LANES + w.lane() + start
-        there = element < size
-        element = w.select(there, element, w.integer(0))
-        head = element // plan.head_dim
-        sums, statistics = shared + (element << 2), shared + (head << 2)
-
-        def read(address: Register, constant: int, warp: int) -> Register:
-            return w.as_float(w.load_shared(address, 1, warp * plan.warp_bytes + constant)[0])
-
-        warps = range(plan.warps)
-        largest = [read(statistics, plan.tile_bytes, warp) for warp in warps]
-        top = functools.reduce(w.maximum, largest)
-        weights = [w.exp2(x - top) for x in largest]
-        total, part = w.number(0), w.number(0)
-        for warp, weight in enumerate(weights):
-            total = total + weight * read(statistics, plan.tile_bytes + 64, warp)
-            part = part + weight * read(sums, 0, warp)
-        natural = w.select(top > LOWEST, top * math.log(2), w.number(LOWEST))
-        w.store(out, element << 2, w.as_bits(part), where=there)
-        first = w.select(there, element % plan.head_dim, w.integer(1)) == 0
-        w.store(m, head << 2, w.as_bits(natural), where=first)
-        w.store(l, head << 2, w.as_bits(total), where=first)

@@ -42,7 +42,9 @@ class Values(Protocol):
 class TileKeys(Keys):
     """Keys that go through the tile."""
 
-    def __init__(self, source: TileSource, query: list[Register], multiply: Products, w: Warp, at: Places, plan: Plan):
+    def __init__(
+        self, source: TileSource, query: list[Register], multiply: Products, w: Warp, at: Places, plan: Plan
+    ) -> None:
         self.source, self.query, self.multiply, self.w, self.at, self.plan = source, query, multiply, w, at, plan
 
     def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
@@ -58,16 +60,15 @@ class TileKeys(Keys):
 class CodedKeys(Keys):
     """Keys as codes; where they are centred, the mean's part of the scores is a product of its own."""
 
-    def __init__(self, source: CodedSource, query: CodedQuery, multiply: Products, w: Warp, plan: Plan):
+    def __init__(self, source: CodedSource, query: CodedQuery, multiply: Products, w: Warp, plan: Plan) -> None:
         self.words, self.multiply, self.w, self.plan = source.words, multiply, w, plan
         self.query, self.factors = query, query.factors()
 
     def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
         """See `Keys`."""
-        sums = codes.multiply_keys(self.w, registers[: self.words], self.query.fragments(), self.plan)
-        return codes.scores(
-            self.w, sums, codes.scales(self.w, registers[self.words :]), self.factors, self.plan
-        )
+        w, words, scales = self.w, registers[: self.words], registers[self.words :]
+        products = codes.multiply_keys(w, words, self.query.fragments(), self.plan)
+        return codes.scores(w, products, codes.row_scales(w, scales), self.factors, self.plan)
 
     def scores(self, taken: list[Register]) -> list[Register]:
         """See `Keys`."""
@@ -81,7 +82,7 @@ class CodedKeys(Keys):
 class TileValues(Values):
     """Values that go through the tile."""
 
-    def __init__(self, source: TileSource, multiply: Products, w: Warp, at: Places, plan: Plan):
+    def __init__(self, source: TileSource, multiply: Products, w: Warp, at: Places, plan: Plan) -> None:
         self.source, self.multiply, self.w, self.at, self.plan = source, multiply, w, at, plan
 
     def scales(self, registers: list[Register]) -> list[Register]:
@@ -102,12 +103,12 @@ class TileValues(Values):
 class CodedValues(Values):
     """Values as codes."""
 
-    def __init__(self, source: CodedSource, w: Warp, plan: Plan):
+    def __init__(self, source: CodedSource, w: Warp, plan: Plan) -> None:
         self.words, self.w, self.plan = source.words, w, plan
 
     def scales(self, registers: list[Register]) -> list[Register]:
         """See `Values`."""
-        return codes.scales(self.w, registers[self.words :])
+        return codes.row_scales(self.w, registers[self.words :])
 
     def take(
         self, registers: list[Register], state: State, weights: list[Register], unit: Register, seen: Register
@@ -120,7 +121,14 @@ class CodedValues(Values):
 
 
 def keys_of(
-    source: Source, query: Any, head: Register, multiply: Products, mean: MeanKey | None, w: Warp, at: Places, plan: Plan
+    source: Source,
+    query: Any,
+    head: Register,
+    multiply: Products,
+    mean: MeanKey | None,
+    w: Warp,
+    at: Places,
+    plan: Plan,
 ) -> Keys:
     """The keys of a KV head; the block's warps share what they need of the queries."""
     words = [] if isinstance(source, CodedSource) and not mean else multiply.load_query(query, head)

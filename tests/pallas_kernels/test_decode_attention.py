@@ -376,9 +376,7 @@ def filled_cache(name):
     return cache, query, expected
 
 
-@pytest.mark.parametrize(
-    ("name", "kernel", "interpret"), runs_of(CACHES, lambda name: CACHES[name][0].v_bits < 16)
-)
+@pytest.mark.parametrize(("name", "kernel", "interpret"), runs_of(CACHES, lambda name: CACHES[name][0].v_bits < 16))
 def test_attends_a_cache_as_xla_does(name, kernel, interpret):
     cache, query, expected = filled_cache(name)
     *_, lengths, window = CACHES[name]
@@ -419,10 +417,7 @@ def without_codes(case):
     return not {case.get("k_slots", "4 bits"), case.get("v_slots", "4 bits")} & {*CODES}
 
 
-LOWERED_CODES = [
-    {**case, "group": 1 + i % 16}
-    for i, case in enumerate(pairwise(CODED_AXES, without=without_codes))
-]
+LOWERED_CODES = [{**case, "group": 1 + i % 16} for i, case in enumerate(pairwise(CODED_AXES, without=without_codes))]
 
 
 def abstract_call(
