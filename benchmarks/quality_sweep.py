@@ -1,136 +1,34 @@
-"""Every pruning rule beside its neighbours, on the same windows and needles of one model.
+"""Every pruning rule, or every format of rows, beside its neighbours, on the same windows and needles of one model.
 
     python -m benchmarks.quality_sweep --model MODEL --data FILE [FILE ...] --output FOLDER
 
-For each cache of `caches()`, the perplexity and the needle test of `mustafar eval`: 16 windows of 1,536 + 512 tokens of
-each text, and needles in the first text at 1,024, 2,048 and 4,096 tokens. A folder per cache and test holds the
-records: a sweep that was interrupted goes on where it stopped, and several may share the work (--part 0/4 .. 3/4). With
---collect, what is there is put into a JSON file, from which `python -m benchmarks.quality_report` makes the tables.
+For each cache of a list in `quality_caches`, the perplexity and the needle test of `mustafar eval`: 16 windows of
+1,536 + 512 tokens of each text, and needles in the first text at 1,024, 2,048 and 4,096 tokens. A folder per cache and
+test holds the records: a sweep that was interrupted goes on where it stopped, and several may share the work (--part
+0/4 .. 3/4). With --collect, what is there is put into a JSON file, from which `python -m benchmarks.quality_report`
+makes the tables.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 import mustafar_jax as mj
 from benchmarks.origin import where
-from mustafar_jax.generation import DENSE
-from mustafar_jax.pruning import Context, Method, largest, magnitude_bits
+from benchmarks.quality_caches import CACHES, Cache, caches
 from mustafar_jax.quality import needle, perplexity
-from mustafar_jax.quality.evaluate import Evaluator, cache_bytes
+from mustafar_jax.quality.evaluate import Evaluator, cache_bytes, row_bits
 from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.quantised import Quantised
 from mustafar_jax.quality.runs import Run, fingerprint
 
-Config = mj.CompressionConfig
-
 TESTS = ["perplexity", "needle"]
-
-
-@dataclasses.dataclass(frozen=True)
-class CountedMethod(Method):
-    """A rule by magnitude, or magnitude times query, that keeps `count` entries of every vector."""
-
-    count: int = 0
-
-    def kept(self, head_dim: int, sparsity: float) -> float:
-        """The fraction of entries that the masks keep."""
-        return self.count / head_dim
-
-
-@dataclasses.dataclass(frozen=True)
-class Counted(Config):
-    """A config with an explicit number of kept entries, which `keep_count` would round up, in as many slots as that."""
-
-    count: int = 4
-
-    @property
-    def key_method(self) -> Method:
-        """The largest, weighted by the recent queries where k_method is "output_aware"."""
-        by_query = self.k_method == "output_aware"
-        return CountedMethod(functools.partial(_mask, self.count, by_query), needs_queries=by_query, count=self.count)
-
-    @property
-    def value_method(self) -> Method:
-        """The largest."""
-        return CountedMethod(functools.partial(_mask, self.count, False), count=self.count)
-
-
-def _mask(count: int, by_query: bool, x: jax.Array, sparsity: float, context: Context) -> jax.Array:
-    if by_query:
-        assert context.queries is not None
-        x = x.astype(jnp.float32) * jnp.abs(context.queries).sum(axis=2, keepdims=True)
-    return largest(magnitude_bits(x), count)
-
-
-class Cache(NamedTuple):
-    """What is measured: its rule, which of keys (K) and values (V) it prunes, and how to make it."""
-
-    rule: str
-    pruned: str
-    config: Config
-
-    @property
-    def name(self) -> str:
-        """Unique, and fit for a folder."""
-        config = self.config
-        words = f"{self.rule} {self.pruned} {max(config.k_sparsity, config.v_sparsity):g}"
-        return re.sub(r"[^\w.]+", "-", words)
-
-
-def caches() -> list[Cache]:
-    """All of them, the dense one first."""
-    found = [Cache("dense", "", DENSE)]
-    for s in (0.5, 0.7):
-        found += [Cache(rule, "K", Config(s, 0, k_method=method)) for rule, method in _KEYS.items()]
-        found += [Cache(rule, "V", Config(0, s, v_method=method)) for rule, method in _VALUES.items()]
-    found += [Cache("2:4", "K", Config(0.5, 0, k_method="2:4")), Cache("2:4", "V", Config(0, 0.5, v_method="2:4"))]
-    found += [Cache("2:4", "K+V", Config(0.5, 0.5, k_method="2:4", v_method="2:4"))]
-    for s in (0.5, 0.7, 0.75):
-        found += [
-            Cache("magnitude", "K+V", Config(s, s)),
-            Cache("recommended", "K+V", Config.recommended(s, s)),
-            Cache("recommended, unweighed", "K+V", Config.recommended(s, s, weigh_keys=False)),
-            Cache("recommended, output-aware", "K+V", Config.recommended(s, s, k_method="output_aware")),
-        ]
-    for s in (0.5, 0.7):
-        found += [
-            Cache("output-aware", "K+V", Config(s, s, k_method="output_aware")),
-            Cache("ThinK", "K+V", Config(s, s, k_method="think", v_method="think")),
-        ]
-    found += [
-        Cache("magnitude, 19 of 64", "K+V", Counted(0.7, 0.7, count=19)),
-        Cache("recommended, 13 of 64", "K+V", Counted.recommended(0.75, 0.75, count=13)),
-        Cache(
-            "recommended, unweighed, 13 of 64",
-            "K+V",
-            Counted.recommended(0.75, 0.75, weigh_keys=False, count=13),
-        ),
-        Cache(
-            "recommended, output-aware, 13 of 64",
-            "K+V",
-            Counted.recommended(0.75, 0.75, k_method="output_aware", count=13),
-        ),
-    ]
-    return found + [Cache(f"int{bits}", "K+V", Quantised(bits=bits)) for bits in (4, 3, 2)]
-
-
-_KEYS = {"magnitude": "magnitude", "output-aware": "output_aware", "ThinK": "think"}
-_VALUES = {
-    "magnitude": "magnitude",
-    "channel magnitude": "channel_magnitude",
-    "channel output-aware": "channel_output_aware",
-    "ThinK": "think",
-}
 
 
 def main() -> None:
@@ -148,7 +46,8 @@ def main() -> None:
         "where": where(),
     }
     part, parts = map(int, options.part.split("/"))
-    chosen = [cache for cache in caches() if re.search(options.only, cache.name)][part::parts]
+    listed = CACHES[options.caches]()
+    chosen = [cache for cache in listed if re.search(options.only, cache.name)][part::parts]
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for name, examples in tests.items():
@@ -181,6 +80,7 @@ def _metrics(model: Any, cache: Cache, examples: list[Example]) -> dict[str, Any
     return {
         "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
         "true_sparsity": None if config is None else config.true_sparsity(model.config.head_dim),
+        "bits": row_bits(cache.config, model.config.head_dim),
         "bytes": cache_bytes(model, cache.config, longest),
     }
 
@@ -215,7 +115,8 @@ def collect(folder: pathlib.Path) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     groups: dict[str, list[str]] = {}
     for run, _, found, records in sorted(finished, key=lambda each: order.get(each[0].parent.name, len(order))):
-        about = {name: found[name] for name in ("rule", "pruned", "kind", "sparsity", "true_sparsity")}
+        shown = ("rule", "pruned", "kind", "sparsity", "true_sparsity", "bits")
+        about = {name: found[name] for name in shown if name in found}  # earlier ones have no bits
         row = rows.setdefault(run.parent.name, {"name": run.parent.name} | about | {"tests": {}})
         chosen = [records[id_] for id_ in tests[run.name]]
         groups[run.name] = [record["group"] for record in chosen]
@@ -247,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/sweep"), help="(%(default)s)")
     parser.add_argument("--collect", type=pathlib.Path, help="write what --output holds to this file, and stop")
     parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS, help="(%(default)s)")
+    parser.add_argument("--caches", choices=CACHES, default="rules", help="which list of them (%(default)s)")
     parser.add_argument("--only", default="", metavar="PATTERN", help="caches whose folder's name matches")
     parser.add_argument("--part", default="0/1", help="do every n-th cache, from the i-th on: i/n (%(default)s)")
     parser.add_argument("--windows", type=int, default=16, help="of each text (%(default)s)")

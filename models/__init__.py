@@ -9,6 +9,8 @@ from mustafar_jax.models.checkpoint import Checkpoint, load, load_config, load_w
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
+from mustafar_jax.models.qwen2 import Qwen2
+from mustafar_jax.models.qwen3 import Qwen3
 from mustafar_jax.models.rope import RopeScaling
 from mustafar_jax.models.tensors import LazyTensor
 
@@ -18,6 +20,8 @@ __all__ = [
     "Llama",
     "Mistral",
     "ModelConfig",
+    "Qwen2",
+    "Qwen3",
     "RopeScaling",
     "load",
     "load_config",

@@ -19,10 +19,12 @@ from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.folder import open_safetensors, read_config_files
 from mustafar_jax.models.llama import Llama, shapes_of
 from mustafar_jax.models.mistral import Mistral
+from mustafar_jax.models.qwen2 import Qwen2
+from mustafar_jax.models.qwen3 import Qwen3
 from mustafar_jax.models.tensors import EMBEDDING, HEAD, LazyTensor, is_harmless
 from mustafar_jax.models.tokenizer_folder import load_folder_tokenizer
 
-MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral}
+MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
 """The model class of each `model_type` of config.json."""
 
 MESH_AXES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
@@ -101,11 +103,13 @@ def open_checkpoint(source: str | os.PathLike[str], *, dtype: DTypeLike | None =
     dtype = None if dtype is None else _check_dtype(dtype)
     path = _local(source)
     if path.is_file():
-        from mustafar_jax.models.gguf import open_gguf  # not every caller has such a file
+        from mustafar_jax.models.gguf import ARCHITECTURES, open_gguf, read_header  # not every caller has such a file
 
         if dtype is None:  # CPUs take twice as long for a bfloat16 token, which XLA emulates there
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        return Checkpoint(path, Llama, *open_gguf(path), dtype)
+        header = read_header(path)
+        config, tensors = open_gguf(header)
+        return Checkpoint(path, ARCHITECTURES[header.architecture], config, tensors, dtype)
     folder = path if path.is_dir() else _download(source, ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"])
     fields, generation = read_config_files(folder)
     model_class = _model_class(fields)
@@ -226,10 +230,10 @@ def _stored_name(path: tuple[Any, ...]) -> str:
 
 
 def _stored_shape(variable: nnx.Variable[Any]) -> tuple[int, ...]:
-    """The shape in the checkpoint: heads and their channels are one axis there."""
+    """The shape in the checkpoint: heads and their channels are one axis there, but where channels stand alone."""
     sizes: list[int] = []
     for axis, size in zip(_axes(variable), variable.shape, strict=True):
-        if axis == "head_dim":
+        if axis == "head_dim" and sizes:
             sizes[-1] *= size
         else:
             sizes.append(size)

@@ -27,11 +27,16 @@ _SIZES = (
     "num_kv_heads",
     "head_dim",
 )
+_FLAGS = ("tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm", "mlp_bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama- or Mistral-type model's static description; hashable, so it can be static under `jax.jit`."""
+    """A model's static description, of any family; hashable, so it can be static under `jax.jit`.
+
+    `attention_bias` is of q, k and v, `attention_output_bias` of the projection after attention. With `qk_norm` every
+    head's query and key pass an RMSNorm over their channels before they are rotated.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -47,6 +52,8 @@ class ModelConfig:
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: bool = False
     mlp_bias: bool = False
     eos_ids: tuple[int, ...] = ()
 
@@ -56,7 +63,7 @@ class ModelConfig:
         self._check("max_position_embeddings", is_length(self.max_position_embeddings), A_LENGTH)
         self._check("rms_norm_eps", is_at_least_zero(self.rms_norm_eps), "a number of at least 0")
         self._check("rope_theta", is_above_zero(self.rope_theta), "a number above 0")
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        for name in _FLAGS:
             self._check(name, is_flag(getattr(self, name)), "True or False")
         self._check("eos_ids", all(map(is_token, self.eos_ids)), "integers from 0 to 2**31 - 1")
         window = self.sliding_window

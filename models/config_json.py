@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mustafar_jax.models.config import ModelConfig
-from mustafar_jax.models.fields import MISSING, Field, is_at_least_zero, is_flag, is_tokens, length, size
+from mustafar_jax.models.fields import FLAG, MISSING, Field, is_at_least_zero, length, size, tokens
 from mustafar_jax.models.rope import read_rope, rope_problems
-
-_FLAG = Field("true or false", is_flag, default=False)
+from mustafar_jax.models.window import read_window, window_problem
 
 LLAMA_FIELDS: Mapping[str, Field] = {
     "vocab_size": size(),
@@ -24,11 +23,11 @@ LLAMA_FIELDS: Mapping[str, Field] = {
     "head_dim": size(None, nullable=True),
     "max_position_embeddings": length(2048),
     "rms_norm_eps": Field("a number of at least 0", is_at_least_zero, default=1e-6),
-    "tie_word_embeddings": _FLAG,
-    "attention_bias": _FLAG,
-    "mlp_bias": _FLAG,
+    "tie_word_embeddings": FLAG,
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
     "sliding_window": Field("null: Llama attends to all tokens", lambda value: value is None, default=None),
-    "eos_token_id": Field("an integer from 0 to 2**31 - 1, or a list of such", is_tokens, default=2, nullable=True),
+    "eos_token_id": tokens(2),
 }
 """What transformers' LlamaConfig holds, with its defaults; the rotary embedding is read by `rope`."""
 
@@ -63,11 +62,13 @@ def read_config_json(
         ValueError: for what no model here computes, and for numbers out of range, naming every such field, what it
             holds and what is supported.
     """
-    fields = {name: field.default for name, field in known.items() if field.default is not MISSING} | dict(fields)
+    # A default of None is what a file gives that leaves the field out; one that says null is checked.
+    defaults = {name: field.default for name, field in known.items() if field.default not in (MISSING, None)}
+    fields = defaults | dict(fields)
     generation = {name: value for name, value in (generation or {}).items() if value is not None}
     if problems := _problems(known, fields, generation):
         raise ValueError("config.json describes a model that is not supported: " + "; ".join(problems))
-    value = {name: fields[name] for name in known}
+    value: dict[str, Any] = {name: fields.get(name) for name in known}
     theta, scaling = read_rope(fields)
     return ModelConfig(
         vocab_size=value["vocab_size"],
@@ -81,9 +82,10 @@ def read_config_json(
         rms_norm_eps=value["rms_norm_eps"],
         rope_theta=theta,
         rope_scaling=scaling,
-        sliding_window=value["sliding_window"],
+        sliding_window=read_window(known, fields),
         tie_word_embeddings=value["tie_word_embeddings"],
         attention_bias=value.get("attention_bias", False),
+        attention_output_bias=value.get("attention_bias", False),
         mlp_bias=value.get("mlp_bias", False),
         eos_ids=_tokens(generation.get("eos_token_id", value["eos_token_id"])),
     )
@@ -96,21 +98,8 @@ def _problems(known: Mapping[str, Field], fields: Mapping[str, Any], generation:
             problems.append(f"{name}={reprlib.repr(fields[name])}, supported: {', '.join(map(repr, supported))}")
     if fields.get("quantization_config") is not None:
         problems.append("quantization_config is present, supported: bfloat16, float16 and float32 weights")
-    problems += [_layer_types_problem(fields), *rope_problems(fields), _stops_problem(known, generation)]
+    problems += [window_problem(known, fields), *rope_problems(fields), _stops_problem(known, generation)]
     return [problem for problem in problems if problem is not None]
-
-
-def _layer_types_problem(fields: Mapping[str, Any]) -> str | None:
-    """All layers are alike: all attend within the window where there is one, and to all tokens where there is none."""
-    layer_types, layers = fields.get("layer_types"), fields.get("num_hidden_layers")
-    wanted = "full_attention" if fields.get("sliding_window") is None else "sliding_attention"
-    if layer_types is None:
-        return None
-    if not isinstance(layer_types, list) or any(kind != wanted for kind in layer_types):
-        return f"layer_types={reprlib.repr(layer_types)}, supported: the same for all layers, {wanted!r}"
-    if len(layer_types) != layers:
-        return f"layer_types names {len(layer_types)} layers, num_hidden_layers={layers}"
-    return None
 
 
 def _stops_problem(known: Mapping[str, Field], generation: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ MISSING = object()
 
 A_SIZE = "a positive integer below 2**31"
 A_LENGTH = "a positive integer below 2**63"
+A_TOKEN = "an integer from 0 to 2**31 - 1"
 
 _INT32, _INT64 = 2**31, 2**63
 
@@ -86,6 +87,10 @@ def is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+FLAG = Field("true or false", is_flag, default=False)
+"""A field that `is_flag`, false where a file leaves it out."""
+
+
 def size(default: Any = MISSING, *, nullable: bool = False) -> Field:
     """A field that `is_size`."""
     return Field(A_SIZE, is_size, default, nullable)
@@ -94,3 +99,13 @@ def size(default: Any = MISSING, *, nullable: bool = False) -> Field:
 def length(default: Any = MISSING) -> Field:
     """A field that `is_length`."""
     return Field(A_LENGTH, is_length, default)
+
+
+def token(default: Any = MISSING) -> Field:
+    """A field that `is_token`."""
+    return Field(A_TOKEN, is_token, default)
+
+
+def tokens(default: Any = MISSING) -> Field:
+    """A field that `is_tokens`, or null: no token."""
+    return Field(f"{A_TOKEN}, or a list of such", is_tokens, default, nullable=True)

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture, read tensor by tensor under Hugging Face names and orders.
+"""GGUF files of the architectures of Llama and Qwen, read tensor by tensor under Hugging Face names and orders.
 
 The header is parsed here rather than by `gguf.GGUFReader`: a file that is cut short is reported with the place and the
 bytes that are missing, and long vocabularies take a twentieth of the time. The quantised formats are the `gguf`
@@ -21,7 +21,16 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.gguf_config import ROPE_FACTORS, read_gguf_config
+from mustafar_jax.models.llama import Llama
+from mustafar_jax.models.qwen2 import Qwen2
+from mustafar_jax.models.qwen3 import Qwen3
 from mustafar_jax.models.tensors import LazyTensor
+
+ARCHITECTURES: Mapping[str, type[Llama]] = {"llama": Llama, "qwen2": Qwen2, "qwen3": Qwen3}
+"""The model class of each `general.architecture`; files of Mistral models state Llama's."""
+
+# Where the rows of q and k are in the order of GGML's first RoPE; the others have Hugging Face's.
+_INTERLEAVED = frozenset({"llama"})
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -68,6 +77,8 @@ _BLOCK_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -101,6 +112,11 @@ class GGUFHeader:
     tensors: Mapping[str, GGUFTensor]
     file_size: int
 
+    @property
+    def architecture(self) -> Any:
+        """What the file says that its model is, and what the keys of its description begin with; None if nothing."""
+        return self.metadata.get("general.architecture")
+
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """Read a GGUF file's metadata and its list of tensors; no tensor data is touched.
@@ -123,14 +139,17 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     return GGUFHeader(path, metadata, tensors, file_size)
 
 
-def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """Open a GGUF file of the Llama architecture, which Mistral's files state, too.
+def open_gguf(source: str | os.PathLike[str] | GGUFHeader) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+    """Open a GGUF file of one of the `ARCHITECTURES`.
+
+    Args:
+        source: the file's path, or its header.
 
     Returns:
         The model's configuration, and its tensors under Hugging Face names, in Hugging Face shapes and orders:
         projections [outputs, inputs], the rows of q and k in the half-split RoPE order. `read` gives float32, or
         float16 and bfloat16 where a tensor is stored so. Without `output.weight` the embeddings are tied. Tensors
-        that no Llama model has keep their GGUF name.
+        that no model here has keep their GGUF name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -138,7 +157,7 @@ def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Lazy
             themselves, RoPE scaling that is neither linear nor Llama 3's; unsupported quantisations (every such
             tensor is named). Nothing of the tensors' data has been read then.
     """
-    header = read_header(path)
+    header = source if isinstance(source, GGUFHeader) else read_header(source)
     _check_architecture(header)
     _check_tensors(header)
     try:
@@ -146,7 +165,7 @@ def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Lazy
     except ValueError as error:
         raise ValueError(f"{str(header.path)!r}: {error}") from error
     tensors = {
-        _hugging_face_name(tensor.name): _lazy_tensor(header.path, tensor, config)
+        _hugging_face_name(tensor.name): _lazy_tensor(header, tensor, config)
         for tensor in header.tensors.values()
         if tensor.name != ROPE_FACTORS
     }
@@ -253,18 +272,18 @@ def _read_tensor_entry(cursor: _Cursor, what: str) -> GGUFTensor:
 
 
 def _check_architecture(header: GGUFHeader) -> None:
-    architecture = header.metadata.get("general.architecture")
-    if architecture != "llama":
+    architecture = header.architecture
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{str(header.path)!r}: general.architecture is {architecture!r}; supported is 'llama' "
-            "(Llama, SmolLM and Mistral models)"
+            f"{str(header.path)!r}: general.architecture is {architecture!r}; supported are "
+            f"{', '.join(map(repr, ARCHITECTURES))} ('llama' is that of SmolLM and Mistral models too)"
         )
     parts = header.metadata.get("split.count", 0)
     if parts not in (0, 1):
         raise ValueError(f"{str(header.path)!r} is one of {parts} parts of a model; merge them into one file first")
-    experts = header.metadata.get("llama.expert_count", 0)
-    if experts:
-        raise ValueError(f"{str(header.path)!r}: llama.expert_count is {experts}; mixtures of experts are unsupported")
+    key = f"{architecture}.expert_count"
+    if experts := header.metadata.get(key, 0):
+        raise ValueError(f"{str(header.path)!r}: {key} is {experts}; mixtures of experts are unsupported")
 
 
 def _check_tensors(header: GGUFHeader) -> None:
@@ -301,7 +320,9 @@ def _kind_name(kind: GGMLQuantizationType | int) -> str:
 def _read_config(header: GGUFHeader) -> ModelConfig:
     factors = header.tensors.get(ROPE_FACTORS)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    return read_gguf_config(header.metadata, shapes, None if factors is None else _read_tensor(header.path, factors))
+    rope_factors = None if factors is None else _read_tensor(header.path, factors)
+    config = read_gguf_config(header.architecture, header.metadata, shapes, rope_factors)
+    return dataclasses.replace(config, **ARCHITECTURES[header.architecture].always)
 
 
 def _hugging_face_name(name: str) -> str:
@@ -313,17 +334,18 @@ def _hugging_face_name(name: str) -> str:
     return name
 
 
-def _lazy_tensor(path: Path, tensor: GGUFTensor, config: ModelConfig) -> LazyTensor:
-    read: Callable[[], np.ndarray] = functools.partial(_read_tensor, path, tensor)
+def _lazy_tensor(header: GGUFHeader, tensor: GGUFTensor, config: ModelConfig) -> LazyTensor:
+    read: Callable[[], np.ndarray] = functools.partial(_read_tensor, header.path, tensor)
     part = tensor.name.split(".")[-2] if "." in tensor.name else ""
-    num_heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(part)
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    num_heads = heads.get(part) if header.architecture in _INTERLEAVED else None
     if num_heads is not None and tensor.shape[0] == num_heads * config.head_dim:
         read = functools.partial(_read_uninterleaved, read, num_heads)
     return LazyTensor(tensor.shape, read)
 
 
 def _read_uninterleaved(read: Callable[[], np.ndarray], num_heads: int) -> np.ndarray:
-    """GGUF stores the two channels that RoPE turns side by side; Hugging Face's order has them head_dim / 2 apart."""
+    """The file has the two channels that RoPE turns side by side; Hugging Face's order has them head_dim / 2 apart."""
     weight = read()
     pairs = weight.reshape(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

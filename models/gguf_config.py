@@ -1,4 +1,4 @@
-"""The model's description in the metadata of a GGUF file of the Llama architecture."""
+"""The model's description in the metadata of a GGUF file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ from mustafar_jax.models.rope import RopeScaling, frequencies
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor that divides the rotary frequencies one by one."""
 
-# Control tokens that end a turn of a chat. Many files name one end token alone, though the model ends with several.
-_TURN_ENDS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
+# Control tokens that end a text or a turn. Many files name one end token alone, though the model ends with several.
+_ENDS = frozenset({"<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
 _CONTROL_TOKEN = 3
 
 # Keys that llama.cpp computes with in this or a kindred architecture, and the values at which they change nothing.
@@ -34,11 +34,15 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 
 
 def read_gguf_config(
-    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None
+    architecture: str,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: np.ndarray | None,
 ) -> ModelConfig:
     """The model's description that a GGUF file's metadata and tensors give.
 
     Args:
+        architecture: what the keys of the description begin with.
         metadata: by key.
         shapes: of the file's tensors, by GGUF name, outermost axis first.
         rope_factors: the tensor `ROPE_FACTORS`, or None where the file has none.
@@ -47,7 +51,7 @@ def read_gguf_config(
         ValueError: metadata that are missing, contradict themselves or are out of range, and what no model here
             computes.
     """
-    keys = _Keys(metadata)
+    keys = _Keys(architecture, metadata)
     keys.check_supported()
     num_heads = keys.integer("attention.head_count")
     hidden_size = keys.integer("embedding_length")
@@ -74,25 +78,26 @@ def read_gguf_config(
         sliding_window=keys.integer("attention.sliding_window", 0) or None,
         tie_word_embeddings="output.weight" not in shapes,
         attention_bias="blk.0.attn_q.bias" in shapes,
+        attention_output_bias="blk.0.attn_output.bias" in shapes,
         mlp_bias="blk.0.ffn_gate.bias" in shapes,
         eos_ids=_eos_ids(metadata, vocab_size),
     )
 
 
 class _Keys:
-    """The `llama.*` metadata; a missing key counts as 0 until `check_missing` reports all of them at once."""
+    """The metadata under an architecture; a missing key counts as 0 until `check_missing` reports all at once."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.metadata = metadata
+    def __init__(self, architecture: str, metadata: Mapping[str, Any]) -> None:
+        self.architecture, self.metadata = architecture, metadata
         self.missing: list[str] = []
 
     def error(self, key: str, message: str) -> ValueError:
-        return ValueError(f"llama.{key} {message}")
+        return ValueError(f"{self.architecture}.{key} {message}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self.metadata.get(f"llama.{key}", default)
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
-            self.missing.append(f"llama.{key}")
+            self.missing.append(f"{self.architecture}.{key}")
             return 0
         if isinstance(value, list):  # one number for each layer
             if len(set(value)) != 1:
@@ -115,7 +120,7 @@ class _Keys:
 
     def check_supported(self) -> None:
         for key, supported in _ONLY.items():
-            if (value := self.metadata.get(f"llama.{key}", supported[0])) not in supported:
+            if (value := self.metadata.get(f"{self.architecture}.{key}", supported[0])) not in supported:
                 raise self.error(key, f"is {value!r}, supported: {', '.join(map(repr, supported))}")
 
     def check_missing(self) -> None:
@@ -151,7 +156,7 @@ def _eos_ids(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
     ids += [
         index
         for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
-        if kind == _CONTROL_TOKEN and token in _TURN_ENDS
+        if kind == _CONTROL_TOKEN and token in _ENDS
     ]
     return tuple(dict.fromkeys(index for index in ids if is_token(index) and index < vocab_size))
 

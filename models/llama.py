@@ -1,4 +1,4 @@
-"""Llama in Flax NNX: Llama 2 and 3, SmolLM2, and, with a sliding window, Mistral.
+"""Llama in Flax NNX: Llama 2 and 3, SmolLM2, and what Mistral and Qwen add, as the model's config has it.
 
 Modules and weights carry the names of Hugging Face checkpoints, and every kernel keeps the orientation that it has
 there ([outputs, inputs], heads split in two axes), so that loading one is a reshape and never a transpose.
@@ -10,8 +10,9 @@ scores and logits are computed in float32. Matrix products have JAX's default pr
 GPUs is TF32: wrap the call in `jax.default_matmul_precision("highest")` where float32 is meant to be exact.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.models.config_json import LLAMA_FIELDS, read_config_json
+from mustafar_jax.models.fields import Field
 from mustafar_jax.rope import rotate
 
 M = TypeVar("M", bound=nnx.Module)
@@ -43,11 +45,15 @@ class Attention(nnx.Module):
         self.config = config
         embed, head_dim = {"embed": config.hidden_size}, {"head_dim": config.head_dim}
         heads, kv_heads = {"heads": config.num_heads}, {"kv_heads": config.num_kv_heads}
-        options: dict[str, Any] = {"bias": config.attention_bias, "dtype": dtype, "rngs": rngs}
-        self.q_proj = _linear("...d,nhd->...nh", heads | head_dim | embed, **options)
-        self.k_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, **options)
-        self.v_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, **options)
-        self.o_proj = _linear("...nh,dnh->...d", embed | heads | head_dim, **options)
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        bias, output_bias = config.attention_bias, config.attention_output_bias
+        self.q_proj = _linear("...d,nhd->...nh", heads | head_dim | embed, bias=bias, **options)
+        self.k_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, bias=bias, **options)
+        self.v_proj = _linear("...d,khd->...kh", kv_heads | head_dim | embed, bias=bias, **options)
+        self.o_proj = _linear("...nh,dnh->...d", embed | heads | head_dim, bias=output_bias, **options)
+        if config.qk_norm:
+            self.q_norm = _norm(head_dim, config, **options)
+            self.k_norm = _norm(head_dim, config, **options)
 
     def __call__(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Attend causally: hidden [B, S, D], lengths [B] -> attended [B, S, D], query, key and value [B, S, K, H]."""
@@ -76,6 +82,8 @@ class Attention(nnx.Module):
         """hidden [..., D], positions [..., 1] -> rotated query [..., N, H] and key [..., K, H], value [..., K, H]."""
         inv_freq = jnp.asarray(rope_frequencies(self.config))
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, positions, inv_freq).astype(hidden.dtype)
         return query, rotate(key, positions, inv_freq).astype(hidden.dtype), value
 
@@ -99,9 +107,10 @@ class Layer(nnx.Module):
     """One decoder layer. All layers of a model are of one structure: a function jitted over one compiles once."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.input_layernorm = _norm(config, dtype, rngs)
+        embed = {"embed": config.hidden_size}
+        self.input_layernorm = _norm(embed, config, dtype=dtype, rngs=rngs)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = _norm(config, dtype, rngs)
+        self.post_attention_layernorm = _norm(embed, config, dtype=dtype, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -189,7 +198,12 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A Llama-type language model.
+    """A Llama-type language model; other families are classes of their own, which differ in what is said here of them.
+
+    Attributes:
+        architecture: what config.json calls a model of the family.
+        fields: what config.json holds of one.
+        always: what `ModelConfig` holds of every one, and no file says.
 
     Args:
         config: the model's shape.
@@ -197,7 +211,9 @@ class Llama(nnx.Module):
         rngs: random numbers for the initial weights; `mustafar_jax.models.load` fills them from a checkpoint.
     """
 
-    architecture = "LlamaForCausalLM"
+    architecture: ClassVar[str] = "LlamaForCausalLM"
+    fields: ClassVar[Mapping[str, Field]] = LLAMA_FIELDS
+    always: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -212,7 +228,7 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = _norm(config, dtype, rngs)
+        self.norm = _norm({"embed": config.hidden_size}, config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             axes = {"vocab": config.vocab_size, "embed": config.hidden_size}
             self.lm_head = _linear("...d,vd->...v", axes, dtype=dtype, rngs=rngs)
@@ -220,7 +236,7 @@ class Llama(nnx.Module):
     @classmethod
     def read_config(cls, fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
         """The description that config.json (and generation_config.json) gives; ValueError for what is unsupported."""
-        return read_config_json(LLAMA_FIELDS, fields, generation)
+        return dataclasses.replace(read_config_json(cls.fields, fields, generation), **cls.always)
 
     def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """Logits of whole sequences, without a cache.
@@ -281,13 +297,15 @@ def _linear(equation: str, axes: dict[str, int], *, bias: bool = False, dtype: D
     )
 
 
-def _norm(config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(axis: dict[str, int], config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """An RMSNorm over the last axis, whose logical name and size `axis` gives."""
+    [size] = axis.values()
     return nnx.RMSNorm(
-        config.hidden_size,
+        size,
         epsilon=config.rms_norm_eps,
         dtype=dtype,
         param_dtype=dtype,
-        scale_metadata=_logical_axes("embed"),
+        scale_metadata=_logical_axes(*axis),
         rngs=rngs,
     )
 

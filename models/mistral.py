@@ -1,10 +1,8 @@
 """Mistral in Flax NNX: Llama's computation, with the sliding window that v0.1 has and v0.2 and v0.3 do not."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from mustafar_jax.models.config import ModelConfig
-from mustafar_jax.models.config_json import LLAMA_FIELDS, read_config_json
+from mustafar_jax.models.config_json import LLAMA_FIELDS
 from mustafar_jax.models.fields import Field, length, size
 from mustafar_jax.models.llama import Llama
 
@@ -25,8 +23,4 @@ class Mistral(Llama):
     """
 
     architecture = "MistralForCausalLM"
-
-    @classmethod
-    def read_config(cls, fields: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-        """The description that config.json (and generation_config.json) gives; ValueError for what is unsupported."""
-        return read_config_json(MISTRAL_FIELDS, fields, generation)
+    fields = MISTRAL_FIELDS

@@ -62,6 +62,7 @@ class _Splitting:
     """How text is cut before the merges: digits first where they stand alone, then by `pattern`."""
 
     pattern: str
+    composed: bool = False  # after characters and their accents are made one (Unicode's NFC)
     single_digits: bool = False
     whole_words: bool = False  # a piece that is a token as it stands is taken without merging
     add_bos: bool = False  # where the metadata does not say
@@ -71,7 +72,8 @@ _GPT2 = _Splitting(_GPT2_SPLIT)
 _SMOLLM = _Splitting(_GPT2_SPLIT, single_digits=True)
 _LLAMA3 = _Splitting(_LLAMA3_SPLIT, whole_words=True, add_bos=True)
 _LLAMA3_MERGED = _Splitting(_LLAMA3_SPLIT)
-_QWEN2 = _Splitting(_QWEN2_SPLIT)
+_QWEN2 = _Splitting(_QWEN2_SPLIT, composed=True)
+_STABLELM2 = _Splitting(_QWEN2_SPLIT)
 _TEKKEN = _Splitting(_TEKKEN_SPLIT, whole_words=True, add_bos=True)
 
 # `tokenizer.ggml.pre` -> splitting. Files without the key, or with "default", date from before it was written or hold
@@ -81,7 +83,8 @@ _SPLITTINGS: dict[str, _Splitting] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _SMOLLM),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), _LLAMA3),
     **dict.fromkeys(("smaug-bpe", "dbrx"), _LLAMA3_MERGED),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez"), _STABLELM2),
+    "qwen2": _QWEN2,
     "tekken": _TEKKEN,
 }
 
@@ -118,7 +121,7 @@ class _Vocabulary:
     """The `tokenizer.ggml.*` metadata of one file, checked, with what files may leave out filled in."""
 
     def __init__(self, header: GGUFHeader) -> None:
-        self.path, self.metadata = header.path, header.metadata
+        self.path, self.metadata, self.architecture = header.path, header.metadata, header.architecture
         self._check_types()
         # SentencePiece vocabularies may leave out the ids that Llama's has.
         self.default_ids = {"bos": 1, "eos": 2, "unknown": 0} if self.get("model") == "llama" else {}
@@ -193,6 +196,8 @@ def _byte_level_tokenizer(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     backend = Tokenizer(
         BPE(vocab=vocabulary.ids, merges=_listed_merges(vocabulary), ignore_merges=splitting.whole_words)
     )
+    if splitting.composed:
+        backend.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if splitting.single_digits else []
     steps += [
         pre_tokenizers.Split(Regex(splitting.pattern), behavior="isolated"),
@@ -300,7 +305,7 @@ _BUILDERS: Mapping[str, Callable[[_Vocabulary], tuple[Tokenizer, bool]]] = {
 def _wrap(backend: Tokenizer, vocabulary: _Vocabulary, add_bos: bool) -> PreTrainedTokenizerFast:
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     specials = {argument: vocabulary.special(name) for name, argument in names.items()}
-    context = vocabulary.metadata.get("llama.context_length")
+    context = vocabulary.metadata.get(f"{vocabulary.architecture}.context_length")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         add_bos_token=specials["bos_token"] is not None and vocabulary.get("add_bos_token", add_bos),

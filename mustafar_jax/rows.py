@@ -207,9 +207,13 @@ class Rows:
 
     def to_array(self) -> jax.Array:
         """The array [..., S, H]: every held entry in its channel, zero elsewhere."""
-        words, entries = self.bitmap, self.format.decode(self.payload, self.scale)
-        whole = entries if words is None else _by_bits(lambda slots: layout.expand(slots, words), entries)
-        return whole[..., : self.length, :]
+        words = self.bitmap
+
+        def place(entries: jax.Array) -> jax.Array:
+            whole = entries if words is None else layout.expand(entries, words)
+            return whole[..., : self.length, :]
+
+        return _by_bits(place, self.format.decode(self.payload, self.scale))
 
     def mask(self) -> jax.Array:
         """Bool [..., S, H]: where an entry is held."""

@@ -1,7 +1,6 @@
 """Codes of a few bits, which stand for levels times one scale a row."""
 
 import abc
-import math
 from typing import Any
 
 import jax
@@ -96,8 +95,9 @@ class ScaledCodec(Codec):
 
     @property
     def _largest_scale(self) -> float:
-        """A power of two, of which no level is beyond float32."""
-        return 2.0 ** (128 - math.frexp(self.top)[1])
+        """The largest of bfloat16 with which no level is beyond float32."""
+        largest = np.float32(np.finfo(np.float32).max / self.top)
+        return float((largest.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))  # bfloat16 is its upper half
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from mustafar_jax.quality.examples import Example, Problem
 from mustafar_jax.quality.forcing import check_fits, compare, empty_cache, hidden_states
 from mustafar_jax.quality.metrics import bootstrap_groups
 from mustafar_jax.quality.runs import Record, Run
+from mustafar_jax.rows import RowFormat, Rows
 
 Progress = Callable[[float, int], object]
 """Called as progress(done, total), in examples."""
@@ -221,13 +222,27 @@ def cache_bytes(model: Any, config: CompressionConfig, capacity: int) -> dict[st
     }
 
 
+def row_bits(config: CompressionConfig, head_dim: int) -> tuple[float, float]:
+    """Bits of an entry of packed keys and of packed values, bitmaps and scales counted; of bfloat16 caches."""
+    tokens = 4096
+
+    def bits(how: RowFormat) -> float:
+        rows: Rows = jax.eval_shape(functools.partial(how.empty, (), tokens))
+        flags = 0 if rows.overflow is None else rows.overflow.size
+        return 8 * (rows.nbytes - flags) / (tokens * head_dim)
+
+    keys, values = config.formats(head_dim, np.dtype(jnp.bfloat16))
+    return bits(keys), bits(values)
+
+
 def _spare_nbytes(cache: PackedCache) -> float:
     """Bytes of slots that no mask fills, of rules whose rows are unequal."""
     spare = 0.0
     for store, sparsity in zip((cache.keys, cache.values), cache.config.true_sparsity(cache.head_dim), strict=True):
         rows = store.packed
         free = rows.slots - (1 - sparsity) * rows.head_dim
-        spare += math.prod(rows.leading) * rows.padded_length * free * rows.payload.dtype.itemsize
+        bits = rows.codec.bits or 8 * rows.payload.dtype.itemsize
+        spare += math.prod(rows.leading) * rows.padded_length * free * bits / 8
     return spare
 
 

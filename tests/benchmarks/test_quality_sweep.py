@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import quality_sweep
+from benchmarks import quality_caches, quality_sweep
 from mustafar_jax.pruning import Context
 from mustafar_jax.quality.runs import Run
 
 
 def test_caches_have_names_of_their_own():
-    names = [cache.name for cache in quality_sweep.caches()]
+    names = [cache.name for cache in quality_caches.caches()]
     assert len(set(names)) == len(names)
     assert names[0] == "dense-0"
     assert all(name.replace("-", "").replace(".", "").replace("_", "").isalnum() for name in names)
@@ -21,7 +21,7 @@ def test_caches_have_names_of_their_own():
 @pytest.mark.parametrize("by_query", [False, True])
 def test_an_explicit_count(by_query):
     method = "output_aware" if by_query else "magnitude"
-    config = quality_sweep.Counted(0.75, 0.75, k_method=method, count=13)
+    config = quality_caches.Counted(0.75, 0.75, k_method=method, count=13)
     rng = np.random.default_rng(0)
     x, queries = (jnp.asarray(rng.standard_normal((1, 2, 32, 64)), jnp.float32) for _ in range(2))
     context = Context(jnp.ones((1, 32), bool), queries)

@@ -22,6 +22,10 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -93,6 +97,10 @@ def _made(kind: str) -> PreTrainedModel:
             return random_model(LlamaForCausalLM, LlamaConfig(**ONE_LAYER, attention_bias=True, mlp_bias=True))
         case "mistral":
             return random_model(MistralForCausalLM, MistralConfig(**ONE_LAYER, sliding_window=9))
+        case "qwen2":
+            return random_model(Qwen2ForCausalLM, Qwen2Config(**ONE_LAYER, sliding_window=9))
+        case "qwen3":
+            return random_model(Qwen3ForCausalLM, Qwen3Config(**ONE_LAYER, head_dim=16, sliding_window=9))
     raise ValueError(kind)
 
 
@@ -106,7 +114,7 @@ def _saved(kind: str) -> tempfile.TemporaryDirectory[str]:
 
 
 def copy(kind: str, folder: Path, **fields: Any) -> Path:
-    """A folder of a small model of a kind ("llama", "tied", "biased", "mistral"), with other fields in config.json."""
+    """A folder of a small model of a kind, as `_made` makes it, with other fields in config.json."""
     shutil.copytree(_saved(kind).name, folder, dirs_exist_ok=True)
     return edit(folder, **fields)
 

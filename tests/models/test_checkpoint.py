@@ -17,13 +17,14 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mustafar_jax import models
-from mustafar_jax.models import LazyTensor, Llama, Mistral, load_weights
+from mustafar_jax.models import LazyTensor, Llama, Mistral, Qwen2, Qwen3, load_weights
 from mustafar_jax.models.folder import open_safetensors
 from tests.models.odd import HF_SMALL, SMALL, lazy, small_arrays, write_small
 from tests.models.reference import TINY, TOLERANCE, forward, random_model, random_tokens, torch_logits
+from tests.models.variants import tiny_model
 
 
 def weights_of(model):
@@ -35,11 +36,11 @@ def weights_of(model):
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
 @pytest.mark.parametrize(
-    ("reference_class", "config_class", "model_class"),
-    [(LlamaForCausalLM, LlamaConfig, Llama), (MistralForCausalLM, MistralConfig, Mistral)],
+    ("variant", "model_class"),
+    [("llama-2", Llama), ("mistral-0.1", Mistral), ("qwen2", Qwen2), ("qwen3-window-and-biases", Qwen3)],
 )
-def test_folders_sharded_or_not(reference_class, config_class, model_class, max_shard_size, tmp_path):
-    reference = random_model(reference_class, config_class(**TINY))
+def test_folders_sharded_or_not(variant, model_class, max_shard_size, tmp_path):
+    reference = tiny_model(variant)
     reference.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (max_shard_size == "60KB")
     model, tokenizer = models.load(str(tmp_path))

@@ -7,19 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mustafar_jax import models
-from mustafar_jax.models import Llama, Mistral, RopeScaling
+from mustafar_jax.models import Llama, RopeScaling
+from mustafar_jax.models.checkpoint import MODELS
 from mustafar_jax.models.config_json import LLAMA_FIELDS, ONLY
-from mustafar_jax.models.mistral import MISTRAL_FIELDS
 from tests.helpers import exhaustive
 from tests.models import odd
 from tests.models.reference import TOLERANCE
 
-READERS = {"llama": Llama, "mistral": Mistral}
-KNOWN = {"llama": LLAMA_FIELDS, "mistral": MISTRAL_FIELDS}
-CLASSES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "mistral": MistralConfig}
+CLASSES: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -38,7 +49,8 @@ HARMLESS: dict[str, Any] = {
     "problem_type": "regression",
     "initializer_range": 0.5,  # of training
     "is_encoder_decoder": True,
-    "max_window_layers": 0,
+    "max_window_layers": 0,  # of Qwen alone, as use_sliding_window
+    "mlp_layer_types": ["dense"],  # of families whose feed-forward networks differ
     "mtp_layer_types": ["full_attention"],
     "name_or_path": "elsewhere",
     "output_attentions": False,
@@ -79,8 +91,9 @@ FIELDS: dict[str, list[Any]] = {
     "logit_scale": [3.0],
     "logits_scaling": [8.0],
     "max_position_embeddings": [64, 8, ...],
+    "max_window_layers": [0, 1, 28],
     "mlp_bias": [True, False, ...],
-    "model_type": ["qwen2", "qwen3", "granite", "gpt2"],
+    "model_type": ["qwen2_moe", "granite", "gpt2"],
     "num_hidden_layers": [2],
     "num_key_value_heads": [4, ...],
     "original_max_position_embeddings": [16],
@@ -119,10 +132,30 @@ FIELDS: dict[str, list[Any]] = {
     "tie_word_embeddings": [True, False, ...],
     "torch_dtype": ["float32"],
     "transformers_weights": ["other.safetensors"],
+    "use_sliding_window": [True, False, ...],
     "vocab_size": [96],
 }
 # Values of fields that act together: each of one with each of the other, beside what the last one says.
-TOGETHER: dict[str, list[tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, Any]]]] = {
+Together = list[tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, Any]]]
+FULL, SLIDING = "full_attention", "sliding_attention"
+QWEN_TOGETHER: Together = [
+    (
+        {"sliding_window": [5, 100, None, ...]},
+        {"max_window_layers": [0, 1, 28, ...]},
+        {"use_sliding_window": True, "layer_types": ...},
+    ),
+    (
+        {"sliding_window": [5, None]},
+        {"layer_types": [[FULL], [SLIDING], [SLIDING] * 2, [], None]},
+        {"use_sliding_window": True, "max_window_layers": 28},
+    ),
+    (
+        {"use_sliding_window": [False, ...]},
+        {"layer_types": [[FULL], [SLIDING], ...]},
+        {"sliding_window": 5, "max_window_layers": 0},
+    ),
+]
+TOGETHER: dict[str, Together] = {
     "llama": [
         (
             {"rope_scaling": FIELDS["rope_scaling"]},
@@ -149,18 +182,19 @@ TOGETHER: dict[str, list[tuple[dict[str, list[Any]], dict[str, list[Any]], dict[
         ),
         ({"layer_types": [["sliding_attention"], []]}, {"sliding_window": [None]}, {}),
     ],
+    **dict.fromkeys(("qwen2", "qwen3"), QWEN_TOGETHER),
 }
 
 
 def cases(family: str) -> list[dict[str, Any]]:
-    found = [{}, HARMLESS, *({name: value} for name, values in FIELDS.items() for value in values)]
+    found = [{}, harmless(family), *({name: value} for name, values in FIELDS.items() for value in values)]
     for first, second, beside in TOGETHER[family]:
         for (one, ones), (two, twos) in itertools.product(first.items(), second.items()):
             found += [{one: a, two: b, **beside} for a, b in itertools.product(ones, twos)]
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", *exhaustive("mistral")])
+@pytest.mark.parametrize("family", ["llama", *exhaustive("mistral", "qwen2", "qwen3")])
 def test_logits_are_those_of_transformers_or_a_field_is_named(family, tmp_path):
     odd.copy(family, tmp_path)
     original = (tmp_path / "config.json").read_text()
@@ -179,6 +213,10 @@ def test_logits_are_those_of_transformers_or_a_field_is_named(family, tmp_path):
     assert loaded > 30
 
 
+def harmless(family: str) -> dict[str, Any]:
+    return {name: value for name, value in HARMLESS.items() if name not in MODELS[family].fields}
+
+
 def named_by(fields: dict[str, Any]) -> list[str]:
     """What an error may call that has to do with these fields: sizes may show in the tensors alone."""
     inner = [key for value in fields.values() if isinstance(value, dict) for key in value]
@@ -186,14 +224,13 @@ def named_by(fields: dict[str, Any]) -> list[str]:
     return [*fields, *inner, "rope_type", *(["do not fit the model", "num_kv_heads"] if sizes else [])]
 
 
-@pytest.mark.parametrize("name", HARMLESS)
-@pytest.mark.parametrize("family", READERS)
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in MODELS for name in harmless(family)])
 def test_harmless_fields_change_no_description(family, name):
     fields = dict(MINIMAL)
-    assert READERS[family].read_config(fields | {name: HARMLESS[name]}) == READERS[family].read_config(fields)
+    assert MODELS[family].read_config(fields | {name: HARMLESS[name]}) == MODELS[family].read_config(fields)
 
 
-@pytest.mark.parametrize("family", READERS)
+@pytest.mark.parametrize("family", MODELS)
 def test_every_field_that_transformers_reads_is_known(family, tmp_path, monkeypatch):
     """A field that a later transformers reads is to be computed, refused or found harmless: then it goes in a table."""
     odd.copy(family, tmp_path)
@@ -214,7 +251,7 @@ def test_every_field_that_transformers_reads_is_known(family, tmp_path, monkeypa
     read = {name for name in read if not name.startswith("_") and not callable(getattr(config, name, None))}
     assert {"is_causal", "sliding_window", "rope_parameters"} <= read  # the test sees what is read
     generation = set(GenerationConfig()._get_default_generation_params())  # of sampling, which has its own arguments
-    known = {*LLAMA_FIELDS, *ONLY, *HARMLESS, *NO_FIELDS, *COMPUTED_ELSEWHERE, *generation}
+    known = {*MODELS[family].fields, *ONLY, *HARMLESS, *NO_FIELDS, *COMPUTED_ELSEWHERE, *generation}
     assert {*read, *(field.name for field in dataclasses.fields(config))} - known == set()
 
 
@@ -225,33 +262,35 @@ MINIMAL = {
     "hidden_size": 64,
     "intermediate_size": 12,
     "num_hidden_layers": 2,
-    "num_attention_heads": 16,
+    "num_attention_heads": 32,
 }
 NO_LENGTH = [True, False, "8", 8.5, 8.0, -1, 0, 2**63, 10**30, [8], {}, float("nan")]
 NO_SIZE = [*NO_LENGTH, 2**31]
 NO_NUMBER = [True, "1.0", -1.0, float("inf"), float("nan"), 10**400, [1.0], {}]
 NO_FLAG = [0, 1, "false", None, []]
+NO_TOKEN = [2.0, -1, True, "2", None, 2**31, [1], {}]
 NO_TOKENS = [2.0, -1, True, "2", [2, -1], [2.5], [None], 2**31, {}]
 BAD: dict[str, list[Any]] = {
     **dict.fromkeys(["num_key_value_heads", "head_dim"], NO_SIZE),
     **{name: [*NO_SIZE, None] for name in MINIMAL},
     "max_position_embeddings": [*NO_LENGTH, None],
-    **dict.fromkeys(["tie_word_embeddings", "attention_bias", "mlp_bias"], NO_FLAG),
+    **dict.fromkeys(["tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"], NO_FLAG),
     "rms_norm_eps": [*NO_NUMBER, None],
     "eos_token_id": NO_TOKENS,
     "sliding_window": NO_SIZE,
+    "max_window_layers": NO_TOKEN,
 }
 
 
 def test_every_field_has_its_bad_values():
-    assert set(BAD) == set(LLAMA_FIELDS) == {*MISTRAL_FIELDS, "attention_bias", "mlp_bias"}
+    assert set(BAD) == {name for model_class in MODELS.values() for name in model_class.fields}
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family in READERS for name in KNOWN[family]])
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in MODELS for name in MODELS[family].fields])
 def test_numbers_out_of_range_are_named(family, name):
     for value in BAD[name]:
         with pytest.raises(ValueError, match=rf"config\.json .*: {name}=.* must be ") as caught:
-            READERS[family].read_config(MINIMAL | {name: value})
+            MODELS[family].read_config(MINIMAL | {name: value})
         assert repr(value)[:8] in str(caught.value)
 
 
@@ -279,17 +318,18 @@ def test_stop_tokens_of_generation_config_are_checked():
             Llama.read_config(MINIMAL, {"eos_token_id": value})
 
 
-@pytest.mark.parametrize("family", READERS)
+@pytest.mark.parametrize("family", MODELS)
 def test_defaults_are_those_of_transformers(family):
-    config, wanted = READERS[family].read_config(MINIMAL), CLASSES[family](**MINIMAL)
+    config, wanted = MODELS[family].read_config(MINIMAL), CLASSES[family](**MINIMAL)
     assert config.num_kv_heads == wanted.num_key_value_heads
-    assert config.head_dim == wanted.head_dim
+    assert config.head_dim == getattr(wanted, "head_dim", wanted.hidden_size // wanted.num_attention_heads)
     assert config.max_position_embeddings == wanted.max_position_embeddings
     assert config.rms_norm_eps == wanted.rms_norm_eps
     assert config.rope_theta == wanted.rope_parameters["rope_theta"]
     assert config.tie_word_embeddings == wanted.tie_word_embeddings
     assert config.sliding_window == getattr(wanted, "sliding_window", None)
-    assert config.eos_ids == (wanted.eos_token_id,)
+    assert config.eos_ids == (() if wanted.eos_token_id is None else (wanted.eos_token_id,))
+    assert config.attention_bias == (family == "qwen2")  # its biases are no field of its config
 
 
 def test_a_required_field_that_is_missing_is_named_beside_what_is_wrong():
@@ -324,7 +364,7 @@ def test_a_config_s_fields_are_read():
         ({"quantization_config": {"bits": 4}}, "quantization_config is present"),
         ({"vocab_size": None}, "vocab_size=None must be a positive integer"),
         ({"hidden_act": "relu", "vocab_size": None}, "vocab_size=None must be a .* integer .*; hidden_act='relu'"),
-        ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral', 'qwen2', 'qwen3'"),
         ({"model_type": None}, "model_type=None in config.json"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures=\['LlamaForSequenceClassification'\]"),
         ({"num_key_value_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
@@ -333,7 +373,7 @@ def test_a_config_s_fields_are_read():
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 must be a positive integer"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor=0 must be a number above 0"),
         ({"sliding_window": 9}, "sliding_window=9 must be null: Llama"),
-        ({"model_type": "qwen2"}, "model_type='qwen2' in config.json, supported: 'llama', 'mistral'"),
+        ({"model_type": "qwen2_moe"}, "model_type='qwen2_moe' in config.json, supported: 'llama', "),
         ({"num_hidden_layers": 2**31 - 1}, "num_layers=2147483647 is more than the checkpoint's 21 tensors hold"),
     ],
 )

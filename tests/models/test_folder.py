@@ -31,6 +31,11 @@ def with_tensors(**tensors: torch.Tensor) -> Build:
     return lambda folder: odd.write(folder, odd.tensors(folder) | more)
 
 
+def without(part: str) -> Build:
+    """All tensors but those whose name holds the part."""
+    return lambda folder: odd.write(folder, {n: tensor for n, tensor in odd.tensors(folder).items() if part not in n})
+
+
 def cast(dtype: torch.dtype, *parts: str) -> Build:
     """Tensors whose name holds one of the parts, or all, in another dtype."""
 
@@ -93,10 +98,15 @@ def beside(name: str, content: str = "") -> Build:
     return lambda folder: (folder / name).write_text(content)
 
 
-def fused(folder: Path) -> None:
-    tensors = odd.tensors(folder)
-    parts = [tensors.pop(f"model.layers.0.self_attn.{part}_proj.weight") for part in "qkv"]
-    odd.write(folder, tensors | {"model.layers.0.self_attn.qkv_proj.weight": torch.cat(parts)})
+def fused(kind: str) -> Build:
+    """The projections to queries, keys and values in one, their weights or their biases."""
+
+    def build(folder: Path) -> None:
+        tensors = odd.tensors(folder)
+        parts = [tensors.pop(f"model.layers.0.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        odd.write(folder, tensors | {f"model.layers.0.self_attn.qkv_proj.{kind}": torch.cat(parts)})
+
+    return build
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -154,7 +164,34 @@ FORMS: dict[str, tuple[str, Build, str | None]] = {
         with_tensors(model__layers__1__input_layernorm__weight=ONE),
         "unexpected: model.layers.1.input_layernorm.weight",
     ),
-    "projections fused": ("llama", fused, "missing: .*k_proj.*unexpected: model.layers.0.self_attn.qkv_proj.weight"),
+    "projections fused": (
+        "llama",
+        fused("weight"),
+        "missing: .*k_proj.*unexpected: .*qkv_proj.weight",
+    ),
+    "Qwen2 without its biases": ("qwen2", without("bias"), r"missing: (.*_proj.bias(, )?){3}$"),
+    "Qwen2 with a bias after attention": (
+        "qwen2",
+        with_tensors(model__layers__0__self_attn__o_proj__bias=torch.ones(64)),
+        "unexpected: model.layers.0.self_attn.o_proj.bias",
+    ),
+    "Qwen2, biases fused": ("qwen2", fused("bias"), "missing: .*q_proj.bias.*unexpected: .*qkv_proj.bias"),
+    "Qwen2 said to be Qwen3": (
+        "qwen2",
+        lambda folder: odd.edit(folder, model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16),
+        "missing: .*k_norm.weight.*unexpected: .*k_proj.bias",
+    ),
+    "Qwen3, biases unsaid": (
+        "qwen3",
+        with_tensors(model__layers__0__self_attn__k_proj__bias=torch.ones(32)),
+        "unexpected: model.layers.0.self_attn.k_proj.bias",
+    ),
+    "Qwen3 without a norm": ("qwen3", without("k_norm"), "missing: model.layers.0.self_attn.k_norm.weight$"),
+    "Qwen3, norm of all heads": (
+        "qwen3",
+        with_tensors(model__layers__0__self_attn__q_norm__weight=torch.ones(64)),
+        r"q_norm.weight \(64,\), wanted \(16,\)",
+    ),
     "names of Meta": ("llama", renamed(lambda name: name.replace("self_attn.q_proj", "attention.wq")), "attention.wq"),
     "all in float64": ("llama", cast(torch.float64), None),
     "norms in float64": ("llama", cast(torch.float64, "norm"), None),

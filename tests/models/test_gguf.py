@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from mustafar_jax.models import Llama, load
 from mustafar_jax.models import gguf as gguf_module
 from mustafar_jax.models.checkpoint import load_weights
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.gguf import open_gguf, read_header
-from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.rope import RopeScaling
+from tests.models.reference import TOLERANCE, forward, random_model, torch_logits
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 40, 64, 96, 2, 4, 2, 16
 
@@ -151,10 +154,10 @@ def test_config(tmp_path):
         (
             {
                 "tokenizer.ggml.eos_token_id": 2,
-                "tokenizer.ggml.tokens": ["a", "<|eot_id|>", "</s>", "<|im_end|>"],
-                "tokenizer.ggml.token_type": [1, 3, 3, 1],
+                "tokenizer.ggml.tokens": ["a", "<|eot_id|>", "</s>", "<|im_end|>", "<|endoftext|>"],
+                "tokenizer.ggml.token_type": [1, 3, 3, 1, 3],
             },
-            {"eos_ids": (2, 1)},
+            {"eos_ids": (2, 1, 4)},
         ),
     ],
 )
@@ -182,10 +185,6 @@ def test_biases(tmp_path):
 
 def llama3_divisors(factor, theta=500000.0, head_dim=128, **numbers):
     """What transformers divides the frequencies by: a converter writes these into rope_freqs.weight."""
-    pytest.importorskip("torch")
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192} | numbers
     rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **numbers}
     config = LlamaConfig(head_dim=head_dim, rope_parameters=rope)
@@ -278,9 +277,11 @@ def test_all_missing_metadata_are_named(tmp_path):
     assert "context_length" not in str(caught.value)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])
+@pytest.mark.parametrize("architecture", ["qwen2moe", "mistral"])
 def test_other_architectures_are_refused(tmp_path, architecture):
-    with pytest.raises(ValueError, match=rf"general\.architecture is '{architecture}'; supported is 'llama'"):
+    with pytest.raises(
+        ValueError, match=rf"general\.architecture is '{architecture}'; supported are 'llama', 'qwen2', 'qwen3'"
+    ):
         open_gguf(write(tmp_path / "m.gguf", architecture=architecture))
 
 
@@ -296,53 +297,107 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     del tensors["blk.1.ffn_up.weight"]
     tensors["blk.0.attn_q.weight"] = np.zeros((30, HIDDEN), np.float32)
     tensors["blk.0.attn_q_norm.weight"] = np.zeros(HEAD_DIM, np.float32)
+    tensors["blk.0.attn_output_norm.weight"] = np.zeros(HIDDEN, np.float32)
     config, opened = open_gguf(write(tmp_path / "m.gguf", tensors=tensors))
     with pytest.raises(ValueError) as caught:
         load_weights(Llama, config, opened, dtype=jnp.float32)
-    for name in ("layers.1.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight", "blk.0.attn_q_norm.weight"):
+    for name in (
+        "1.mlp.up_proj.weight",
+        "0.self_attn.q_proj.weight",
+        "0.self_attn.q_norm.weight",
+        "blk.0.attn_output_norm",
+    ):
         assert name in str(caught.value)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_weights_equal_hugging_faces_and_so_do_logits(tmp_path):
-    torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig, LlamaForCausalLM
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    "tie_word_embeddings": False,
+}
+# An architecture, transformers' class of it, and what its config says beside SIZES.
+FAMILIES = {
+    "llama": ("llama", LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+    "qwen2": ("qwen2", Qwen2ForCausalLM, {}),
+    "qwen2-tied": ("qwen2", Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", Qwen3ForCausalLM, {"head_dim": 32}),
+    "qwen3-biased": ("qwen3", Qwen3ForCausalLM, {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
+}
 
-    rope = {"rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "original_max_position_embeddings": 8192}
-    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            rms_norm_eps=1e-6,
-            rope_parameters=rope,
-            tie_word_embeddings=False,
-            initializer_range=0.3,
-        )
-    ).eval()
-    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
-    tensors = {"rope_freqs.weight": llama3_divisors(8.0, 50000.0, HEAD_DIM)}
-    tensors |= {gguf_name(name): weight for name, weight in weights.items()}
-    for i in range(LAYERS):
-        tensors[f"blk.{i}.attn_q.weight"] = interleaved(tensors[f"blk.{i}.attn_q.weight"], HEADS)
-        tensors[f"blk.{i}.attn_k.weight"] = interleaved(tensors[f"blk.{i}.attn_k.weight"], KV_HEADS)
-    config, opened = open_gguf(write(tmp_path / "m.gguf", tensors=tensors))
+
+def reference_and_weights(family):
+    """A random model of transformers, and its weights by name, the embedding once."""
+    _, model_class, fields = FAMILIES[family]
+    reference = random_model(model_class, model_class.config_class(**SIZES | fields))
+    weights = {name: weight.numpy() for name, weight in reference.state_dict().items()}
+    if reference.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    return reference, weights
+
+
+def convert(path, family, weights):
+    """Write the file that a converter would make of Hugging Face's weights."""
+    architecture, _, fields = FAMILIES[family]
+    tensors = {gguf_name(name): weight for name, weight in weights.items()}
+    metadata = {key.replace("llama", architecture): value for key, value in METADATA.items()}
+    if architecture == "llama":
+        for name in tensors:
+            for part, num_heads in {".attn_q.": HEADS, ".attn_k.": KV_HEADS}.items():
+                if part in name:
+                    tensors[name] = interleaved(tensors[name], num_heads)
+        tensors["rope_freqs.weight"] = llama3_divisors(8.0, 50000.0, HEAD_DIM)
+    if "head_dim" in fields:
+        metadata |= {f"{architecture}.attention.{part}_length": fields["head_dim"] for part in ("key", "value")}
+    return write(path, metadata, tensors, architecture=architecture)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_equal_hugging_faces_and_so_do_logits(tmp_path, family):
+    reference, weights = reference_and_weights(family)
+    path = convert(tmp_path / "m.gguf", family, weights)
+    _, opened = open_gguf(path)
     assert opened.keys() == weights.keys()
     for name, weight in weights.items():
         np.testing.assert_array_equal(opened[name].read(), weight)
 
+    model, _ = load(path, dtype="float32")
+    assert type(model).architecture == type(reference).__name__
     tokens = np.random.default_rng(1).integers(0, VOCAB, (2, 24))
-    with torch.no_grad():
-        expected = model(torch.asarray(tokens)).logits.numpy()
-    logits = load_weights(Llama, config, opened, dtype=jnp.float32)(jnp.asarray(tokens, jnp.int32))
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    np.testing.assert_allclose(forward(model, tokens), torch_logits(reference, tokens), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"), [("qwen2", "q_proj.bias"), ("qwen2", "v_proj.bias"), ("qwen3", "k_norm.weight")]
+)
+def test_what_a_family_always_has_is_missed(tmp_path, family, part):
+    _, weights = reference_and_weights(family)
+    kept = {name: weight for name, weight in weights.items() if part not in name}
+    with pytest.raises(ValueError, match=rf"(?s)missing: model.layers.0.self_attn.{part}, [^,]*{part}$"):
+        load(convert(tmp_path / "m.gguf", family, kept))
+
+
+def test_a_bias_on_the_projection_after_attention_is_known_by_its_tensor(tmp_path):
+    _, weights = reference_and_weights("qwen3-biased")
+    assert open_gguf(convert(tmp_path / "m.gguf", "qwen3-biased", weights))[0].attention_output_bias
+    _, weights = reference_and_weights("qwen2")
+    assert not open_gguf(convert(tmp_path / "m.gguf", "qwen2", weights))[0].attention_output_bias
 
 
 def gguf_name(name):
@@ -355,6 +410,8 @@ def gguf_name(name):
         "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v",
         "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",

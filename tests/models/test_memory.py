@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mustafar_jax import CompressionConfig, generation, prefill_attention
-from mustafar_jax.models import Llama, ModelConfig, memory
+from mustafar_jax.models import Llama, ModelConfig, Qwen3, memory
 
 TINY = ModelConfig(
     vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -18,10 +18,13 @@ CONFIGS = pytest.mark.parametrize("compression", [generation.DENSE, RECOMMENDED]
 
 
 @CONFIGS
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_and_caches_are_exact(compression, tied):
-    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
-    model = Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    ("model_class", "fields"),
+    [(Llama, {}), (Llama, {"tie_word_embeddings": True}), (Qwen3, {"qk_norm": True, "attention_bias": True})],
+)
+def test_weights_and_caches_are_exact(compression, model_class, fields):
+    config = dataclasses.replace(TINY, **fields)
+    model = model_class(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     caches = model.init_cache(compression, batch=3, capacity=200)
     plan = memory.plan(config, compression, batch=3, capacity=200, dtype="bfloat16")
     assert plan.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))

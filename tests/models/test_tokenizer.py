@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from transformers import Qwen2Tokenizer
 
 from mustafar_jax.models.tokenizer import load_gguf_tokenizer
 from tests.models.vocabularies import BYTE, CONTROL, CORPUS, NORMAL, SPACE, TEXTS, UNKNOWN, UNUSED, USER_DEFINED, load
@@ -69,6 +71,19 @@ def test_smollm_splits_as_its_reference(metadata, text):
     ours = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     assert ours == reference.pre_tokenize_str(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_qwen2_equals_transformers(metadata, text):
+    merges = [tuple(line.split(" ")) for line in metadata["merges"]]
+    vocabulary = {token: index for index, token in enumerate(metadata["tokens"])}
+    reference: Any = Qwen2Tokenizer(vocabulary, merges)
+    reference.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer = load(**metadata | {"pre": "qwen2"})
+    text = f"<|im_start|>user\n{text}<|im_end|>\n"
+    ids = tokenizer.encode(text)
+    assert ids == reference.encode(text)
+    assert tokenizer.decode(ids) == reference.decode(ids) == unicodedata.normalize("NFC", text)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +181,7 @@ def test_chat_template(metadata):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
     )
-    others = {"tokenizer.chat_template": template, "llama.context_length": 64}
+    others = {"tokenizer.chat_template": template, "general.architecture": "qwen2", "qwen2.context_length": 64}
     tokenizer = load(others, **metadata | {"add_bos_token": True})
     messages = [{"role": "user", "content": "the dog"}]
     text = "<|im_start|>user\nthe dog<|im_end|>"

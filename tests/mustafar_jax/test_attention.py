@@ -85,7 +85,7 @@ def poisoned(cache):
         dense = poison(store.dense, (cache.ring.positions(cache.packed_lengths) < cache.lengths[:, None])[:, None])
         rows = (jnp.arange(store.packed.shape[2]) < cache.packed_lengths[:, None])[:, None]
         packed = store.packed
-        payload = poison(packed.payload, rows if packed.bitmap is None else rows[..., ::32])
+        payload = poison(packed.payload, rows if packed.payload.ndim == 4 else rows[..., ::32])
         others = {
             name: None if leaf is None else poison(leaf, rows)
             for name, leaf in (("bitmap", packed.bitmap), ("scale", packed.scale))

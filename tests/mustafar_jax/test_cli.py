@@ -498,7 +498,7 @@ def test_sizes(text, size):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' in config.json, supported: 'llama', 'mistral', 'qwen2', 'qwen3'"),
         ({"head_dim": 80}, "head_dim=80 must be a multiple of 32 where keys or values are pruned"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import mustafar_jax as mj
 from mustafar_jax import keep_count, key_spmv, pack, unpack, value_spmv
-from mustafar_jax.codecs import BY_BITS
+from mustafar_jax.codecs import PRUNED, WHOLE
 from mustafar_jax.rows import RowFormat, Rows
 from tests.helpers import DTYPES, adversarial, bits, magnitude_mask
 from tests.helpers import pack as pack_jit
@@ -157,10 +157,11 @@ def test_empty_holds_nothing():
     assert not np.asarray(unpack_jit(packed)).any()
 
 
-@pytest.mark.parametrize("slots", [None, 18])
-@pytest.mark.parametrize("bits", BY_BITS)
-def test_empty_rows_are_of_the_kind_that_packing_gives(bits, slots):
-    how, x = RowFormat(64, np.dtype(jnp.bfloat16), slots, BY_BITS[bits]), jnp.ones((2, 40, 64), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("slots", "codec"), [(None, codec) for codec in WHOLE.values()] + [(18, c) for c in PRUNED.values()]
+)
+def test_empty_rows_are_of_the_kind_that_packing_gives(slots, codec):
+    how, x = RowFormat(64, np.dtype(jnp.bfloat16), slots, codec), jnp.ones((2, 40, 64), jnp.bfloat16)
     packed = how.pack(x, None if slots is None else x > 0)
     empty = how.empty((2,), 40)
     assert jax.tree.structure(empty) == jax.tree.structure(packed)
@@ -176,7 +177,7 @@ X = jnp.ones((4, 64))
     ("error", "message", "call"),
     [
         (ValueError, r"mask has shape \(4, 32\), x has \(4, 64\)", lambda: pack(X, np.ones((4, 32), bool))),
-        (ValueError, r"wanted the same, \[\.\.\., S, H\]", lambda: pack(X[0], np.ones(64, bool))),
+        (ValueError, r"wanted \[\.\.\., S, H\]", lambda: pack(X[0], np.ones(64, bool))),
         (ValueError, "head_dim 48; wanted a multiple of 32", lambda: pack(X[:, :48], np.ones((4, 48), bool))),
         (TypeError, "mask has dtype float64; wanted bool", lambda: pack(X, np.ones((4, 64)))),
         (TypeError, "x has dtype int32; wanted", lambda: pack(X.astype(int), np.ones((4, 64), bool))),
@@ -184,7 +185,7 @@ X = jnp.ones((4, 64))
         (ValueError, "slots=60 is too few: a row of mask holds 64", lambda: pack(X, np.ones((4, 64), bool), slots=60)),
         (ValueError, "slots=None needs a concrete mask", lambda: jax.jit(pack)(X, np.ones((4, 64), bool))),
         (ValueError, r"x has shape \(64,\); wanted \[\.\.\., S, H\]", lambda: pack(X[0])),
-        (ValueError, r"bits=\[8\] must be one of \[16, 8\]", lambda: pack(X, bits=cast("Any", [8]))),
+        (ValueError, r"bits=\[8\] must be one of \[16, 8, 4, 3, 2\] where", lambda: pack(X, bits=cast("Any", [8]))),
         (TypeError, "x is of type list; wanted an array", lambda: pack(cast("Any", [[1.0]]))),
         (TypeError, "packed is of type ArrayImpl; wanted Rows", lambda: key_spmv(X[:1], cast("Any", X))),
         (ValueError, r"query has shape \(1, 32\)", lambda: key_spmv(X[:1, :32], pack(X, X > 0))),

@@ -59,8 +59,8 @@ def rows_of(rng, shape, dtype, sparsity, kinds="magnitude"):
 def rows_of_words(bitmap, payload):
     """Plain rows with a bitmap of these arrays [B, K, ...], or their shapes."""
     slots = payload.shape[-3] * payload.shape[-1]
-    form = RowFormat(bitmap.shape[3] * 32, np.dtype(payload.dtype), slots)
-    return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), form, bitmap.shape[2])
+    how = RowFormat(bitmap.shape[3] * 32, np.dtype(payload.dtype), slots)
+    return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), how, bitmap.shape[2])
 
 
 def coded_format(head_dim, dtype, bits, pairs):
