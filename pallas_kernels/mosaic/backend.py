@@ -16,7 +16,7 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     from mustafar_jax.pallas_kernels.mosaic.decode_attention import BOTH_DENSE
     from mustafar_jax.pallas_kernels.rows import is_dense, why_not_attend
 
-    if reason := why_not_attend(operands, lowering.why_not, codes.BITS):
+    if reason := why_not_attend(operands, lowering.why_not, codes.KEYS, codes.WHOLE):
         return reason
     return BOTH_DENSE if is_dense(operands.key) and is_dense(operands.value) else None
 

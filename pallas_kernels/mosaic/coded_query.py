@@ -41,14 +41,15 @@ class CodedQuery:
         down, up = self._powers(x)
         x = [y * down for y in x]
         last = (own & 16) > 0  # of 16 channels the last 8: see `codes.operands`
-        less = w.select(last, w.number(1 / codes.times_of_inner(plan.key.bits)), w.number(1))
+        factors = codes.Factors.of(plan.key)
+        less = w.select(last, w.number(1 / factors.inner), w.number(1))
         place = self.at.coded_queries + number * plan.coded_query_stride
         w.store_shared(place + own, self._halves([y * less for y in x]))
         rounded = [y for word in self._halves(x) for y in w.unpack_pair(word, float16=True)]
         total = self._over_lanes(functools.reduce(lambda a, b: a + b, rounded), lambda a, b: a + b)
         unit = up * plan.scale
-        offset = total * (unit * -codes.middle(plan.key.bits))
-        w.store_shared(place, [unit * codes.UNIT, offset], plan.head_dim * 2, where=w.lane() == 0)
+        offset = total * (unit * -factors.middle)
+        w.store_shared(place, [unit * factors.unit, offset], plan.head_dim * 2, where=w.lane() == 0)
         return []
 
     def _powers(self, x: list[Register]) -> tuple[Register, Register]:
@@ -76,8 +77,19 @@ class CodedQuery:
         rows = [self._place(at.g + 8 * octet) + (at.t << 2) for octet in range(plan.octets)]
         return [self.w.load_shared(row, 1, 16 * i)[0] for row in rows for i in range(2 * plan.tiles)]
 
+    def tile_fragments(self) -> list[Register]:
+        """Words of head g as `Products.load_query` gives them: channels p and p + H / 2."""
+        w, at, plan = self.w, self.at, self.plan
+        odd, words = (at.t & 1) > 0, []
+        for octet in range(plan.octets):
+            row = self._place(at.g + 8 * octet) + ((at.t >> 1) << 2)
+            for pair in range(0, plan.pairs, 4):
+                low, high = (w.load_shared(row, 1, 2 * (pair + i * plan.pairs))[0] for i in range(2))
+                words.append(w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0)))
+        return words
+
     def factors(self) -> list[Register]:
-        """(a, b) [octets][2] of heads 2 t and 2 t + 1: a product with codes times a, plus b, times a row's scale."""
+        """(a, b) [octets][2] of heads 2 t and 2 t + 1: a product with codes times a, plus b, times its row's scale."""
         w, at, plan = self.w, self.at, self.plan
         heads = [(at.t << 1) + (8 * octet + i) for octet in range(plan.octets) for i in range(2)]
         words = [w.load_shared(self._place(head), 2, 2 * plan.head_dim) for head in heads]

@@ -108,7 +108,7 @@ def attend_rows(
     """
     batch, kv_heads, group, head_dim = query.shape
     lowering.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    check_rows(key, value, query.dtype, codes.BITS)
+    check_rows(key, value, query.dtype, codes.KEYS, codes.WHOLE)
     if is_dense(key) and is_dense(value):
         raise NotImplementedError(BOTH_DENSE)
     heads, rows = batch * kv_heads, key.padded_length
@@ -154,7 +154,8 @@ def _params(
 ) -> launch.MosaicParams:
     """A heuristic's."""
     if any(side.bits for side in sides):
-        words = sum(side.bits for side in sides) * head_dim // WORD if all(side.bits for side in sides) else None
+        direct = all(side.is_direct for side in sides)
+        words = sum(side.bits for side in sides) * head_dim // WORD if direct else None
         return launch.coded_params(heads=heads, rows=rows, group=group, head_dim=head_dim, words=words, centred=centred)
     slots = sum(side.slots or 2 * head_dim for side in sides)
     return launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)

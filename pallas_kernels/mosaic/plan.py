@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mustafar_jax.layout import WORD
+from mustafar_jax.layout import WORD, round_slots
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
 from mustafar_jax.rows import Rows
 
@@ -18,18 +18,29 @@ class Layout:
 
     Attributes:
         rows: of each KV head.
-        slots: of a row with a bitmap; 0 for rows without one.
+        slots: of a row with a bitmap, entries that it has room for; 0 for rows without one.
+        usual: entries of a row with a bitmap that is not an unusual one: its slots, or, of codes, a word's less.
         bits: of a code; 0 for plain numbers.
     """
 
     rows: int
     slots: int
+    usual: int = 0
     bits: int = 0
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether rows go straight into products, as codes of every entry do; all others go through a tile."""
+        return self.bits > 0 and self.slots == 0
 
 
 def layout(rows: Rows) -> Layout:
     """Of rows as `attend_rows` takes them."""
-    return Layout(rows.padded_length, 0 if rows.bitmap is None else rows.slots, rows.codec.bits or 0)
+    bits = rows.codec.bits or 0
+    if rows.bitmap is None:
+        return Layout(rows.padded_length, 0, bits=bits)
+    assert rows.format.slots
+    return Layout(rows.padded_length, rows.slots, round_slots(rows.format.slots), bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +91,8 @@ class Plan:
 
     @property
     def has_tile(self) -> bool:
-        """Whether keys or values go through a tile: codes do not."""
-        return self.key.bits == 0 or self.value.bits == 0
+        """Whether keys or values go through a tile."""
+        return not (self.key.is_direct and self.value.is_direct)
 
     @property
     def tiles(self) -> int:
@@ -91,7 +102,7 @@ class Plan:
     @property
     def sums(self) -> int:
         """Products that values are added to: of each 16 channels; where they are codes, one for their middle."""
-        return self.tiles + (self.value.bits > 0)
+        return self.tiles + self.value.is_direct
 
     @property
     def statistics(self) -> int:

@@ -244,8 +244,9 @@ class ManyHeads(_Common):
         return [self.at.g + 8 * octet for octet in range(self.plan.octets)]
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
-        """Scores [octets][4 tokens of quad g][heads 2 t and 2 t + 1]."""
+        """Scores [octets][4 tokens of quad g][heads 2 t and 2 t + 1]; where keys are codes, products alone."""
         w, at, plan = self.w, self.at, self.plan
+        coded = plan.key.bits > 0
         size, first_class, zero = len(query) // plan.octets, at.t < 2, w.integer(0)
         sums = [self._first_sums(octet) for octet in range(plan.octets)]
         for step in range(plan.pairs // 8):
@@ -255,15 +256,18 @@ class ManyHeads(_Common):
                 first = [w.select(first_class, x, zero) for x in words]
                 second = [w.select(first_class, zero, x) for x in words]
                 for i, columns in enumerate((first, second)):
-                    of_classes[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, of_classes[i], strict=True)]
+                    of_classes[i] = [
+                        w.multiply_add(a, columns, c, float16=coded) for a, c in zip(rows, of_classes[i], strict=True)
+                    ]
         w.sync_warp()
         clear_tile(w, at, plan)
-        return [x * plan.scale for of_classes in sums for x in self._hand_on(of_classes)]
+        products = [x for of_classes in sums for x in self._hand_on(of_classes)]
+        return products if coded else [x * plan.scale for x in products]
 
     def _first_sums(self, octet: int) -> list[list[list[Register]]]:
         """Where the sums [2 classes][2][4] of an octet begin: class 0 has quad g in row g, as the mean's product."""
         zeros = [[self.w.number(0)] * 4] * 2
-        return [self.mean_sums(octet) if self.plan.centred else zeros, zeros]
+        return [self.mean_sums(octet) if self.plan.centred and not self.plan.key.bits else zeros, zeros]
 
     def _read_rows(self, step: int) -> list[list[Register]]:
         """Tokens 0 and 1 of a quad of pairs t and 4 + t of 8, then 2 and 3, as rows.
@@ -318,7 +322,7 @@ class ManyHeads(_Common):
         for i in range(0, len(weights), 2):
             pairs = zip(*weights[i : i + 2], strict=True)
             scales = value_scales
-            words += codes.scaled(w, pairs, scales, plan.value.bits) if scales else [w.pack_pair(*x) for x in pairs]
+            words += codes.scaled(w, pairs, scales, plan) if scales else [w.pack_pair(*x) for x in pairs]
         return [w.transpose(x) for x in words]
 
     def _over_quads(self, x: Register, combine: Callable[[Register, Register], Register]) -> Register:
@@ -346,8 +350,8 @@ class ManyHeads(_Common):
     def publish(self, state: State) -> None:
         """Each lane has two heads of its channels."""
         w, at, plan = self.w, self.at, self.plan
-        coded = plan.value.bits > 0
-        out = codes.without_middle(w, state.out, plan.value.bits) if coded else state.out
+        coded = plan.value.is_direct
+        out = codes.without_middle(w, state.out, plan) if coded else state.out
         of_block, of_half = (16, 8) if coded else (8, plan.pairs)
         for octet in range(plan.octets):
             for block in range(plan.tiles):

@@ -58,25 +58,32 @@ class TileKeys(Keys):
 
 
 class CodedKeys(Keys):
-    """Keys as codes; where they are centred, the mean's part of the scores is a product of its own."""
+    """Keys as codes, of every entry or behind a bitmap; the mean's part of the scores is a product of its own."""
 
-    def __init__(self, source: CodedSource, query: CodedQuery, multiply: Products, w: Warp, plan: Plan) -> None:
-        self.words, self.multiply, self.w, self.plan = source.words, multiply, w, plan
-        self.query, self.factors = query, query.factors()
+    def __init__(self, source: Source, query: CodedQuery, multiply: Products, w: Warp, at: Places, plan: Plan) -> None:
+        self.source, self.query, self.multiply, self.w, self.at, self.plan = source, query, multiply, w, at, plan
+        self.factors = query.factors()
+        self.fragments = [] if plan.key.is_direct else query.tile_fragments()
 
     def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
-        """See `Keys`."""
-        w, words, scales = self.w, registers[: self.words], registers[self.words :]
-        products = codes.multiply_keys(w, words, self.query.fragments(), self.plan)
-        return codes.scores(w, products, codes.row_scales(w, scales), self.factors, self.plan)
+        """See `Keys`: products, unless they are still to come from the tile, and two words of scales."""
+        *words, low, high = registers
+        if isinstance(self.source, CodedSource):
+            return [*codes.multiply_keys(self.w, words, self.query.fragments(), self.plan), low, high]
+        self.source.unpack(self.w, words, unit, seen, self.at, self.plan)
+        return [low, high]
 
     def scores(self, taken: list[Register]) -> list[Register]:
         """See `Keys`."""
-        if not self.plan.centred:
-            return taken
-        scale = self.w.number(self.plan.scale)
-        of_mean = [x for octet in range(self.plan.octets) for part in self.multiply.mean_sums(octet) for x in part]
-        return [self.w.fused(x, scale, y) for x, y in zip(of_mean, taken, strict=True)]
+        w, plan = self.w, self.plan
+        *products, low, high = taken
+        products = products or self.multiply.multiply_keys(self.fragments)
+        found = codes.scores(w, products, codes.row_scales(w, [low, high]), self.factors, plan)
+        if not plan.centred:
+            return found
+        scale = w.number(plan.scale)
+        of_mean = [x for octet in range(plan.octets) for part in self.multiply.mean_sums(octet) for x in part]
+        return [w.fused(x, scale, y) for x, y in zip(of_mean, found, strict=True)]
 
 
 class TileValues(Values):
@@ -131,14 +138,15 @@ def keys_of(
     plan: Plan,
 ) -> Keys:
     """The keys of a KV head; the block's warps share what they need of the queries."""
-    words = [] if isinstance(source, CodedSource) and not mean else multiply.load_query(query, head)
+    words = multiply.load_query(query, head) if mean or not plan.key.bits else []
     if mean:
         mean.share(head, words, multiply.heads())
-    if not isinstance(source, CodedSource):
+    if not plan.key.bits:
+        assert not isinstance(source, CodedSource)
         return TileKeys(source, words, multiply, w, at, plan)
     coded = CodedQuery(w, query, head, at, plan)
     coded.share()
-    return CodedKeys(source, coded, multiply, w, plan)
+    return CodedKeys(source, coded, multiply, w, at, plan)
 
 
 def values_of(source: Source, multiply: Products, w: Warp, at: Places, plan: Plan) -> Values:

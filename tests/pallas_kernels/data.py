@@ -80,6 +80,14 @@ def coded_rows(rng, shape, dtype, bits, pairs, *, turned=False):
     return rows, np.pad(dense, [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
 
 
+def pruned_codes(rng, shape, dtype, sparsity, kinds):
+    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap."""
+    x = jnp.asarray(rng.standard_normal(shape), dtype)
+    slots = mj.keep_count(shape[-1], sparsity)
+    rows = mj.pack(x, masks(rng, x, slots, kinds), slots=slots, bits=4)
+    return rows, np.pad(unpack(rows), [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
+
+
 def pack_rows(x, mask):
     """As `rows_of`, for [B, K, S, H] and a mask."""
     packed = pack(x, mask, slots=max(1, int(np.asarray(mask).sum(axis=-1).max())))
@@ -98,7 +106,10 @@ def poison(rows, outside):
     """Rows with NaN values, or NaN scales, and full or arbitrary bitmaps where bool `outside` [B, S] holds."""
     outside = outside[:, None]
     if rows.scale is not None:
-        return dataclasses.replace(rows, scale=jnp.where(layout.to_lanes(outside), jnp.nan, rows.scale))
+        rows = dataclasses.replace(rows, scale=jnp.where(layout.to_lanes(outside), jnp.nan, rows.scale))
+        if rows.bitmap is None:
+            return rows
+        return dataclasses.replace(rows, bitmap=jnp.where(outside[..., None], jnp.uint32(0xFFFF0FFF), rows.bitmap))
     if rows.bitmap is None:
         return dataclasses.replace(rows, payload=jnp.where(outside[..., None], jnp.nan, rows.payload))
     blocks = outside.reshape(*outside.shape[:2], -1, 1, 32, 1)
@@ -114,12 +125,18 @@ WHERE = [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.ma
 
 
 def specs(batch, kv_heads, group, rows, head_dim, key, value, dtype):
-    """Shapes of a query, of keys and of values, each given as slots (0: dense), or as "8", "4" or "2" bits of codes."""
+    """Shapes of a query, of keys and of values.
+
+    Each is given as slots (0: dense), as "8", "4" or "2" bits of codes, or as slots and bits, (n, 4).
+    """
 
     def rows_spec(how, pairs):
-        form = RowFormat(head_dim, np.dtype(dtype), how or None)
         if isinstance(how, str):
             form = coded_format(head_dim, dtype, int(how), pairs)
+        else:
+            slots, bits = how if isinstance(how, tuple) else (how, 16)
+            codec = codec_of("bits", bits, pruned=slots > 0)
+            form = RowFormat(head_dim, np.dtype(dtype), slots or None, codec)
         return jax.eval_shape(lambda: form.empty((batch, kv_heads), rows))
 
     query = jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype)

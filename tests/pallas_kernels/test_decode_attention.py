@@ -27,6 +27,7 @@ from tests.pallas_kernels.data import (
     jit,
     merge_splits,
     poison,
+    pruned_codes,
     rows_of,
     specs,
     with_mean,
@@ -92,7 +93,7 @@ class Case(NamedTuple):
     sequences: list[Sequence]
     kv_heads: int = 1
     centred: bool = False
-    k_bits: int = 16  # of codes without a bitmap; 16 for plain numbers
+    k_bits: int = 16  # of codes; 16 for plain numbers
     v_bits: int = 16
     turned: bool = False  # whether keys are coded as a rotation leaves them
     warps: int = 4
@@ -133,11 +134,19 @@ CASES = {
     "keys in 2 bits, values in 8": Case(64, BF16, 3, 0, 0, 96, 1, [RAGGED[0], Sequence("", 5, 96)], 1, True, 2, 8),
     "keys pruned, values in 4 bits": Case(128, BF16, 1, 0.7, 0, 230, 2, RAGGED, 1, True, v_bits=4),
     "keys in 4 bits, values pruned": Case(64, F16, 4, 0, 0.7, 230, 2, RAGGED, 1, True, k_bits=4, turned=True),
+    "keys pruned in 4 bits, values in 2": Case(128, BF16, 4, 0.7, 0, 230, 2, RAGGED, 1, True, 4, 2),
+    "keys pruned in 4 bits, values pruned": Case(64, F16, 1, 0.7, 0.5, 1000, 3, LONG, 2, False, 4),
+    "keys pruned in 4 bits, dense values": Case(64, BF16, 9, 0.5, 0, 96, 1, RAGGED[:2], 1, True, 4),
     "dense keys, values in 2 bits": Case(64, F16, 2, 0, 0, 96, 1, RAGGED[:1], v_bits=2),
     "keys in 2 bits, dense values": Case(128, BF16, 2, 0, 0, 96, 1, RAGGED[:1], k_bits=2),
 }
 FURTHER = ["1000 rows", "centred, 2 query heads", "centred, 7 query heads", "centred, 16 query heads"]
-FURTHER += ["2 bits, 16 query heads", "keys in 8 bits, values in 4", "dense keys, values in 2 bits"]
+FURTHER += [
+    "keys pruned in 4 bits, dense values",
+    "2 bits, 16 query heads",
+    "keys in 8 bits, values in 4",
+    "dense keys, values in 2 bits",
+]
 """Each differs from another case in a size or two, and compiles for seconds."""
 
 
@@ -155,15 +164,16 @@ def data(name):
     first, last = (jnp.array(x, jnp.int32) for x in (firsts, lasts))
     shape = (len(masks), case.kv_heads, case.rows, case.head_dim)
     query = jnp.asarray(rng.standard_normal((*shape[:2], case.group, case.head_dim)), case.dtype)
-    (key, dense_key), (value, dense_value) = (
-        rows_of(rng, shape, case.dtype, sparsity, masks)
-        if bits == 16
-        else coded_rows(rng, shape, case.dtype, bits, pairs, turned=case.turned and pairs == "channels")
-        for sparsity, bits, pairs in (
-            (case.k_sparsity, case.k_bits, "channels"),
-            (case.v_sparsity, case.v_bits, "tokens"),
-        )
-    )
+
+    def rows(sparsity, bits, pairs, turned):
+        if bits == 16:
+            return rows_of(rng, shape, case.dtype, sparsity, masks)
+        if sparsity:
+            return pruned_codes(rng, shape, case.dtype, sparsity, masks)
+        return coded_rows(rng, shape, case.dtype, bits, pairs, turned=turned)
+
+    key, dense_key = rows(case.k_sparsity, case.k_bits, "channels", case.turned)
+    value, dense_value = rows(case.v_sparsity, case.v_bits, "tokens", False)
     mean = None
     if case.centred:
         mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], case.head_dim)), jnp.float32), None, 4)
@@ -349,6 +359,7 @@ CACHES = {  # config, capacity, lengths, window
     "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
     "fast": (mj.CompressionConfig.preset("fast"), 300, [300, 63], None),
     "balanced, window": (mj.CompressionConfig.preset("balanced"), 300, [300, 101], 200),
+    "small": (mj.CompressionConfig.preset("small"), 300, [300, 63], None),
     "pruned keys, values in 2 bits": (
         mj.CompressionConfig.recommended(0.7, 0, v_bits=2, rotate_values=True), 200, [200, 63], None,
     ),
@@ -393,6 +404,7 @@ def test_attends_a_cache_as_xla_does(name, kernel, interpret):
 
 SLOTS = {"dense": lambda _: 0, "in eights": lambda h: h // 4 + 8, "in fours": lambda h: h // 4 + 4, "all": lambda h: h}
 CODES = {f"{bits} bits": lambda _, bits=bits: str(bits) for bits in (8, 4, 2)}
+PRUNED_CODES = {"pruned in 4 bits": lambda h: (h // 4 + 4, 4)}
 AXES = {
     "k_slots": [*SLOTS],
     "v_slots": [*SLOTS],
@@ -406,7 +418,7 @@ AXES = {
 }
 LOWERED = [{**case, "group": 1 + i % 16} for i, case in enumerate(pairwise(AXES))]
 CODED_AXES = AXES | {
-    "k_slots": ["in eights", "dense", *CODES],
+    "k_slots": ["in eights", "dense", *CODES, *PRUNED_CODES],
     "v_slots": ["in eights", "dense", *CODES],
     "turned": [False, True],
     "teams": [1, 3],
@@ -414,7 +426,7 @@ CODED_AXES = AXES | {
 
 
 def without_codes(case):
-    return not {case.get("k_slots", "4 bits"), case.get("v_slots", "4 bits")} & {*CODES}
+    return not {case.get("k_slots", "4 bits"), case.get("v_slots", "4 bits")} & {*CODES, *PRUNED_CODES}
 
 
 LOWERED_CODES = [{**case, "group": 1 + i % 16} for i, case in enumerate(pairwise(CODED_AXES, without=without_codes))]
@@ -424,7 +436,7 @@ def abstract_call(
     kernel, *, k_slots, v_slots, rows, sinks, head_dim, dtype, window, centred, splits, group, turned=False, teams=None
 ):
     """(decode attention as a function of arrays, their shapes); sinks and recent tokens beside the packed rows."""
-    k_slots, v_slots = ((SLOTS | CODES)[slots](head_dim) for slots in (k_slots, v_slots))
+    k_slots, v_slots = ((SLOTS | CODES | PRUNED_CODES)[slots](head_dim) for slots in (k_slots, v_slots))
     query, key, value = specs(2, 2, group, rows, head_dim, k_slots, v_slots, dtype)
     dense = jax.ShapeDtypeStruct((2, 2, 64 + sinks, head_dim), dtype)
     mean = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 2, head_dim), (head_dim // 2,))]
