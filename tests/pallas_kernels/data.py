@@ -81,10 +81,12 @@ def coded_rows(rng, shape, dtype, bits, pairs, *, turned=False):
 
 
 def pruned_codes(rng, shape, dtype, sparsity, kinds):
-    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap."""
+    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap. Of unequal rows some fill their last word."""
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     slots = mj.keep_count(shape[-1], sparsity)
-    rows = mj.pack(x, masks(rng, x, slots, kinds), slots=slots, bits=4)
+    counts = {kind: -(-slots // 8) * 8 if kind == "unequal" else slots for kind in kinds}
+    mask = [masks(rng, x[b : b + 1], counts[kind], [kind]) for b, kind in enumerate(kinds)]
+    rows = mj.pack(x, np.concatenate(mask), slots=slots, bits=4)
     return rows, np.pad(unpack(rows), [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
 
 

@@ -329,6 +329,25 @@ def powers(of_sequences):
 
 
 @pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
+def test_rows_of_zeros(kernel, interpret):
+    """One sequence's values are all zero, half of the other's are; so are half of all keys."""
+    rng, shape = np.random.default_rng(8), (2, 1, 64, 64)
+    (key, _), (value, _) = (coded_rows(rng, shape, F16, 4, pairs) for pairs in ("channels", "tokens"))
+    zero = rng.random(shape[:3]) < np.array([1.0, 0.5])[:, None, None]
+    key, value = (
+        dataclasses.replace(x, scale=jnp.where(none, 0, x.scale)) for x, none in ((key, zero[::-1]), (value, zero))
+    )
+    query, first, last = jnp.asarray(rng.standard_normal((2, 1, 3, 64)), F16), jnp.zeros(2, int), jnp.full(2, 64)
+    options = {"scale": 64**-0.5, "params": kernel.params(1), "interpret": interpret}
+    parts = jit(functools.partial(kernel.module.attend_rows, **options), interpret=interpret)(
+        query, key, value, first, last
+    )
+    out, _, total = merge_splits(query, *parts)
+    wanted, _, wanted_total = attend(query, key.to_array(), value.to_array(), first, last, options["scale"])
+    np.testing.assert_allclose(out / total[..., None], wanted / wanted_total[..., None], atol=1e-3)
+
+
+@pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_a_row_that_is_not_finite_makes_its_sequence_so_and_no_other(side, kernel, interpret):
     rng, rows = np.random.default_rng(7), 64
