@@ -81,10 +81,10 @@ def coded_rows(rng, shape, dtype, bits, pairs, *, turned=False):
 
 
 def pruned_codes(rng, shape, dtype, sparsity, kinds):
-    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap. Of unequal rows some fill their last word."""
+    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap. Some rows fill their last word, which most do not."""
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     slots = mj.keep_count(shape[-1], sparsity)
-    counts = {kind: -(-slots // 8) * 8 if kind == "unequal" else slots for kind in kinds}
+    counts = {kind: slots if kind == "magnitude" else -(-slots // 8) * 8 for kind in kinds}
     mask = [masks(rng, x[b : b + 1], counts[kind], [kind]) for b, kind in enumerate(kinds)]
     rows = mj.pack(x, np.concatenate(mask), slots=slots, bits=4)
     return rows, np.pad(unpack(rows), [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
