@@ -135,7 +135,7 @@ CASES = {
     "keys pruned, values in 4 bits": Case(128, BF16, 1, 0.7, 0, 230, 2, RAGGED, 1, True, v_bits=4),
     "keys in 4 bits, values pruned": Case(64, F16, 4, 0, 0.7, 230, 2, RAGGED, 1, True, k_bits=4, turned=True),
     "keys pruned in 4 bits, values in 2": Case(128, BF16, 4, 0.7, 0, 230, 2, RAGGED, 1, True, 4, 2),
-    "keys pruned in 4 bits, values pruned": Case(64, F16, 1, 0.7, 0.5, 1000, 3, LONG, 2, False, 4),
+    "keys pruned in 4 bits, values pruned": Case(64, F16, 1, 0.7, 0.5, 230, 2, RAGGED, 2, False, 4),
     "keys pruned in 4 bits, dense values": Case(64, BF16, 9, 0.5, 0, 96, 1, RAGGED[:2], 1, True, 4),
     "dense keys, values in 2 bits": Case(64, F16, 2, 0, 0, 96, 1, RAGGED[:1], v_bits=2),
     "keys in 2 bits, dense values": Case(128, BF16, 2, 0, 0, 96, 1, RAGGED[:1], k_bits=2),
