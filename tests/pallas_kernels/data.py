@@ -81,7 +81,7 @@ def coded_rows(rng, shape, dtype, bits, pairs, *, turned=False):
 
 
 def pruned_codes(rng, shape, dtype, sparsity, kinds):
-    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap. Some rows fill their last word, which most do not."""
+    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap. Some rows fill their last word, most do not."""
     x = jnp.asarray(rng.standard_normal(shape), dtype)
     slots = mj.keep_count(shape[-1], sparsity)
     counts = {kind: slots if kind == "magnitude" else -(-slots // 8) * 8 for kind in kinds}
