@@ -46,6 +46,13 @@ RULES: dict[str, Callable[[float, float], mj.CompressionConfig]] = {
     "published": mj.CompressionConfig,
     "recommended": mj.CompressionConfig.recommended,
 }
+CODES: dict[str, mj.CompressionConfig] = {
+    "fast": mj.CompressionConfig.preset("fast"),
+    "balanced": mj.CompressionConfig.preset("balanced"),
+    "4 bits": mj.CompressionConfig(0, 0, k_bits=4, v_bits=4, residual_length=0, rotate_keys=True, rotate_values=True),
+    "8 bits": mj.CompressionConfig(0, 0, k_bits=8, v_bits=8, residual_length=0, rotate_keys=True, rotate_values=True),
+}
+"""Configs whose rows are codes: presets, and codes alone, with neither centred keys nor a dense window."""
 PUBLISHED_KERNELS = {("A", 0.7): 379.0, ("B", 0.7): 1427.0, ("A", 0.5): 470.0, ("B", 0.5): 1768.0}
 """Microseconds that the paper's CUDA kernels take for both products on an H100, by shape and sparsity."""
 
@@ -65,7 +72,10 @@ SWEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is timed: an implementation on caches of one kind; of rule "dense" are dense caches, with lengths or not."""
+    """What is timed: an implementation on caches of one kind.
+
+    Of rule "dense" are dense caches, with lengths or not; a rule is a name in `RULES`, with a sparsity, or in `CODES`.
+    """
 
     shape: Shape
     rule: str
@@ -76,6 +86,8 @@ class Case:
     @property
     def config(self) -> mj.CompressionConfig:
         """The cache's."""
+        if self.rule in CODES:
+            return CODES[self.rule]
         return RULES[self.rule](self.sparsity, self.sparsity) if self.sparsity else mj.CompressionConfig(0, 0)
 
     def attend(self, query: jax.Array, cache: mj.LayerCache) -> jax.Array:
@@ -89,6 +101,8 @@ class Case:
     @property
     def name(self) -> str:
         """Of a row, with its mask unless that is random."""
+        if self.rule in CODES:
+            return f"{self.rule}, {self.implementation}"
         if not self.sparsity:
             shown = "cuDNN" if self.implementation == "cudnn" else self.implementation
             return f"dense, {shown}" + ", lengths" * self.lengths
@@ -118,13 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
-    """The cases of a shape; all sparsities where it is A or B, else the largest."""
+    """The cases of a shape; all sparsities where it is A or B, else the largest; codes wherever they can be."""
     dense = [Case(shape, "dense", 0.0, options.dense_implementation, lengths) for lengths in (False, True)]
     several = options.sparsities if shape.name in ("A", "B", "tiny") else [max(options.sparsities)]
+    rules = [(rule, sparsity) for sparsity in several for rule in options.rules]
+    rules += [(rule, 0.0) for rule in options.codes]
     return dense + [
         Case(shape, rule, sparsity, implementation)
-        for sparsity in several
-        for rule in options.rules
+        for rule, sparsity in rules
         for implementation in options.implementations
     ]
 
@@ -367,7 +382,7 @@ def _panels(rows: list[Row]) -> dict[str, tuple[str, list[Row]]]:
         "batch (8192 tokens, 8 KV heads, 32 query heads)": ("batch", of_set("batch")),
     }
     for name in ("A", "B"):
-        panels[f"sparsity (shape {name})"] = ("sparsity", of_set(name))
+        panels[f"sparsity (shape {name})"] = ("sparsity", [row for row in of_set(name) if row["rule"] not in CODES])
     return panels
 
 
@@ -417,7 +432,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sets = [name for name in SETS if name != "tiny"]
     parser.add_argument("--shapes", nargs="+", choices=SETS, default=sets, help="sets of shapes (%(default)s)")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES], help="of pruning (%(default)s)")
+    parser.add_argument("--rules", nargs="*", choices=RULES, default=[*RULES], help="of pruning (%(default)s)")
+    parser.add_argument("--codes", nargs="*", choices=CODES, default=[*CODES], help="configs of codes (%(default)s)")
     parser.add_argument(
         "--sparsities",
         nargs="+",

@@ -19,6 +19,9 @@ import numpy as np
 
 import mustafar_jax as mj
 from benchmarks import cupti, device_time
+from mustafar_jax import layout
+from mustafar_jax.codecs import codec_of
+from mustafar_jax.layout import Pairs
 from mustafar_jax.operands import Mean, PackedAttention, Tail
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic import lowering
@@ -27,7 +30,7 @@ from mustafar_jax.pallas_kernels.triton import decode_attention, spmv
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
-from mustafar_jax.rows import Rows
+from mustafar_jax.rows import RowFormat, Rows
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 LENGTHS = [0, 63, 200, 41]
@@ -36,7 +39,7 @@ SINKS, RECENT = 4, 37
 
 
 class Attention(NamedTuple):
-    """Decode attention of a batch: slots of a row, 0 for dense rows; the other fields as there."""
+    """Decode attention of a batch: slots of a row, 0 for rows without a bitmap; the other fields as there."""
 
     head_dim: int
     dtype: Any
@@ -49,6 +52,9 @@ class Attention(NamedTuple):
     window: int | None = None
     centred: bool = False
     warps: int = 4
+    k_bits: int = 16
+    v_bits: int = 16
+    teams: int = 1
 
 
 ATTENTION = {
@@ -65,12 +71,22 @@ ATTENTION = {
 }
 
 
+CODES = {
+    "4 bits, centred, 4 teams": Attention(128, BF16, 4, 0, 0, 320, 3, 1, None, True, k_bits=4, v_bits=4, teams=4),
+    "keys in 8 bits, values in 2": Attention(64, F16, 9, 0, 0, 224, 2, 2, 90, k_bits=8, v_bits=2),
+    "values in 4 bits": Attention(64, BF16, 1, 20, 0, 224, 2, v_bits=4, teams=3),
+    "keys pruned in 4 bits": Attention(128, BF16, 4, 40, 0, 224, 2, 1, None, True, k_bits=4, v_bits=2, teams=3),
+}
+"""What the Mosaic GPU kernel alone takes."""
+
+
 def attention(kernels: Any, params: Any, case: Attention) -> None:
     """Both kernels of a backend, the second of which merges."""
     query, key, value, tail, packed_lengths, mean = _attention_data(case)
     recent = jnp.array([RECENT, 0, 3, 20], jnp.int32)
     lengths, scale = packed_lengths + SINKS + recent, case.head_dim**-0.5
-    operands = PackedAttention(query, key, value, tail, lengths, packed_lengths, mean, scale, case.window)
+    turned = {"turned_keys": case.k_bits < 16 and not case.k_slots, "turned_values": case.v_bits < 16}
+    operands = PackedAttention(query, key, value, tail, lengths, packed_lengths, mean, scale, case.window, **turned)
     kernels.decode_attention(operands, params=params)
 
 
@@ -81,7 +97,7 @@ def triton_attention(case: Attention) -> None:
 
 def mosaic_attention(case: Attention) -> None:
     """Through Mosaic GPU."""
-    attention(mosaic_decode_attention, MosaicParams(case.splits, case.warps), case)
+    attention(mosaic_decode_attention, MosaicParams(case.splits, case.warps, case.teams), case)
 
 
 def products(head_dim: int, dtype: Any, slots: int, group: int) -> None:
@@ -117,7 +133,7 @@ def prunes(
 
 CASES: dict[str, Callable[[], None]] = {
     **{f"triton, {name}": functools.partial(triton_attention, case) for name, case in ATTENTION.items()},
-    **{f"mosaic, {name}": functools.partial(mosaic_attention, case) for name, case in ATTENTION.items()},
+    **{f"mosaic, {name}": functools.partial(mosaic_attention, case) for name, case in (ATTENTION | CODES).items()},
     "products, 20 query heads": functools.partial(products, 128, BF16, 40, 20),
     "products, 3 query heads": functools.partial(products, 64, F16, 36, 3),
     "prune, plain": functools.partial(prunes, 64, BF16, (20, 32), 2, centred=False),
@@ -236,7 +252,8 @@ def _attention_data(case: Attention) -> tuple[jax.Array, Rows, Rows, Tail, jax.A
     lengths = np.minimum(LENGTHS, case.rows)
     shape = (batch, case.kv_heads, case.rows, case.head_dim)
     seen = np.arange(case.rows) < lengths[:, None]
-    key, value = (_hidden(_rows(rng, shape, case.dtype, slots), seen) for slots in (case.k_slots, case.v_slots))
+    key = _hidden(_rows(rng, shape, case.dtype, case.k_slots, case.k_bits), seen)
+    value = _hidden(_rows(rng, shape, case.dtype, case.v_slots, case.v_bits, "tokens"), seen)
     dense = (batch, case.kv_heads, SINKS + RECENT, case.head_dim)
     tail = Tail(_normal(rng, dense, case.dtype), _normal(rng, dense, case.dtype), SINKS)
     query = _normal(rng, (batch, case.kv_heads, case.group, case.head_dim), case.dtype)
@@ -253,23 +270,30 @@ def _mean(rng: np.random.Generator, batch: int, kv_heads: int, head_dim: int) ->
     return Mean(_normal(rng, (batch, kv_heads, head_dim), jnp.float32), jnp.asarray(frequencies, jnp.float32), SINKS)
 
 
-def _rows(rng: np.random.Generator, shape: Sequence[int], dtype: Any, slots: int) -> Rows:
-    """Dense where there are no slots; else with 0, 1, slots / 2 or slots entries, in any channels or the last ones."""
+def _rows(
+    rng: np.random.Generator, shape: Sequence[int], dtype: Any, slots: int, bits: int = 16, pairs: Pairs = "channels"
+) -> Rows:
+    """Of every entry where there are no slots; else of 0, 1, slots / 2 or slots, in any channels or the last ones."""
     x = _normal(rng, shape, dtype)
     if slots == 0:
-        return mj.pack(x)
+        return RowFormat(shape[-1], np.dtype(dtype), None, codec_of("bits", bits, pruned=False), pairs).pack(x)
     channels = np.broadcast_to(np.arange(shape[-1]), shape)
     order = np.where(rng.random((*shape[:-1], 1)) < 0.3, channels[..., ::-1], rng.permuted(channels, axis=-1))
-    return mj.pack(x, order < rng.choice([0, 1, slots // 2, slots, slots], (*shape[:-1], 1)), slots=slots)
+    return mj.pack(x, order < rng.choice([0, 1, slots // 2, slots, slots], (*shape[:-1], 1)), slots=slots, bits=bits)
 
 
 def _hidden(rows: Rows, seen: np.ndarray) -> Rows:
     """Rows with NaN and full bitmaps where bool [B, S] does not hold."""
+    if rows.scale is not None:
+        hidden = layout.to_lanes(jnp.asarray(~seen))[:, None]
+        rows = dataclasses.replace(rows, scale=jnp.where(hidden, jnp.nan, rows.scale))
     if rows.bitmap is None:
+        if rows.codec.bits:
+            return rows
         return dataclasses.replace(rows, payload=jnp.where(seen[:, None, :, None], rows.payload, jnp.nan))
     of_blocks = seen.reshape(seen.shape[0], 1, -1, 1, 32, 1)
     return dataclasses.replace(
         rows,
         bitmap=jnp.where(seen[:, None, :, None], rows.bitmap, jnp.uint32(0xFFFFFFFF)),
-        payload=jnp.where(of_blocks, rows.payload, jnp.nan),
+        payload=rows.payload if rows.codec.bits else jnp.where(of_blocks, rows.payload, jnp.nan),
     )

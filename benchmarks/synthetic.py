@@ -130,7 +130,9 @@ def _filled_store(store: Store, seed: jax.Array, sparsity: float, scales: jax.Ar
 
 
 def random_rows(like: Rows, seed: jax.Array, sparsity: float, scales: jax.Array, sink: jax.Array | float = 1.0) -> Rows:
-    """Plain rows [B, K, S, H], each of which holds exactly as many entries as the per-token rules keep.
+    """Rows [B, K, S, H], each of which holds exactly as many entries as the per-token rules keep.
+
+    Codes are any alike, and scales so that entries are about as large as plain ones.
 
     Args:
         like: rows of the wanted shape and kind.
@@ -139,11 +141,28 @@ def random_rows(like: Rows, seed: jax.Array, sparsity: float, scales: jax.Array,
         scales: [K, H], of channels.
         sink: factor on the first four rows.
     """
-    if like.bitmap is None:
-        return dataclasses.replace(like, payload=jax.random.normal(seed, like.payload.shape, like.dtype))
     of_mask, of_values = jax.random.split(seed)
-    magnitudes = jax.random.normal(of_mask, like.shape, like.dtype) * scales[:, None].astype(like.dtype)
-    words = layout.to_words(magnitude_mask(magnitudes, sparsity))
-    payload = jax.random.normal(of_values, like.payload.shape, like.dtype)
-    payload = payload.at[:, :, 0, :, :4].multiply(jnp.asarray(sink, like.dtype))
-    return dataclasses.replace(like, bitmap=words, payload=payload)
+    rows = _random_codes(like, of_values) if like.codec.bits else _random_numbers(like, of_values, sink)
+    if like.bitmap is None:
+        return rows
+    dtype = like.format.dtype
+    magnitudes = jax.random.normal(of_mask, like.shape, dtype) * scales[:, None].astype(dtype)
+    return dataclasses.replace(rows, bitmap=layout.to_words(magnitude_mask(magnitudes, sparsity)))
+
+
+def _random_numbers(like: Rows, seed: jax.Array, sink: jax.Array | float) -> Rows:
+    payload = jax.random.normal(seed, like.payload.shape, like.dtype)
+    if like.bitmap is not None:
+        payload = payload.at[:, :, 0, :, :4].multiply(jnp.asarray(sink, like.dtype))
+    return dataclasses.replace(like, payload=payload)
+
+
+def _random_codes(like: Rows, seed: jax.Array) -> Rows:
+    assert like.codec.bits
+    assert like.scale is not None
+    of_codes, of_scales = jax.random.split(seed)
+    every = jnp.arange(2**like.codec.bits, dtype=jnp.uint8)
+    usual = 1 / jnp.std(like.codec.decode(every, jnp.ones((), jnp.bfloat16)))
+    scale = usual * jax.random.uniform(of_scales, like.scale.shape, minval=0.75, maxval=1.25)
+    payload = jax.random.bits(of_codes, like.payload.shape, jnp.uint32)
+    return dataclasses.replace(like, payload=payload, scale=scale.astype(like.scale.dtype))

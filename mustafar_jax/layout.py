@@ -195,7 +195,8 @@ def _plane(codes: jax.Array, width: int, pairs: Pairs) -> jax.Array:
     split = codes.reshape(*leading, length // WORD, *_split(head_dim, pairs))
     order = (*range(first), *(first + axis for axis in _ORDER[pairs]))
     per_half = WORD // 2 // width
-    halves = split.transpose(order).reshape(*leading, length // WORD, -1, per_half, WORD, 2).astype(jnp.uint32)
+    words = head_dim * width // WORD
+    halves = split.transpose(order).reshape(*leading, length // WORD, words, per_half, WORD, 2).astype(jnp.uint32)
     place = width * np.arange(per_half, dtype=np.uint32)[:, None, None] + np.array([0, WORD // 2], np.uint32)
     return jnp.sum(halves << place, axis=(-3, -1), dtype=jnp.uint32)
 

@@ -28,9 +28,13 @@ def matrix(head_dim: int) -> np.ndarray:
     return (signs(head_dim)[:, None] * blocks).astype(np.float32)
 
 
+SIGNS = 0x9E3779B1
+"""2**32 / the golden ratio: the highest bit of a channel's multiple of it says whether its sign is minus."""
+
+
 def signs(head_dim: int) -> np.ndarray:
-    """int [H]: 1 or -1 for each channel, from the highest bit of its multiple of 2**32 / the golden ratio."""
-    return 1 - 2 * (np.arange(head_dim, dtype=np.uint32) * np.uint32(0x9E3779B1) >> np.uint32(31)).astype(int)
+    """int [H]: 1 or -1 for each channel."""
+    return 1 - 2 * (np.arange(head_dim, dtype=np.uint32) * np.uint32(SIGNS) >> np.uint32(31)).astype(int)
 
 
 def turn(x: jax.Array) -> jax.Array:

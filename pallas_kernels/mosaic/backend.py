@@ -12,14 +12,13 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     for module in ("jax.experimental.pallas.mosaic_gpu", "jax.experimental.mosaic.gpu"):
         if reason := missing_from_jax(module):
             return reason
-    from mustafar_jax.pallas_kernels.mosaic import lowering
+    from mustafar_jax.pallas_kernels.mosaic import codes, lowering
     from mustafar_jax.pallas_kernels.mosaic.decode_attention import BOTH_DENSE
-    from mustafar_jax.pallas_kernels.rows import why_not_attend
+    from mustafar_jax.pallas_kernels.rows import is_dense, why_not_attend
 
-    if reason := why_not_attend(operands, lowering.why_not):
+    if reason := why_not_attend(operands, lowering.why_not, codes.KEYS, codes.WHOLE):
         return reason
-    both_dense = operands.key.bitmap is None and operands.value.bitmap is None
-    return BOTH_DENSE if both_dense else None
+    return BOTH_DENSE if is_dense(operands.key) and is_dense(operands.value) else None
 
 
 def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:

@@ -14,18 +14,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mustafar_jax.layout import WORD
 from mustafar_jax.operands import Mean, PackedAttention
-from mustafar_jax.pallas_kernels.mosaic import launch, lowering
+from mustafar_jax.pallas_kernels.mosaic import codes, launch, lowering
 from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
-from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan, State, layout
-from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, merge_warps, products
+from mustafar_jax.pallas_kernels.mosaic.merge_warps import merge_warps
+from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Layout, Places, Plan, State, layout
+from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, products
+from mustafar_jax.pallas_kernels.mosaic.sides import keys_of, values_of
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
-from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
+from mustafar_jax.pallas_kernels.rows import check_rows, check_tail, is_dense
 from mustafar_jax.rows import Rows
 
-BOTH_DENSE = "the Mosaic GPU kernels want a bitmap for keys or for values; here both hold every entry"
+BOTH_DENSE = "the Mosaic GPU kernels want keys or values pruned or coded; here both are ordinary arrays"
 
 
 def decode_attention(
@@ -36,8 +39,8 @@ def decode_attention(
     The packed rows are attended here; `merge`, a second kernel, merges the blocks' results and attends the rest.
 
     Args:
-        operands: of one dtype, rows of plain numbers, those of keys or of values with a bitmap; 1 to 16 query heads per
-            KV head.
+        operands: of one dtype; keys and values each plain numbers, with a bitmap or without, or codes without one, but
+            not both plain numbers without one; 1 to 16 query heads per KV head.
         params: launch parameters; a heuristic if None.
         interpret: run as numpy and plain JAX, anywhere.
 
@@ -45,8 +48,8 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `lowering.check_supported`; also for rows without a bitmap on both sides, and for rows
-            of another dtype than the query's.
+        NotImplementedError: see `lowering.check_supported`; also for plain rows without a bitmap on both sides, for
+            rows of another dtype than the query's, and for other codes.
         ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
@@ -62,10 +65,21 @@ def decode_attention(
         last,
         scale=scale,
         mean=operands.mean,
+        turned_keys=operands.turned_keys,
         params=params,
         interpret=interpret,
     )
-    return merge(query, splits, tail, lengths, last, scale=scale, window=operands.window, interpret=interpret)
+    return merge(
+        query,
+        splits,
+        tail,
+        lengths,
+        last,
+        scale=scale,
+        window=operands.window,
+        turned=operands.turned_values,
+        interpret=interpret,
+    )
 
 
 def attend_rows(
@@ -77,13 +91,14 @@ def attend_rows(
     *,
     scale: float,
     mean: Mean | None = None,
+    turned_keys: bool = False,
     params: launch.MosaicParams | None = None,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Attend to the rows first <= row < last of each sequence, in splits.
 
     Args:
-        query, key, value, scale, mean, params, interpret: as in `decode_attention`.
+        query, key, value, scale, mean, turned_keys, params, interpret: as in `decode_attention`.
         first, last: int32 [B], at least 0; a sequence with last <= first sees nothing.
 
     Returns:
@@ -93,15 +108,15 @@ def attend_rows(
     """
     batch, kv_heads, group, head_dim = query.shape
     lowering.check_supported(dtype=query.dtype, head_dim=head_dim, queries_per_head=group)
-    check_rows(key, value, query.dtype)
-    if key.bitmap is None and value.bitmap is None:
+    check_rows(key, value, query.dtype, codes.KEYS, codes.WHOLE)
+    if is_dense(key) and is_dense(value):
         raise NotImplementedError(BOTH_DENSE)
     heads, rows = batch * kv_heads, key.padded_length
     if rows == 0:
         return []
     of_key, of_value = layout(key), layout(value)
-    slots = sum(side.slots or 2 * head_dim for side in (of_key, of_value))
-    params = params or launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
+    centred = mean is not None and not is_dense(key)
+    params = params or _params(heads, rows, group, head_dim, (of_key, of_value), centred=centred)
     plan = Plan(
         head_dim=head_dim,
         group=group,
@@ -112,10 +127,11 @@ def attend_rows(
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
-        centred=mean is not None and key.bitmap is not None,
+        centred=centred,
+        turned_keys=turned_keys,
     )
     arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query]
-    arrays += [x for side in (key, value) for x in (side.bitmap, side.payload) if x is not None]
+    arrays += [x for side in (key, value) for x in (side.bitmap, side.payload, side.scale) if x is not None]
     if plan.centred:
         assert mean is not None
         arrays += [mean.key.astype(jnp.float32), turns(mean, plan)]
@@ -129,7 +145,20 @@ def attend_rows(
         shared_bytes=plan.shared_bytes,
         dtype=query.dtype,
         interpret=interpret,
+        teams=params.teams,
     )
+
+
+def _params(
+    heads: int, rows: int, group: int, head_dim: int, sides: tuple[Layout, Layout], *, centred: bool
+) -> launch.MosaicParams:
+    """A heuristic's."""
+    if any(side.bits for side in sides):
+        direct = all(side.is_direct for side in sides)
+        words = sum(side.bits for side in sides) * head_dim // WORD if direct else None
+        return launch.coded_params(heads=heads, rows=rows, group=group, head_dim=head_dim, words=words, centred=centred)
+    slots = sum(side.slots or 2 * head_dim for side in sides)
+    return launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
 
 
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
@@ -151,32 +180,32 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     # in flight while the rest is made ready
     loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
     multiply = products(w, at, plan)
-    fragments = multiply.load_query(query, head)
     mean = MeanKey(w, inputs[0], inputs[1], at, plan) if plan.centred else None
-    if mean:
-        mean.share(head, fragments, multiply.heads())
-    clear_tile(w, at, plan)
+    keys, values = keys_of(key, query, head, multiply, mean, w, at, plan), values_of(value, multiply, w, at, plan)
+    if plan.has_tile:
+        clear_tile(w, at, plan)
     state = State.empty(w, LOWEST, plan)
 
     def seen_of(token: Register) -> Register:
         return w.select(token < first, w.integer(0), w.select(token < last, w.integer(1), w.integer(0))) > 0
 
     def attend_unit(unit: Register, carry: list[Register]) -> list[Register]:
-        state = State.from_flat(carry[key.registers + value.registers :], plan)
+        of_key, of_value = carry[: key.registers], carry[key.registers : len(loaded)]
+        state = State.from_flat(carry[len(loaded) :], plan)
         turn = mean.load_turn(unit) if mean else []
-        seen, ahead = seen_of(unit * TOKENS + at.lane), unit + plan.warps
-        key.unpack(w, carry, unit, seen, at, plan)
+        seen, ahead = seen_of(unit * TOKENS + at.token), unit + plan.warps
+        taken = keys.take(of_key, unit, seen)
         next_key = key.load(w, ahead, at, ahead < end)
         if mean:
             mean.turn_queries(turn)
         w.sync_warp()
-        scores = multiply.multiply_keys(fragments)
+        scores = keys.scores(taken)
         w.sync_warp()
-        weights = multiply.weigh(state, scores, unit, seen_of)
-        value.unpack(w, carry[key.registers :], unit, seen, at, plan)
+        weights = multiply.weigh(state, scores, unit, seen_of, values.scales(of_value))
+        values.take(of_value, state, weights, unit, seen)
         next_value = value.load(w, ahead, at, ahead < end)
         w.sync_warp()
-        multiply.add_values(state, weights)
+        values.add(state, weights)
         w.sync_warp()
         return [*next_key, *next_value, *state.flat()]
 

@@ -12,6 +12,8 @@ _START = 3
 """What starting and ending such a block costs, in tiles; a guess."""
 _WIDE = 12
 """Warps of a block that has a multiprocessor to itself, in place of two blocks of 4: 168 registers a thread."""
+_TEAMS = 4
+"""Blocks of 4 warps that share a multiprocessor where keys or values are codes: 128 registers a thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +23,18 @@ class MosaicParams:
     Attributes:
         splits: blocks that share the tokens of one KV head.
         warps: per block, a multiple of 4; each takes 32 tokens at a time.
+        teams: blocks that are launched as one, of 4 to 32 warps together; see `lowering.kernel_call`.
     """
 
     splits: int
     warps: int = 4
+    teams: int = 1
 
     def __post_init__(self) -> None:
         if self.splits < 1 or self.warps < 4 or self.warps % 4:
             raise ValueError(f"{self} must have at least one split, and a multiple of 4 warps")
+        if not 1 <= self.teams <= 32 // self.warps:
+            raise ValueError(f"{self} must have at least one team, and at most 32 warps together")
 
 
 def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicParams:
@@ -45,8 +51,30 @@ def mosaic_params(*, heads: int, rows: int, group: int, slots: int) -> MosaicPar
     """
     tiles = max(1, -(-rows // launch.TILE))
     if _is_wide(heads, tiles, group, slots):
-        return MosaicParams(launch.cheapest(heads, tiles, functools.partial(_cost, warps=_WIDE)), _WIDE)
-    return MosaicParams(launch.tuned_or_cheapest("mosaic_gpu", heads, rows, _cost))
+        cost = functools.partial(_cost, warps=_WIDE, at_once=launch.cores())
+        return MosaicParams(launch.cheapest(heads, tiles, cost), _WIDE)
+    return MosaicParams(launch.tuned_or_cheapest("mosaic_gpu", heads, rows, functools.partial(_cost, at_once=wave())))
+
+
+def coded_params(*, heads: int, rows: int, group: int, head_dim: int, words: int | None, centred: bool) -> MosaicParams:
+    """Launch parameters where keys or values are codes, from static facts alone.
+
+    A multiprocessor has one launched block, of as many teams as registers suffice for: the more warps, the more loads
+    are on their way.
+
+    Args:
+        heads, rows, group: as in `mosaic_params`.
+        head_dim: channels of a head.
+        words: of a unit's keys and values that a lane loads; None where one side is no codes.
+        centred: whether keys are.
+    """
+    teams = _TEAMS if words is not None and words <= 32 else _TEAMS - 1
+    if group > 8:
+        teams = 2 if centred and head_dim > 64 else 3
+    tiles = max(1, -(-rows // launch.TILE))
+    at_once = launch.cores() * teams
+    splits = launch.cheapest(heads, tiles, functools.partial(_cost, at_once=at_once))
+    return MosaicParams(splits, 4, min(teams, -(-heads * splits // launch.cores())))
 
 
 def wave() -> int:
@@ -62,8 +90,7 @@ def _is_wide(heads: int, tiles: int, group: int, slots: int) -> bool:
     return group <= 8 and slots <= 96 and heads * tiles * 4 >= 12 * _WIDE * launch.cores()
 
 
-def _cost(heads: int, tiles: int, splits: int, *, warps: int = 4) -> float:
-    """Tiles that 4 warps of a block take one after the other, in whole waves of blocks."""
-    at_once = launch.cores() if warps == _WIDE else wave()
+def _cost(heads: int, tiles: int, splits: int, *, at_once: int, warps: int = 4) -> float:
+    """Tiles that 4 warps of a block take one after the other, in whole waves of so many blocks."""
     share = math.ceil(-(-tiles // splits) * 4 / warps)
     return -(-heads * splits // at_once) * (share + _START)

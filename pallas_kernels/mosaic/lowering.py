@@ -54,6 +54,7 @@ def kernel_call(
     shared_bytes: int,
     dtype: Any,
     interpret: bool,
+    teams: int = 1,
 ) -> list[jax.Array]:
     """Run a kernel.
 
@@ -66,9 +67,13 @@ def kernel_call(
         shared_bytes: per block.
         dtype: of the 16-bit operands.
         interpret: run as numpy, anywhere.
+        teams: blocks that are launched as one. How many registers a thread may have follows from the threads of a
+            launched block, and from nothing else that Mosaic GPU lets one say.
     """
-    if shared_bytes > SHARED_BYTES:
-        raise ValueError(f"{shared_bytes=} of {warps=} must be at most {SHARED_BYTES}; wanted fewer warps")
+    if shared_bytes * teams > SHARED_BYTES:
+        raise ValueError(
+            f"{shared_bytes=} of {warps=}, {teams=} times, must be at most {SHARED_BYTES}; wanted fewer warps"
+        )
     if interpret:
         return _interpret(
             body, *arguments, out_shape=out_shape, blocks=blocks, warps=warps, shared_bytes=shared_bytes, dtype=dtype
@@ -81,17 +86,19 @@ def kernel_call(
             *global_arrays, shared = memrefs
             wide, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
             pointers = [llvm.ptrtoint(wide, mgpu_utils.memref_ptr(x)) for x in global_arrays]
-            body(ptx.Warp(dtype), ptx.Register(llvm.ptrtoint(word, mgpu_utils.memref_ptr(shared))), *pointers)
+            warp = ptx.Warp(dtype, ptx.Teams(teams, warps, blocks) if teams > 1 else None)
+            memory = ptx.Register(llvm.ptrtoint(word, mgpu_utils.memref_ptr(shared)))
+            body(warp, ptx.memory_of(warp, memory, shared_bytes), *pointers)
 
         emit(*refs)
 
     call = plgpu.kernel(
         kernel,
         out_type=list(out_shape),
-        scratch_types=[plgpu.SMEM((shared_bytes // 4,), jnp.uint32)],
-        grid=(blocks,),
+        scratch_types=[plgpu.SMEM((teams * shared_bytes // 4,), jnp.uint32)],
+        grid=(-(-blocks // teams),),
         grid_names=("block",),
-        num_threads=warps // WARPGROUP,
+        num_threads=teams * warps // WARPGROUP,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )

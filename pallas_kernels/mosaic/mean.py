@@ -28,12 +28,12 @@ Piece = list[list[Register]]
 
 
 def turns(mean: Mean, plan: Plan) -> jax.Array:
-    """Cosines and sines of turns, float32 [units + 9, 2, pairs]: back from each unit; to a unit's 8 quads; by a token.
+    """Cosines and sines of turns, float32 [units + 9, 2, pairs]: back from each unit; to its first 8 tokens; by 8.
 
     Pairs stand in the order of pieces. The turns are the same for every layer of a model, whose compiler keeps one.
     """
     starts = mean.offset + np.arange(plan.units) * TOKENS
-    positions = np.concatenate([-starts, np.arange(_QUADS) * 4, [1]]).astype(np.float32)
+    positions = np.concatenate([-starts, np.arange(_QUADS), [_QUADS]]).astype(np.float32)
     pairs = np.arange(plan.pairs).reshape(-1, 4, 4).swapaxes(1, 2).reshape(-1)
     angle = jnp.asarray(positions)[:, None] * mean.inv_freq[pairs][None]
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
@@ -64,13 +64,13 @@ class MeanKey:
         """Warp k has pairs 16 k to 16 k + 15: lane 4 g + t has piece 4 k + t for quad g."""
         w, at, plan = self.w, self.at, self.plan
         piece = (w.warp() << 2) + at.t
-        to_quad = self._load_turn(at.g + plan.units, piece)
-        by_token = self._load_turn(w.integer(plan.units + _QUADS), piece)
+        to_first = self._load_turn(at.g + plan.units, piece)
+        by_eight = self._load_turn(w.integer(plan.units + _QUADS), piece)
         row, first = w.row(self.key, head, plan.head_dim * 4), (w.warp() << 6) + (at.t << 2)
         halves = [[w.load(row, first, 1, 16 * i + 4 * half)[0] for i in range(4)] for half in (0, plan.pairs)]
-        tokens = [rotate(w, [[w.as_float(x) for x in half] for half in halves], to_quad)]
+        tokens = [rotate(w, [[w.as_float(x) for x in half] for half in halves], to_first)]
         for _ in range(3):
-            tokens.append(rotate(w, tokens[-1], by_token))
+            tokens.append(rotate(w, tokens[-1], by_eight))
         words = [[w.pack_pair(low[i], high[i]) for low, high in tokens] for i in range(4)]
         place = at.table + w.warp() * (4 * _BLOCK) + (at.lane << 4)
         for block in range(4):

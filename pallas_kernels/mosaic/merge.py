@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mustafar_jax.operands import Tail
-from mustafar_jax.pallas_kernels.mosaic import lowering
+from mustafar_jax.pallas_kernels.mosaic import hadamard, lowering
 from mustafar_jax.pallas_kernels.mosaic.merge_parts import Part, Slots, Splits, combined
 from mustafar_jax.pallas_kernels.mosaic.merge_plan import Plan, queries_per_block
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
@@ -29,6 +29,7 @@ def merge(
     *,
     scale: float,
     window: int | None,
+    turned: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """Merge splits with attention over the dense slots, and normalise.
@@ -38,6 +39,7 @@ def merge(
         splits: float32 out [B * K, splits, G, H], m and l [B * K, splits, G], as `attend_rows` returns them; or none.
         tail: the dense slots.
         lengths, packed_lengths, scale, window, interpret: as in `decode_attention`.
+        turned: whether the splits are of values as `rotation.turn` gives them; the dense slots are not.
 
     Returns:
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
@@ -54,6 +56,7 @@ def merge(
         splits=count,
         scale=scale * math.log2(math.e),
         window=window,
+        turned=turned,
     )
     whole = [x.astype(jnp.int32) for x in (lengths, packed_lengths)]
     [out] = lowering.kernel_call(
@@ -121,6 +124,9 @@ def merge_parts(w: Warp, shared: Register, result: Any, plan: Plan) -> None:
         Part(w.as_float(m), w.as_float(l), [w.as_float(x) for x in out])
         for (m, l), out in zip(statistics, rows, strict=True)  # noqa: E741
     ]
+    if plan.turned and plan.splits:
+        m, l, out = combined(w, parts[plan.of_slots :])  # noqa: E741
+        parts[plan.of_slots :] = [Part(m, l, hadamard.turn_back(w, out, plan.head_dim // 4))]
     _, total, out = combined(w, parts)
     factor = w.reciprocal(w.select(total > 0, total, w.number(1)))
     for n in range(0, 4, 2):

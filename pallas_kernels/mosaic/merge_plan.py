@@ -29,6 +29,7 @@ class Plan:
         queries: query heads of a block, which divide the group.
         slots, sinks: as in `Tail`.
         splits: how many; 0 for none.
+        turned: whether what the splits sum up is held as `rotation.turn` gives it.
     """
 
     head_dim: int
@@ -40,6 +41,7 @@ class Plan:
     splits: int
     scale: float
     window: int | None
+    turned: bool = False
 
     @property
     def shares(self) -> int:

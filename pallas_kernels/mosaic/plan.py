@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mustafar_jax.layout import WORD
+from mustafar_jax.layout import WORD, round_slots
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
 from mustafar_jax.rows import Rows
 
@@ -18,16 +18,29 @@ class Layout:
 
     Attributes:
         rows: of each KV head.
-        slots: of a packed row; 0 for dense rows.
+        slots: of a row with a bitmap, entries that it has room for; 0 for rows without one.
+        usual: entries of a row with a bitmap that is not an unusual one: its slots, or, of codes, a word's less.
+        bits: of a code; 0 for plain numbers.
     """
 
     rows: int
     slots: int
+    usual: int = 0
+    bits: int = 0
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether rows go straight into products, as codes of every entry do; all others go through a tile."""
+        return self.bits > 0 and self.slots == 0
 
 
 def layout(rows: Rows) -> Layout:
     """Of rows as `attend_rows` takes them."""
-    return Layout(rows.padded_length, 0 if rows.bitmap is None else rows.slots)
+    bits = rows.codec.bits or 0
+    if rows.bitmap is None:
+        return Layout(rows.padded_length, 0, bits=bits)
+    assert rows.format.slots
+    return Layout(rows.padded_length, rows.slots, round_slots(rows.format.slots), bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +57,7 @@ class Plan:
     warps: int
     scale: float
     centred: bool = False
+    turned_keys: bool = False
 
     @property
     def pairs(self) -> int:
@@ -73,7 +87,22 @@ class Plan:
     @property
     def many_heads(self) -> bool:
         """Which products: see `products`."""
-        return self.group > 2
+        return self.group > 2 or self.key.bits > 0 or self.value.bits > 0
+
+    @property
+    def has_tile(self) -> bool:
+        """Whether keys or values go through a tile."""
+        return not (self.key.is_direct and self.value.is_direct)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 channels that a product takes at a time."""
+        return self.head_dim // 16
+
+    @property
+    def sums(self) -> int:
+        """Products that values are added to: of each 16 channels; where they are codes, one for their middle."""
+        return self.tiles + self.value.is_direct
 
     @property
     def statistics(self) -> int:
@@ -82,8 +111,8 @@ class Plan:
 
     @property
     def tile_bytes(self) -> int:
-        """Of one tile."""
-        return self.pairs * ROW
+        """Of one tile, which has room for a warp's result of 16 heads; of such a result where there is none."""
+        return self.pairs * ROW if self.has_tile else 8 * self.octets * self.head_dim * 4
 
     @property
     def scores_bytes(self) -> int:
@@ -136,7 +165,17 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """Of a block: its warps' shares, then what they share."""
-        return self.warps * self.warp_bytes + self.table_bytes + self.queries_bytes
+        return self.warps * self.warp_bytes + self.table_bytes + self.queries_bytes + self.coded_queries_bytes
+
+    @property
+    def coded_query_stride(self) -> int:
+        """Bytes from one query for codes to the next: float16, then two factors; 8 neighbours meet all banks."""
+        return self.head_dim * 2 + 16
+
+    @property
+    def coded_queries_bytes(self) -> int:
+        """Of the queries for codes, which a block's warps share."""
+        return (self.key.bits > 0) * self.group * self.coded_query_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +184,8 @@ class Places:
 
     Attributes:
         tile, scores, weights, turned: where its parts of shared memory begin: see `Plan.warp_bytes`.
-        table, queries: where what the block's warps share begins: see `Plan.shared_bytes`.
+        table, queries, coded_queries: where what the block's warps share begins: see `Plan.shared_bytes`.
+        token: of a unit, that this lane stands for, in the order of `layout.to_lanes`: quad g holds tokens 8 i + g.
         lane, g, t: numbers of this lane.
     """
 
@@ -155,6 +195,8 @@ class Places:
     turned: Register
     table: Register
     queries: Register
+    coded_queries: Register
+    token: Register
     lane: Register
     g: Register
     t: Register
@@ -168,7 +210,10 @@ class Places:
         weights = scores + plan.scores_bytes
         turned = weights + plan.weights_bytes
         table = shared + plan.warps * plan.warp_bytes
-        return Places(tile, scores, weights, turned, table, table + plan.table_bytes, lane, lane >> 2, lane & 3)
+        queries = table + plan.table_bytes
+        coded = queries + plan.queries_bytes
+        token = ((lane & 3) << 3) + (lane >> 2)
+        return Places(tile, scores, weights, turned, table, queries, coded, token, lane, lane >> 2, lane & 3)
 
 
 @dataclasses.dataclass
@@ -179,7 +224,7 @@ class State:
         m: a score of each head, that none so far exceeds by more than a little; see `products`. With few heads
             one register per head, the same in all lanes; with many two per octet, of its heads 2 t and 2 t + 1.
         l: this lane's sum of weights of each head, or of heads 2 t and 2 t + 1 of each octet.
-        out: sums [pairs / 8][octets][4], the accumulators of a product with values.
+        out: sums [`Plan.sums`][octets][4], the accumulators of products with values.
     """
 
     m: list[Register]
@@ -189,7 +234,7 @@ class State:
     @staticmethod
     def empty(w: Warp, lowest: float, plan: Plan) -> "State":
         """Of no tokens."""
-        out = [[[w.number(0)] * 4 for _ in range(plan.octets)] for _ in range(plan.pairs // 8)]
+        out = [[[w.number(0)] * 4 for _ in range(plan.octets)] for _ in range(plan.sums)]
         return State([w.number(lowest)] * plan.statistics, [w.number(0)] * plan.statistics, out)
 
     def flat(self) -> list[Register]:

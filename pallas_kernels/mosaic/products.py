@@ -1,8 +1,9 @@
 """Queries times keys, softmax, weights times values: what a warp does with a tile, for few and for many query heads.
 
 With one or two query heads per KV head, a lane weighs one token for every head: scores and weights go through shared
-memory. With more, a lane weighs 4 tokens for two heads of each 8: all stays in registers. docs/kernels.md says what
-either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and t below are these two.
+memory. With more, or where keys or values are codes, a lane weighs 4 tokens for two heads of each 8: all stays in
+registers. docs/kernels.md says what either costs. Lane 4 g + t holds of a product what `Warp.multiply_add` says; g and
+t below are these two.
 """
 
 import functools
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mustafar_jax.pallas_kernels.mosaic import codes
 from mustafar_jax.pallas_kernels.mosaic.mean import read_table, read_turned
 from mustafar_jax.pallas_kernels.mosaic.plan import ROW, TOKENS, Places, Plan, State
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
@@ -34,16 +36,29 @@ class Products(Protocol):
         """The queries of a KV head, as `multiply_keys` wants them: of each of `heads`, of each 8 pairs two words."""
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
-        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants, not scaled yet.
+        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants.
 
         Where keys are centred, the mean's part of the scores, of the turned queries, is where the sums begin.
         """
 
-    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
-        """Turn a unit's scores into weights, and update the statistics; what `add_values` wants."""
+    def weigh(
+        self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf, value_scales: list[Register]
+    ) -> list[Register]:
+        """Turn a unit's scores into weights, and update the statistics; what `add_values` wants.
+
+        Args:
+            state: as it stands before the unit, and after it.
+            scores: of `multiply_keys`.
+            unit: the unit.
+            seen_of: which tokens are seen.
+            value_scales: where values are codes, those of a lane's 4 tokens, by which weights are to be multiplied.
+        """
 
     def add_values(self, state: State, weights: list[Register]) -> None:
         """Add weights times the tile of values to the sums, and empty the tile."""
+
+    def mean_sums(self, octet: int = 0) -> list[list[Register]]:
+        """The mean's products with an octet's turned queries, not scaled."""
 
     def publish(self, state: State) -> None:
         """Leave the result in shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
@@ -149,10 +164,12 @@ class FewHeads(_Common):
         w, at = self.w, self.at
         return [[w.select(at.t == 0, x, w.number(0)) for x in part] for part in self.mean_sums()]
 
-    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
+    def weigh(
+        self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf, value_scales: list[Register]
+    ) -> list[Register]:
         """A token per lane, whose parts of scores are in shared memory; leaves the weights there."""
         w, at, plan = self.w, self.at, self.plan
-        seen, column = seen_of(unit * TOKENS + at.lane), at.scores + (at.lane << 2)
+        seen, column = seen_of(unit * TOKENS + at.token), at.scores + (at.lane << 2)
         scores = []
         for head in range(plan.group):
             parts = [w.as_float(w.load_shared(column, 1, (4 * head + j) * ROW)[0]) for j in range(4)]
@@ -227,8 +244,9 @@ class ManyHeads(_Common):
         return [self.at.g + 8 * octet for octet in range(self.plan.octets)]
 
     def multiply_keys(self, query: list[Register]) -> list[Register]:
-        """Scores [octets][4 tokens of quad g][heads 2 t and 2 t + 1]."""
+        """Scores [octets][4 tokens of quad g][heads 2 t and 2 t + 1]; where keys are codes, products alone."""
         w, at, plan = self.w, self.at, self.plan
+        coded = plan.key.bits > 0
         size, first_class, zero = len(query) // plan.octets, at.t < 2, w.integer(0)
         sums = [self._first_sums(octet) for octet in range(plan.octets)]
         for step in range(plan.pairs // 8):
@@ -238,15 +256,18 @@ class ManyHeads(_Common):
                 first = [w.select(first_class, x, zero) for x in words]
                 second = [w.select(first_class, zero, x) for x in words]
                 for i, columns in enumerate((first, second)):
-                    of_classes[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, of_classes[i], strict=True)]
+                    of_classes[i] = [
+                        w.multiply_add(a, columns, c, float16=coded) for a, c in zip(rows, of_classes[i], strict=True)
+                    ]
         w.sync_warp()
         clear_tile(w, at, plan)
-        return [x for of_classes in sums for x in self._hand_on(of_classes)]
+        products = [x for of_classes in sums for x in self._hand_on(of_classes)]
+        return products if coded else [x * plan.scale for x in products]
 
     def _first_sums(self, octet: int) -> list[list[list[Register]]]:
         """Where the sums [2 classes][2][4] of an octet begin: class 0 has quad g in row g, as the mean's product."""
         zeros = [[self.w.number(0)] * 4] * 2
-        return [self.mean_sums(octet) if self.plan.centred else zeros, zeros]
+        return [self.mean_sums(octet) if self.plan.centred and not self.plan.key.bits else zeros, zeros]
 
     def _read_rows(self, step: int) -> list[list[Register]]:
         """Tokens 0 and 1 of a quad of pairs t and 4 + t of 8, then 2 and 3, as rows.
@@ -268,19 +289,22 @@ class ManyHeads(_Common):
         ours, others = ([x for part in parts for x in part] for parts in of_classes)
         return [a + self.w.shuffle(b, self.at.lane ^ 16) for a, b in zip(ours, others, strict=True)]
 
-    def weigh(self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf) -> list[Register]:
+    def weigh(
+        self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf, value_scales: list[Register]
+    ) -> list[Register]:
         """Weights [octets][4] of head g, a word for each token of a quad: of quad 2 t, then of 2 t + 1."""
         w, at, plan = self.w, self.at, self.plan
-        seen = seen_of(unit * TOKENS + at.lane)
+        seen, count = seen_of(unit * TOKENS + at.token), len(scores)
 
-        def hide(scores: list[Register]) -> list[Register]:
-            seen = [seen_of(unit * TOKENS + (at.g << 2) + i) for i in range(4)]
-            return [w.select(seen[i // 2 % 4], x, w.number(-math.inf)) for i, x in enumerate(scores)]
+        def hide(numbers: list[Register]) -> list[Register]:
+            seen = [seen_of(unit * TOKENS + at.g + 8 * i) for i in range(4)]
+            scores = [w.select(seen[i // 2 % 4], x, w.number(-math.inf)) for i, x in enumerate(numbers[:count])]
+            return scores + [w.select(there, x, w.number(0)) for there, x in zip(seen, numbers[count:], strict=False)]
 
-        scores = [x * plan.scale for x in scores]
-        scores = w.branch(w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), scores, hide)
+        numbers = w.branch(w.any(w.select(seen, w.integer(0), w.integer(1)) > 0), [*scores, *value_scales], hide)
+        scores, value_scales = numbers[:count], numbers[count:]
         of_heads = [scores[8 * octet + i : 8 * octet + 8 : 2] for octet in range(plan.octets) for i in range(2)]
-        largest = [functools.reduce(w.maximum, x) for x in of_heads]
+        largest = [functools.reduce(w.maximum, x) for x in codes.raised(w, of_heads, value_scales)]
         larger = functools.reduce(lambda a, b: a | b, [s > m + _SLACK for s, m in zip(largest, state.m, strict=True)])
 
         def rescale(carry: list[Register]) -> list[Register]:
@@ -294,8 +318,12 @@ class ManyHeads(_Common):
         weights = [[w.exp2(s - m) for s in x] for x, m in zip(of_heads, new.m, strict=True)]
         state.m, state.out = new.m, new.out
         state.l = [functools.reduce(lambda a, b: a + b, x, total) for x, total in zip(weights, new.l, strict=True)]
-        pairs = [pair for i in range(0, len(weights), 2) for pair in zip(*weights[i : i + 2], strict=True)]
-        return [w.transpose(w.pack_pair(*pair)) for pair in pairs]
+        words = []
+        for i in range(0, len(weights), 2):
+            pairs = zip(*weights[i : i + 2], strict=True)
+            scales = value_scales
+            words += codes.scaled(w, pairs, scales, plan) if scales else [w.pack_pair(*x) for x in pairs]
+        return [w.transpose(x) for x in words]
 
     def _over_quads(self, x: Register, combine: Callable[[Register, Register], Register]) -> Register:
         """What lanes of one t have, combined."""
@@ -322,11 +350,14 @@ class ManyHeads(_Common):
     def publish(self, state: State) -> None:
         """Each lane has two heads of its channels."""
         w, at, plan = self.w, self.at, self.plan
+        coded = plan.value.is_direct
+        out = codes.without_middle(w, state.out, plan) if coded else state.out
+        of_block, of_half = (16, 8) if coded else (8, plan.pairs)
         for octet in range(plan.octets):
-            for block in range(plan.pairs // 8):
-                part = state.out[block][octet]
+            for block in range(plan.tiles):
+                part = out[block][octet]
                 for half in range(2):
-                    channel = at.g + (8 * block + half * plan.pairs)
+                    channel = at.g + (of_block * block + of_half * half)
                     place = at.tile + ((at.t * 2 + 8 * octet) * plan.head_dim + channel) * 4
                     for i in range(2):
                         w.store_shared(place, [part[2 * half + i]], i * plan.head_dim * 4)
@@ -354,32 +385,3 @@ def load_query_head(w: Warp, query: Any, head: Register, number: Register, at: P
         word = w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0))
         words.append(w.select(there, word, w.integer(0)))
     return words
-
-
-def merge_warps(w: Warp, shared: Register, out: Any, m: Any, l: Any, plan: Plan) -> None:  # noqa: E741
-    """Merge what the block's warps have published, and write it to global memory."""
-    block, threads, size = w.block(), plan.warps * LANES, plan.group * plan.head_dim
-    out, m, l = (w.row(x, block, 4 * n) for x, n in ((out, size), (m, plan.group), (l, plan.group)))  # noqa: E741
-    for start in range(0, size, threads):
-        element = w.warp() * LANES + w.lane() + start
-        there = element < size
-        element = w.select(there, element, w.integer(0))
-        head = element // plan.head_dim
-        sums, statistics = shared + (element << 2), shared + (head << 2)
-
-        def read(address: Register, constant: int, warp: int) -> Register:
-            return w.as_float(w.load_shared(address, 1, warp * plan.warp_bytes + constant)[0])
-
-        warps = range(plan.warps)
-        largest = [read(statistics, plan.tile_bytes, warp) for warp in warps]
-        top = functools.reduce(w.maximum, largest)
-        weights = [w.exp2(x - top) for x in largest]
-        total, part = w.number(0), w.number(0)
-        for warp, weight in enumerate(weights):
-            total = total + weight * read(statistics, plan.tile_bytes + 64, warp)
-            part = part + weight * read(sums, 0, warp)
-        natural = w.select(top > LOWEST, top * math.log(2), w.number(LOWEST))
-        w.store(out, element << 2, w.as_bits(part), where=there)
-        first = w.select(there, element % plan.head_dim, w.integer(1)) == 0
-        w.store(m, head << 2, w.as_bits(natural), where=first)
-        w.store(l, head << 2, w.as_bits(total), where=first)

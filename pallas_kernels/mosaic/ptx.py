@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
+
+from mustafar_jax.pallas_kernels.mosaic.warp import LANES
 
 _COMPARE_INT = {"==": arith.CmpIPredicate.eq, "<": arith.CmpIPredicate.ult, ">": arith.CmpIPredicate.ugt}
 _COMPARE_FLOAT = {"==": arith.CmpFPredicate.OEQ, "<": arith.CmpFPredicate.OLT, ">": arith.CmpFPredicate.OGT}
@@ -87,15 +90,32 @@ class Register:
         return self._binary(">", other)
 
 
+@dataclasses.dataclass(frozen=True)
+class Teams:
+    """Blocks of a kernel that are launched as one block. They share its memory's size, not its memory.
+
+    Attributes:
+        count: of a launched block.
+        warps: of each.
+        blocks: of the kernel; where their number is not a multiple, the last one is run more than once.
+    """
+
+    count: int
+    warps: int
+    blocks: int
+
+
 class Warp:
     """Emits the instructions of one warp into the MLIR module under construction.
 
     Attributes:
         dtype: of 16-bit operands, bfloat16 or float16.
+        teams: how blocks are launched; None for each by itself.
     """
 
-    def __init__(self, dtype: Any) -> None:
+    def __init__(self, dtype: Any, teams: Teams | None = None) -> None:
         self.dtype = "bf16" if dtype == jnp.bfloat16 else "f16"
+        self.teams = teams
         # grids have one dimension, which the assembler cannot know: see `shift_if_empty`
         self._one = self._pure("mov.u32 $0, %nctaid.y;", [])
 
@@ -111,10 +131,15 @@ class Warp:
         return self._pure("mov.u32 $0, %laneid;", [])
 
     def warp(self) -> Register:
-        return self._pure("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", [])
+        warp = self._warp_of_launch()
+        return warp if self.teams is None else warp % self.teams.warps
 
     def block(self) -> Register:
-        return self._pure("mov.u32 $0, %ctaid.x;", [])
+        block = self._pure("mov.u32 $0, %ctaid.x;", [])
+        if self.teams is None:
+            return block
+        block, last = block * self.teams.count + self._team(), self.integer(self.teams.blocks - 1)
+        return self.select(block < last, block, last)
 
     # Arithmetic
 
@@ -126,6 +151,9 @@ class Warp:
 
     def exp2(self, x: Register) -> Register:
         return self._pure("ex2.approx.ftz.f32 $0, $1;", [x], result="f")
+
+    def log2(self, x: Register) -> Register:
+        return self._pure("lg2.approx.ftz.f32 $0, $1;", [x], result="f")
 
     def reciprocal(self, x: Register) -> Register:
         return self._pure("rcp.approx.ftz.f32 $0, $1;", [x], result="f")
@@ -139,11 +167,11 @@ class Warp:
     def as_bits(self, x: Register) -> Register:
         return Register(arith.bitcast(_u32(), x.value))
 
-    def pack_pair(self, low: Register, high: Register) -> Register:
-        return self._pure(f"cvt.rn.{self.dtype}x2.f32 $0, $1, $2;", [high, low])
+    def pack_pair(self, low: Register, high: Register, *, float16: bool = False) -> Register:
+        return self._pure(f"cvt.rn.{self._kind(float16)}x2.f32 $0, $1, $2;", [high, low])
 
-    def unpack_pair(self, x: Register) -> list[Register]:
-        converted = " ".join(f"cvt.f32.{self.dtype} ${i}, {half};" for i, half in enumerate("lh"))
+    def unpack_pair(self, x: Register, *, float16: bool = False) -> list[Register]:
+        converted = " ".join(f"cvt.f32.{self._kind(float16)} ${i}, {half};" for i, half in enumerate("lh"))
         code = f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $2; {converted} }}"
         return self._asm(code, ["f", "f"], None, [x], effects=False)
 
@@ -213,7 +241,10 @@ class Warp:
         self._effect("bar.warp.sync 0xffffffff;", [], [])
 
     def sync_block(self) -> None:
-        self._effect("bar.sync 0;", [], [])
+        if self.teams is None:
+            self._effect("bar.sync 0;", [], [])
+        else:
+            self._effect(f"bar.sync $0, {LANES * self.teams.warps};", [self._team() + 1], [])
 
     # Global memory
 
@@ -268,8 +299,11 @@ class Warp:
 
     # Matrix products
 
-    def multiply_add(self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register]) -> list[Register]:
-        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{self.dtype}.{self.dtype}.f32 "
+    def multiply_add(
+        self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register], *, float16: bool = False
+    ) -> list[Register]:
+        kind = self._kind(float16)
+        code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
         code += ", ".join(_braces(r) for r in (range(4), range(4, 8), range(8, 10), range(10, 14))) + ";"
         return self._effect(code, [*a, *b, *c], ["f"] * 4)
 
@@ -304,7 +338,20 @@ class Warp:
                 scf.yield_([x.value for x in function(list(carry))])
         return [Register(x) for x in operation.results]
 
+    # How blocks are launched
+
+    def _team(self) -> Register:
+        """Which of the launched block's teams this is."""
+        assert self.teams
+        return self._warp_of_launch() // self.teams.warps
+
+    def _warp_of_launch(self) -> Register:
+        return self._pure("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", [])
+
     # How instructions are emitted
+
+    def _kind(self, float16: bool) -> str:
+        return "f16" if float16 else self.dtype
 
     def _pure(self, code: str, arguments: list[Register], result: str = "r") -> Register:
         """An instruction of one result that nothing but its operands decides."""
@@ -329,6 +376,11 @@ class Warp:
             types[0] if types else ir.Type.parse("!llvm.void"), values, code, text, has_side_effects=effects
         )
         return [Register(result)] if types else []
+
+
+def memory_of(warp: Warp, shared: Register, nbytes: int) -> Register:
+    """Where the memory, of so many bytes, of a warp's block begins in that of the launched block."""
+    return shared if warp.teams is None else shared + warp._team() * nbytes
 
 
 def _u32() -> ir.Type:

@@ -8,8 +8,13 @@ from mustafar_jax.layout import WORD
 from mustafar_jax.pallas_kernels.mosaic.plan import ROW, Places, Plan
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 
+Entry = tuple[Register, int]
+"""A register, and which half of it (0 low, 1 high) holds 16 bits."""
 
-def scatter(w: Warp, words: list[Register], values: list[Register], seen: Register, at: Places, plan: Plan) -> None:
+
+def scatter(
+    w: Warp, words: list[Register], entries: list[Entry], usual: int, seen: Register, at: Places, plan: Plan
+) -> None:
     """Store a unit's entries in the tile, one row per lane, of the tokens that are seen.
 
     The word of pair p and token t stands at byte (32 p + t) * 4 of the tile, so a lane has a bank of its own and no
@@ -19,7 +24,8 @@ def scatter(w: Warp, words: list[Register], values: list[Register], seen: Regist
     Args:
         w: the warp.
         words: of the bitmap.
-        values: the slots in order, two to a register.
+        entries: the slots in order.
+        usual: how many of them most rows fill.
         seen: which tokens are.
         at: the warp's places.
         plan: the plan.
@@ -28,27 +34,27 @@ def scatter(w: Warp, words: list[Register], values: list[Register], seen: Regist
     column = at.tile + (at.lane << 2)
     # of the words' first channels
     places = [column + (32 * i % plan.pairs * ROW + 32 * i // plan.pairs * 2) for i in range(plan.words)]
-    slots = 2 * len(values)
-    guess = Guess.of(slots, plan.words)
+    guess = Guess.of(usual, plan.words)
     counts = [w.count_bits(x) for x in words]
     total = functools.reduce(lambda a, b: a + b, counts)
+    not_full = total < usual if len(entries) == usual else (total < usual) | (total > usual)
 
-    def usual(_: list[Register]) -> list[Register]:
-        scatter_from_both_ends(w, words, places, values, guess)
+    def as_guessed(_: list[Register]) -> list[Register]:
+        scatter_from_both_ends(w, words, places, entries[:usual], guess)
         return []
 
     def full(_: list[Register]) -> list[Register]:
-        scatter_from_both_ends(w, words, places, values, None)
+        scatter_from_both_ends(w, words, places, entries[:usual], None)
         return []
 
     def any_rows(_: list[Register]) -> list[Register]:
-        scatter_upwards(w, words, places, values, total)
+        scatter_upwards(w, words, places, entries, total)
         return []
 
     def unusual(_: list[Register]) -> list[Register]:
-        return w.branch(w.any(total < slots), [], any_rows, full)
+        return w.branch(w.any(not_full), [], any_rows, full)
 
-    w.branch(w.any((total < slots) | guess.fails(words, counts)), [], unusual, usual)
+    w.branch(w.any(not_full | guess.fails(words, counts)), [], unusual, as_guessed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +98,10 @@ class Guess:
 
 
 def scatter_from_both_ends(
-    w: Warp, words: list[Register], places: list[Register], values: list[Register], guess: Guess | None
+    w: Warp, words: list[Register], places: list[Register], entries: list[Entry], guess: Guess | None
 ) -> None:
     """Full rows: half of the entries from channel 0 up, half from the last one down, two chains at a time."""
-    slots = 2 * len(values)
+    slots = len(entries)
     up = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * ROW for x in places], -ROW)
     down = Chain(words[::-1], places[::-1], ROW)
     for chain in (up, down):
@@ -106,19 +112,19 @@ def scatter_from_both_ends(
     half = slots // 2
     for taken in range(half):
         for chain, slot in ((up, taken), (down, slots - 1 - taken)):
-            w.store_shared_half(chain.take(w), values[slot // 2], slot % 2)
+            w.store_shared_half(chain.take(w), *entries[slot])
             if taken + 1 < half:
                 chain.advance(w, taken + 1, guess)
 
 
 def scatter_upwards(
-    w: Warp, words: list[Register], places: list[Register], values: list[Register], total: Register
+    w: Warp, words: list[Register], places: list[Register], entries: list[Entry], total: Register
 ) -> None:
     """Any rows: their entries, `total` of them, in order from channel 0 up."""
     chain = Chain([w.reverse_bits(x) for x in words], [x + (WORD - 1) * ROW for x in places], -ROW)
     chain.skip_empty(w)
-    for slot in range(2 * len(values)):
-        w.store_shared_half(chain.take(w), values[slot // 2], slot % 2, where=total > slot)
+    for slot, entry in enumerate(entries):
+        w.store_shared_half(chain.take(w), *entry, where=total > slot)
         chain.next_word(w)
 
 

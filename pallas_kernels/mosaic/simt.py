@@ -139,6 +139,10 @@ class Warp:
             y = np.exp2(x)
         return np.where(np.abs(y) < np.finfo(np.float32).tiny, np.float32(0), y)
 
+    def log2(self, x: Register) -> Register:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.log2(np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x))
+
     def reciprocal(self, x: Register) -> Register:
         with np.errstate(divide="ignore", over="ignore"):
             return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.inf, x), 1 / x).astype(np.float32)
@@ -152,13 +156,13 @@ class Warp:
     def as_bits(self, x: Register) -> Register:
         return x.view(np.uint32)
 
-    def pack_pair(self, low: Register, high: Register) -> Register:
+    def pack_pair(self, low: Register, high: Register, *, float16: bool = False) -> Register:
         with np.errstate(over="ignore", invalid="ignore"):
-            halves = [x.astype(self.dtype).view(np.uint16).astype(np.uint32) for x in (low, high)]
+            halves = [x.astype(self._kind(float16)).view(np.uint16).astype(np.uint32) for x in (low, high)]
         return halves[0] | halves[1] << 16
 
-    def unpack_pair(self, x: Register) -> list[Register]:
-        return [half.astype(np.float32) for half in self._halves(x)]
+    def unpack_pair(self, x: Register, *, float16: bool = False) -> list[Register]:
+        return [half.astype(np.float32) for half in self._halves(x, float16)]
 
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
         low, high = (x >> (16 * half) & 0xFFFF for x in (a, b))
@@ -255,14 +259,16 @@ class Warp:
         now = Moment(self._warp_number * LANES + lanes[:, None], self._warp_number, self._time, self._block_time)
         return _places(self._block.shared, address, nbytes, where)[:, ::2] // 2, now
 
-    def multiply_add(self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register]) -> list[Register]:
+    def multiply_add(
+        self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register], *, float16: bool = False
+    ) -> list[Register]:
         g, t = _LANE >> 2, _LANE & 3
         left, right, out = np.empty((16, 16)), np.empty((16, 8)), np.empty((16, 8))
         for i in range(4):
-            for half, x in enumerate(self._halves(a[i])):
+            for half, x in enumerate(self._halves(a[i], float16)):
                 left[g + 8 * (i & 1), 2 * t + 8 * (i >> 1) + half] = x
         for i in range(2):
-            for half, x in enumerate(self._halves(b[i])):
+            for half, x in enumerate(self._halves(b[i], float16)):
                 right[2 * t + 8 * i + half, g] = x
         with np.errstate(invalid="ignore", over="ignore"):
             product = left @ right
@@ -293,8 +299,11 @@ class Warp:
     ) -> list[Register]:
         return list((then if _uniform(where) else otherwise)(list(carry)))
 
-    def _halves(self, word: Register) -> list[np.ndarray]:
-        return [x.astype(np.float64) for x in word.view(np.uint16).reshape(LANES, 2).view(self.dtype).T]
+    def _halves(self, word: Register, float16: bool) -> list[np.ndarray]:
+        return [x.astype(np.float64) for x in word.view(np.uint16).reshape(LANES, 2).view(self._kind(float16)).T]
+
+    def _kind(self, float16: bool) -> np.dtype:
+        return np.dtype(np.float16) if float16 else self.dtype
 
 
 def _uniform(x: Register) -> Any:

@@ -48,6 +48,9 @@ class Warp(Protocol):
     def exp2(self, x: Register) -> Register:
         """2 ** x in float32, subnormal results flushed to 0; relative error 2 ** -22."""
 
+    def log2(self, x: Register) -> Register:
+        """The logarithm of a float32 to base 2, subnormal numbers taken as 0; absolute error 2 ** -22 near 1."""
+
     def reciprocal(self, x: Register) -> Register:
         """1 / x in float32, subnormal numbers taken as 0; relative error 2 ** -23."""
 
@@ -60,10 +63,10 @@ class Warp(Protocol):
     def as_bits(self, x: Register) -> Register:
         """The bits of a float32 as a uint32."""
 
-    def pack_pair(self, low: Register, high: Register) -> Register:
-        """Two float32, rounded to the dtype, in the halves of a word."""
+    def pack_pair(self, low: Register, high: Register, *, float16: bool = False) -> Register:
+        """Two float32, rounded to the dtype, or to float16 whatever that is, in the halves of a word."""
 
-    def unpack_pair(self, x: Register) -> list[Register]:
+    def unpack_pair(self, x: Register, *, float16: bool = False) -> list[Register]:
         """The inverse of `pack_pair`: two float32."""
 
     def pick_halves(self, a: Register, b: Register, half: int) -> Register:
@@ -151,8 +154,10 @@ class Warp(Protocol):
 
     # Matrix products
 
-    def multiply_add(self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register]) -> list[Register]:
-        """c + a b for a [16, 16] and b [16, 8] of the dtype, c float32 [16, 8]; mma.sync.m16n8k16.
+    def multiply_add(
+        self, a: Sequence[Register], b: Sequence[Register], c: Sequence[Register], *, float16: bool = False
+    ) -> list[Register]:
+        """c + a b for a [16, 16] and b [16, 8] of the dtype or float16, c float32 [16, 8]; mma.sync.m16n8k16.
 
         Lane 4 g + t holds, a word standing for two neighbours along the inner axis: a: rows g and g + 8 of columns
         2 t, 2 t + 1, then the same of columns 2 t + 8, 2 t + 9; b: rows 2 t, 2 t + 1, then 2 t + 8, 2 t + 9, of column

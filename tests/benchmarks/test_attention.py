@@ -44,12 +44,14 @@ def test_rows_are_measured_checked_and_kept(tmp_path, monkeypatch, capsys):
     old = {"shape": "tiny", "name": "old", "us": None}
     (tmp_path / "attention.json").write_text(json.dumps({"rows": [earlier, old]}))
     sizes = ["--shapes", "tiny", "--sparsities", "0.7", "--rules", "published", "--masks", "random", "words"]
+    sizes += ["--codes", "4 bits"]
     arguments = [*sizes, "--implementations", "xla", "triton", "--no-torch", "--output", str(tmp_path)]
     attention.main([*arguments, "--dense-implementation", "xla"])
     first, *rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert first == earlier
     names = ["dense, xla", "dense, xla, lengths", "published 0.7, xla", "published 0.7, triton"]
-    assert [row["name"] for row in rows] == [*names, *(f"{name}, words mask" for name in names[2:])]
+    names += [*(f"{name}, words mask" for name in names[2:]), "4 bits, xla", "4 bits, triton"]
+    assert [row["name"] for row in rows] == names
     for row in rows:
         assert row["where"]["jax"] == jax.__version__
         if row["implementation"] == "triton":  # it cannot run here, and the others go on
@@ -101,7 +103,7 @@ def test_lines_are_grouped_by_their_whole_name():
 
 
 def test_cases_of_the_shapes_that_are_compared_take_all_sparsities_others_the_largest():
-    given = options("--implementations", "triton", "mosaic_gpu", "--rules", "published")
+    given = options("--implementations", "triton", "mosaic_gpu", "--rules", "published", "--codes")
     at_a = attention.cases_of(attention.A, given)
     assert [(case.sparsity, case.implementation) for case in at_a[2:]] == [
         (0.5, "triton"), (0.5, "mosaic_gpu"), (0.7, "triton"), (0.7, "mosaic_gpu"),

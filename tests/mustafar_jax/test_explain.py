@@ -48,7 +48,7 @@ def test_says_what_a_gpu_takes(on_a_gpu):
         ("decode", "triton", "head_dim=96", mj.CompressionConfig(), {"head_dim": 96}),
         ("decode", "triton", "codes of 8 bits", mj.CompressionConfig(v_bits=8), {}),
         ("decode", "mosaic_gpu", "codes of 8 bits", mj.CompressionConfig(k_bits=8), {}),
-        ("decode", "mosaic_gpu", "codes of 8 bits", mj.CompressionConfig(0, 0, k_bits=8), {}),
+        ("decode", "mosaic_gpu", "codes of 3 bits", mj.CompressionConfig(0, 0, k_bits=3), {}),
         (
             "prefill",
             "cudnn",

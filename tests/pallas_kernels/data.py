@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
+from mustafar_jax import layout
+from mustafar_jax.codecs import codec_of
+from mustafar_jax.operands import restored
+from mustafar_jax.rotation import turn
 from mustafar_jax.rows import RowFormat, Rows
 from tests.helpers import magnitude_mask, pack, rotated, unpack
 from tests.quick import QUICK
@@ -59,6 +63,33 @@ def rows_of_words(bitmap, payload):
     return Rows(bitmap, payload, None, jnp.zeros(bitmap.shape[:2], bool), how, bitmap.shape[2])
 
 
+def coded_format(head_dim, dtype, bits, pairs):
+    """Of codes of so many bits of every entry."""
+    return RowFormat(head_dim, np.dtype(dtype), None, codec_of("bits", bits, pruned=False), pairs)
+
+
+def coded_rows(rng, shape, dtype, bits, pairs, *, turned=False):
+    """(codes of random rows, the array [B, K, S, H] that they stand for), S a multiple of 32; turned first, or not."""
+
+    @jax.jit
+    def code(x):
+        rows = coded_format(shape[-1], dtype, bits, pairs).pack(turn(x) if turned else x)
+        return rows, restored(rows, turned=turned)
+
+    rows, dense = code(jnp.asarray(rng.standard_normal(shape), dtype))
+    return rows, np.pad(dense, [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
+
+
+def pruned_codes(rng, shape, dtype, sparsity, kinds):
+    """As `coded_rows`, of what masks keep: 4 bits behind a bitmap. Some rows fill their last word, most do not."""
+    x = jnp.asarray(rng.standard_normal(shape), dtype)
+    slots = mj.keep_count(shape[-1], sparsity)
+    counts = {kind: slots if kind == "magnitude" else -(-slots // 8) * 8 for kind in kinds}
+    mask = [masks(rng, x[b : b + 1], counts[kind], [kind]) for b, kind in enumerate(kinds)]
+    rows = mj.pack(x, np.concatenate(mask), slots=slots, bits=4)
+    return rows, np.pad(unpack(rows), [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
+
+
 def pack_rows(x, mask):
     """As `rows_of`, for [B, K, S, H] and a mask."""
     packed = pack(x, mask, slots=max(1, int(np.asarray(mask).sum(axis=-1).max())))
@@ -74,8 +105,13 @@ def with_mean(dense, mean):
 
 @jax.jit
 def poison(rows, outside):
-    """Rows with NaN values and full or arbitrary bitmaps where bool `outside` [B, S] holds."""
+    """Rows with NaN values, or NaN scales, and full or arbitrary bitmaps where bool `outside` [B, S] holds."""
     outside = outside[:, None]
+    if rows.scale is not None:
+        rows = dataclasses.replace(rows, scale=jnp.where(layout.to_lanes(outside), jnp.nan, rows.scale))
+        if rows.bitmap is None:
+            return rows
+        return dataclasses.replace(rows, bitmap=jnp.where(outside[..., None], jnp.uint32(0xFFFF0FFF), rows.bitmap))
     if rows.bitmap is None:
         return dataclasses.replace(rows, payload=jnp.where(outside[..., None], jnp.nan, rows.payload))
     blocks = outside.reshape(*outside.shape[:2], -1, 1, 32, 1)
@@ -90,15 +126,23 @@ WHERE = [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.ma
 """Parameters for `interpret`: plain JAX or numpy anywhere, and the compiled kernel where there is a GPU."""
 
 
-def specs(batch, kv_heads, group, rows, head_dim, k_slots, v_slots, dtype):
-    """Shapes of a query, of keys and of values; 0 slots: dense."""
+def specs(batch, kv_heads, group, rows, head_dim, key, value, dtype):
+    """Shapes of a query, of keys and of values.
 
-    def rows_spec(slots):
-        how = RowFormat(head_dim, np.dtype(dtype), slots or None)
-        return jax.eval_shape(lambda: how.empty((batch, kv_heads), rows))
+    Each is given as slots (0: dense), as "8", "4" or "2" bits of codes, or as slots and bits, (n, 4).
+    """
+
+    def rows_spec(how, pairs):
+        if isinstance(how, str):
+            form = coded_format(head_dim, dtype, int(how), pairs)
+        else:
+            slots, bits = how if isinstance(how, tuple) else (how, 16)
+            codec = codec_of("bits", bits, pruned=slots > 0)
+            form = RowFormat(head_dim, np.dtype(dtype), slots or None, codec)
+        return jax.eval_shape(lambda: form.empty((batch, kv_heads), rows))
 
     query = jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype)
-    return query, rows_spec(k_slots), rows_spec(v_slots)
+    return query, rows_spec(key, "channels"), rows_spec(value, "tokens")
 
 
 def float32(*arrays):

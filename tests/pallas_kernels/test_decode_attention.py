@@ -1,5 +1,6 @@
 """Decode attention's kernels, of Triton and of Mosaic GPU, against attention on the pruned tensors in float32."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.attention import decode_operands
-from mustafar_jax.operands import Mean, PackedAttention, Tail
+from mustafar_jax.operands import Mean, PackedAttention, Tail, restored
 from mustafar_jax.pallas_kernels.mosaic import backend as mosaic_backend
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
@@ -19,7 +20,18 @@ from mustafar_jax.pallas_kernels.triton import backend as triton_backend
 from mustafar_jax.pallas_kernels.triton import decode_attention
 from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from tests.helpers import bits, exhaustive, rms_error_ratio, rope_frequencies
-from tests.pallas_kernels.data import TOLERANCE, attend, jit, merge_splits, poison, rows_of, specs, with_mean
+from tests.pallas_kernels.data import (
+    TOLERANCE,
+    attend,
+    coded_rows,
+    jit,
+    merge_splits,
+    poison,
+    pruned_codes,
+    rows_of,
+    specs,
+    with_mean,
+)
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -36,11 +48,30 @@ KERNELS = [
     Kernel("triton", decode_attention, DecodeParams, triton_backend),
     Kernel("mosaic_gpu", mosaic_decode_attention, MosaicParams, mosaic_backend),
 ]
-RUNS = [
-    pytest.param(kernel, interpret, id=f"{kernel.name}-{where}", marks=[] if interpret else pytest.mark.gpu)
-    for kernel in KERNELS
-    for interpret, where in ((True, "interpret"), (False, "device"))
-]
+TRITON, MOSAIC = KERNELS
+
+
+def runs(*kernels):
+    """Parameters: kernels, each interpreted and on a device."""
+    return [
+        pytest.param(kernel, interpret, id=f"{kernel.name}-{where}", marks=[] if interpret else pytest.mark.gpu)
+        for kernel in kernels
+        for interpret, where in ((True, "interpret"), (False, "device"))
+    ]
+
+
+RUNS = runs(*KERNELS)
+
+
+def runs_of(cases, is_coded):
+    """Parameters (case, kernel, interpret): Triton's kernels take no codes."""
+    return [
+        pytest.param(
+            *case.values, *run.values, id=f"{'-'.join(map(str, case.values))}-{run.id}", marks=[*case.marks, *run.marks]
+        )
+        for case in (x if isinstance(x, type(pytest.param())) else pytest.param(x) for x in cases)
+        for run in runs(*([MOSAIC] if is_coded(*case.values) else KERNELS))
+    ]
 
 
 class Sequence(NamedTuple):
@@ -62,6 +93,14 @@ class Case(NamedTuple):
     sequences: list[Sequence]
     kv_heads: int = 1
     centred: bool = False
+    k_bits: int = 16  # of codes; 16 for plain numbers
+    v_bits: int = 16
+    turned: bool = False  # whether keys are coded as a rotation leaves them
+    warps: int = 4
+
+    @property
+    def is_coded(self):
+        return self.k_bits < 16 or self.v_bits < 16
 
 
 RAGGED = [
@@ -84,10 +123,31 @@ CASES = {
     "centred, 7 query heads": Case(128, BF16, 7, 0.7, 0.5, 230, 2, RAGGED, centred=True),
     "centred, 16 query heads": Case(64, BF16, 16, 0.5, 0.7, 230, 2, RAGGED[:3], kv_heads=2, centred=True),
     "centred, all held": Case(64, F16, 3, 0.7, 0.01, 230, 2, RAGGED, centred=True),
+    "4 bits": Case(128, BF16, 1, 0, 0, 1000, 3, LONG, k_bits=4, v_bits=4),
+    "4 bits, turned and centred": Case(
+        128, BF16, 4, 0, 0, 320, 1, [*RAGGED, Sequence("", 40, 310)], 2, True, 4, 4, turned=True
+    ),
+    "keys in 4 bits, values in 2": Case(64, F16, 7, 0, 0, 230, 2, RAGGED, 1, True, 4, 2, turned=True, warps=8),
+    "2 bits, 16 query heads": Case(128, F16, 16, 0, 0, 160, 1, RAGGED[:3], 1, True, 2, 2, turned=True),
+    "8 bits": Case(64, F16, 2, 0, 0, 230, 2, RAGGED, k_bits=8, v_bits=8, turned=True),
+    "keys in 8 bits, values in 4": Case(128, BF16, 9, 0, 0, 96, 1, [RAGGED[0], Sequence("", 5, 96)], 1, False, 8, 4),
+    "keys in 2 bits, values in 8": Case(64, BF16, 3, 0, 0, 96, 1, [RAGGED[0], Sequence("", 5, 96)], 1, True, 2, 8),
+    "keys pruned, values in 4 bits": Case(128, BF16, 1, 0.7, 0, 230, 2, RAGGED, 1, True, v_bits=4),
+    "keys in 4 bits, values pruned": Case(64, F16, 4, 0, 0.7, 230, 2, RAGGED, 1, True, k_bits=4, turned=True),
+    "keys pruned in 4 bits, values in 2": Case(128, BF16, 4, 0.7, 0, 230, 2, RAGGED, 1, True, 4, 2),
+    "keys pruned in 4 bits, values pruned": Case(64, F16, 1, 0.7, 0.5, 230, 2, RAGGED, 2, False, 4),
+    "keys pruned in 4 bits, dense values": Case(64, BF16, 9, 0.5, 0, 96, 1, RAGGED[:2], 1, True, 4),
+    "dense keys, values in 2 bits": Case(64, F16, 2, 0, 0, 96, 1, RAGGED[:1], v_bits=2),
+    "keys in 2 bits, dense values": Case(128, BF16, 2, 0, 0, 96, 1, RAGGED[:1], k_bits=2),
 }
-FURTHER = [
-    "1000 rows", "centred, 2 query heads", "centred, 7 query heads", "centred, 16 query heads", "centred, all held",
-]  # fmt: skip
+FURTHER = ["1000 rows", "centred, 2 query heads", "centred, 7 query heads", "centred, 16 query heads"]
+FURTHER += ["centred, all held"]
+FURTHER += [
+    "keys pruned in 4 bits, dense values",
+    "2 bits, 16 query heads",
+    "keys in 8 bits, values in 4",
+    "dense keys, values in 2 bits",
+]
 """Each differs from another case in a size or two, and compiles for seconds."""
 
 
@@ -105,9 +165,16 @@ def data(name):
     first, last = (jnp.array(x, jnp.int32) for x in (firsts, lasts))
     shape = (len(masks), case.kv_heads, case.rows, case.head_dim)
     query = jnp.asarray(rng.standard_normal((*shape[:2], case.group, case.head_dim)), case.dtype)
-    (key, dense_key), (value, dense_value) = (
-        rows_of(rng, shape, case.dtype, sparsity, masks) for sparsity in (case.k_sparsity, case.v_sparsity)
-    )
+
+    def rows(sparsity, bits, pairs, turned):
+        if bits == 16:
+            return rows_of(rng, shape, case.dtype, sparsity, masks)
+        if sparsity:
+            return pruned_codes(rng, shape, case.dtype, sparsity, masks)
+        return coded_rows(rng, shape, case.dtype, bits, pairs, turned=turned)
+
+    key, dense_key = rows(case.k_sparsity, case.k_bits, "channels", case.turned)
+    value, dense_value = rows(case.v_sparsity, case.v_bits, "tokens", False)
     mean = None
     if case.centred:
         mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], case.head_dim)), jnp.float32), None, 4)
@@ -129,6 +196,8 @@ def compiled(name, kernel, interpret):
     """The kernel and a merge of its splits: (out, m, l) as `attend` returns them."""
     case = CASES[name]
     options = {"scale": case.head_dim**-0.5, "params": kernel.params(case.splits), "interpret": interpret}
+    if case.is_coded:
+        options |= {"turned_keys": case.turned, "params": MosaicParams(case.splits, case.warps)}
 
     def call(query, key, value, first, last, mean_key, inv_freq):
         mean = Mean(mean_key, inv_freq, 4) if case.centred else None
@@ -158,8 +227,12 @@ def check(actual, expected, dtype):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=TOLERANCE[jnp.dtype(dtype)])  # weights may be rounded in l
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
-@pytest.mark.parametrize("name", [*(name for name in CASES if name not in FURTHER), *exhaustive(*FURTHER)])
+@pytest.mark.parametrize(
+    ("name", "kernel", "interpret"),
+    runs_of(
+        [*(name for name in CASES if name not in FURTHER), *exhaustive(*FURTHER)], lambda name: CASES[name].is_coded
+    ),
+)
 def test_agrees_with_dense_attention(name, kernel, interpret):
     """Also that what a sequence does not see has no effect."""
     arguments, _, expected = data(name)
@@ -189,8 +262,13 @@ def test_a_large_mean_overflows_no_float16(kernel, interpret):
     assert rms_error_ratio(normalised, wanted) < TOLERANCE[jnp.dtype(F16)]
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
-@pytest.mark.parametrize("name", ["centred", *exhaustive("dense values", "two KV heads")])
+@pytest.mark.parametrize(
+    ("name", "kernel", "interpret"),
+    runs_of(
+        ["centred", "4 bits, turned and centred", *exhaustive("dense values", "two KV heads")],
+        lambda name: CASES[name].is_coded,
+    ),
+)
 def test_a_sequence_does_not_depend_on_the_others(name, kernel, interpret):
     """Not a bit of it, though the others see nothing of a batch that they shared with it."""
     query, key, value, first, last = data(name).arguments
@@ -203,12 +281,109 @@ def test_a_sequence_does_not_depend_on_the_others(name, kernel, interpret):
         np.testing.assert_array_equal(bits(one)[chosen], bits(other)[chosen])
 
 
+def power_of_two(rng, shape, least, most):
+    return np.exp2(rng.integers(least, most, shape)).astype(np.float32)
+
+
+SIZES = {  # exponents of keys' row scales, of values', of queries: least and most
+    "values of all sizes": ((-2, 0), (-60, 60), (0, 1)),
+    "large values": ((-2, 0), (90, 115), (0, 1)),
+    "small values": ((-2, 0), (-92, -70), (0, 1)),
+    "keys of all sizes": ((-30, 3), (-2, 2), (0, 1)),
+    "large keys, small queries": ((98, 101), (-2, 2), (-101, -98)),
+    "small keys, large queries": ((-101, -98), (-2, 2), (98, 101)),
+}
+
+
+@pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
+@pytest.mark.parametrize("turned", [False, True])
+def test_codes_of_any_size(turned, kernel, interpret):
+    """Nothing leaves float16's range, whatever row scales and queries a bfloat16 cache holds; a sequence a case."""
+    rng, head_dim, rows = np.random.default_rng(6), 64, 96
+    shape = (len(SIZES), 1, rows, head_dim)
+    keys, values, queries = (np.array(x)[:, :, None] for x in zip(*SIZES.values(), strict=True))
+    query = jnp.asarray(
+        rng.standard_normal((len(SIZES), 1, 3, head_dim)) * power_of_two(rng, (len(SIZES), 1, 3, 1), *powers(queries)),
+        BF16,
+    )
+    (key, _), (value, _) = (coded_rows(rng, shape, BF16, 4, pairs) for pairs in ("channels", "tokens"))
+    key, value = (
+        dataclasses.replace(x, scale=jnp.asarray(power_of_two(rng, shape[:3], *powers(of_rows)), BF16))
+        for x, of_rows in ((key, keys), (value, values))
+    )
+    first, last = jnp.zeros(len(SIZES), jnp.int32), jnp.full(len(SIZES), rows - 5)
+    options = {"scale": head_dim**-0.5, "turned_keys": turned, "params": kernel.params(1), "interpret": interpret}
+    parts = jit(functools.partial(kernel.module.attend_rows, **options), interpret=interpret)(
+        query, key, value, first, last
+    )
+    out, _, total = merge_splits(query, *parts)
+    restored_key = jax.jit(functools.partial(restored, turned=turned))(key)
+    wanted_out, _, wanted_total = attend(query, restored_key, value.to_array(), first, last, options["scale"])
+    actual, wanted = (np.asarray(x, np.float64) / y[..., None] for x, y in ((out, total), (wanted_out, wanted_total)))
+    for sequence, name in enumerate(SIZES):
+        assert rms_error_ratio(actual[sequence], wanted[sequence]) < TOLERANCE[jnp.dtype(BF16)], name
+
+
+def powers(of_sequences):
+    least, most = of_sequences[:, 0, :, None], of_sequences[:, 1, :, None]
+    return least, most
+
+
+@pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
+def test_rows_of_zeros(kernel, interpret):
+    """One sequence's values are all zero, half of the other's are; so are half of all keys."""
+    rng, shape = np.random.default_rng(8), (2, 1, 64, 64)
+    (key, _), (value, _) = (coded_rows(rng, shape, F16, 4, pairs) for pairs in ("channels", "tokens"))
+    zero = rng.random(shape[:3]) < np.array([1.0, 0.5])[:, None, None]
+    key, value = (
+        dataclasses.replace(x, scale=jnp.where(none, 0, x.scale)) for x, none in ((key, zero[::-1]), (value, zero))
+    )
+    query, first, last = jnp.asarray(rng.standard_normal((2, 1, 3, 64)), F16), jnp.zeros(2, int), jnp.full(2, 64)
+    options = {"scale": 64**-0.5, "params": kernel.params(1), "interpret": interpret}
+    parts = jit(functools.partial(kernel.module.attend_rows, **options), interpret=interpret)(
+        query, key, value, first, last
+    )
+    out, _, total = merge_splits(query, *parts)
+    wanted, _, wanted_total = attend(query, key.to_array(), value.to_array(), first, last, options["scale"])
+    np.testing.assert_allclose(out / total[..., None], wanted / wanted_total[..., None], atol=1e-3)
+
+
+@pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_a_row_that_is_not_finite_makes_its_sequence_so_and_no_other(side, kernel, interpret):
+    rng, rows = np.random.default_rng(7), 64
+    coded = {
+        name: coded_rows(rng, (2, 1, rows, 64), F16, 4, pairs)[0]
+        for name, pairs in (("key", "channels"), ("value", "tokens"))
+    }
+    query = jnp.asarray(rng.standard_normal((2, 1, 4, 64)), F16)
+    tail = Tail(*(jnp.asarray(rng.standard_normal((2, 1, 32, 64)), F16) for _ in range(2)), 0)
+    coded[side] = dataclasses.replace(coded[side], scale=coded[side].scale.at[0, 0, 37].set(jnp.nan))
+    lengths = jnp.full(2, rows + 20)
+
+    def call(key, value):
+        operands = PackedAttention(
+            query, key, value, tail, lengths, jnp.full(2, rows), None, scale=0.1, window=None, turned_values=True
+        )
+        return kernel.module.decode_attention(operands, interpret=interpret)
+
+    out = np.asarray(jit(call, interpret=interpret)(coded["key"], coded["value"]), np.float32)
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
+
+
 CACHES = {  # config, capacity, lengths, window
     "centred": (mj.CompressionConfig.recommended(0.7, 0.5), 1000, [1000, 63], None),
     "window": (mj.CompressionConfig(0.5, 0.7, residual_length=100, group=64, sink_tokens=3), 384, [301, 167], 250),
     "dense keys": (mj.CompressionConfig.recommended(0, 0.7), 160, [160, 1], 100),
     "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
-}
+    "fast": (mj.CompressionConfig.preset("fast"), 300, [300, 63], None),
+    "balanced, window": (mj.CompressionConfig.preset("balanced"), 300, [300, 101], 200),
+    "small": (mj.CompressionConfig.preset("small"), 300, [300, 63], None),
+    "pruned keys, values in 2 bits": (
+        mj.CompressionConfig.recommended(0.7, 0, v_bits=2, rotate_values=True), 200, [200, 63], None,
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -232,8 +407,7 @@ def filled_cache(name):
     return cache, query, expected
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
-@pytest.mark.parametrize("name", ["centred", "window", "too short to pack", *exhaustive("dense keys")])
+@pytest.mark.parametrize(("name", "kernel", "interpret"), runs_of(CACHES, lambda name: CACHES[name][0].v_bits < 16))
 def test_attends_a_cache_as_xla_does(name, kernel, interpret):
     cache, query, expected = filled_cache(name)
     *_, lengths, window = CACHES[name]
@@ -249,6 +423,8 @@ def test_attends_a_cache_as_xla_does(name, kernel, interpret):
 
 
 SLOTS = {"dense": lambda _: 0, "in eights": lambda h: h // 4 + 8, "in fours": lambda h: h // 4 + 4, "all": lambda h: h}
+CODES = {f"{bits} bits": lambda _, bits=bits: str(bits) for bits in (8, 4, 2)}
+PRUNED_CODES = {"pruned in 4 bits": lambda h: (h // 4 + 4, 4)}
 AXES = {
     "k_slots": [*SLOTS],
     "v_slots": [*SLOTS],
@@ -261,20 +437,36 @@ AXES = {
     "splits": [None, 1, 70],
 }
 LOWERED = [{**case, "group": 1 + i % 16} for i, case in enumerate(pairwise(AXES))]
+CODED_AXES = AXES | {
+    "k_slots": ["in eights", "dense", *CODES, *PRUNED_CODES],
+    "v_slots": ["in eights", "dense", *CODES],
+    "turned": [False, True],
+    "teams": [1, 3],
+}
 
 
-def abstract_call(kernel, *, k_slots, v_slots, rows, sinks, head_dim, dtype, window, centred, splits, group):
+def without_codes(case):
+    return not {case.get("k_slots", "4 bits"), case.get("v_slots", "4 bits")} & {*CODES, *PRUNED_CODES}
+
+
+LOWERED_CODES = [{**case, "group": 1 + i % 16} for i, case in enumerate(pairwise(CODED_AXES, without=without_codes))]
+
+
+def abstract_call(
+    kernel, *, k_slots, v_slots, rows, sinks, head_dim, dtype, window, centred, splits, group, turned=False, teams=None
+):
     """(decode attention as a function of arrays, their shapes); sinks and recent tokens beside the packed rows."""
-    k_slots, v_slots = (SLOTS[slots](head_dim) for slots in (k_slots, v_slots))
+    k_slots, v_slots = ((SLOTS | CODES | PRUNED_CODES)[slots](head_dim) for slots in (k_slots, v_slots))
     query, key, value = specs(2, 2, group, rows, head_dim, k_slots, v_slots, dtype)
     dense = jax.ShapeDtypeStruct((2, 2, 64 + sinks, head_dim), dtype)
     mean = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 2, head_dim), (head_dim // 2,))]
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
-    params = None if splits is None else kernel.params(splits)
+    params = None if splits is None else kernel.params(splits, **{"teams": teams} if teams else {})
 
     def call(query, key, value, dense, mean, lengths):
         tail, mean = Tail(dense, dense, sinks), Mean(*mean, sinks) if centred else None
-        operands = PackedAttention(query, key, value, tail, lengths, lengths, mean, scale=0.1, window=window)
+        flags = {"scale": 0.1, "window": window, "turned_keys": turned, "turned_values": turned}
+        operands = PackedAttention(query, key, value, tail, lengths, lengths, mean, **flags)
         return kernel.module.decode_attention(operands, params=params)
 
     return call, (query, key, value, dense, mean, lengths)
@@ -290,6 +482,12 @@ def test_lowers_for_cuda(case, kernel):
     text = lower_for_cuda(call, *arguments)
     assert kernel.name in text
     assert not any(other.name in text for other in KERNELS if other != kernel)
+
+
+@pytest.mark.parametrize("case", LOWERED_CODES, ids=describe)
+def test_codes_lower_for_cuda(case):
+    call, arguments = abstract_call(MOSAIC, **case)
+    assert "mosaic_gpu" in lower_for_cuda(call, *arguments)
 
 
 @pytest.mark.parametrize("name", ["triton", "mosaic_gpu"])

@@ -88,6 +88,26 @@ def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
     assert mosaic.mosaic_params(heads=60, rows=120 * 128, group=4, slots=128).splits == 5
 
 
+@pytest.mark.parametrize(
+    ("facts", "params"),
+    [
+        ({"heads": 64, "rows": 16384}, mosaic.MosaicParams(8, 4, 4)),
+        ({"heads": 256, "rows": 4096}, mosaic.MosaicParams(2, 4, 4)),
+        ({"heads": 8, "rows": 131072}, mosaic.MosaicParams(64, 4, 4)),
+        ({"heads": 8, "rows": 4096}, mosaic.MosaicParams(32, 4, 2)),  # all multiprocessors have a block
+        ({"heads": 8, "rows": 0}, mosaic.MosaicParams(1, 4, 1)),
+        ({"heads": 64, "rows": 16384, "words": 64}, mosaic.MosaicParams(6, 4, 3)),
+        ({"heads": 64, "rows": 16384, "words": None}, mosaic.MosaicParams(6, 4, 3)),
+        ({"heads": 64, "rows": 16384, "group": 16}, mosaic.MosaicParams(6, 4, 3)),
+        ({"heads": 64, "rows": 16384, "group": 16, "centred": True}, mosaic.MosaicParams(4, 4, 2)),
+    ],
+)
+def test_codes_have_as_many_warps_as_registers_suffice_for(facts, params, monkeypatch):
+    monkeypatch.setattr(launch, "cores", lambda: 132)
+    usual = {"group": 4, "head_dim": 128, "words": 32, "centred": False}
+    assert mosaic.coded_params(**usual | facts) == params
+
+
 def test_blocks_that_fit_at_once_follow_the_device(monkeypatch):
     assert (triton.wave(), mosaic.wave()) == (528, 264) or cuda.core_count() is not None
     monkeypatch.setattr(cuda, "core_count", lambda: 58)

@@ -12,7 +12,17 @@ from mustafar_jax.pallas_kernels.mosaic import decode_attention as kernels
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic.scatter import Guess
 from tests.helpers import exhaustive, rope_frequencies
-from tests.pallas_kernels.data import WHERE, attend, masks, merge_splits, pack_rows, rows_of, specs, with_mean
+from tests.pallas_kernels.data import (
+    WHERE,
+    attend,
+    coded_format,
+    masks,
+    merge_splits,
+    pack_rows,
+    rows_of,
+    specs,
+    with_mean,
+)
 from tests.pallas_kernels.test_decode_attention import check
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -55,8 +65,11 @@ def test_masks_on_the_edge_of_the_usual(slots, words, interpret):
 
 @pytest.mark.parametrize("interpret", WHERE)
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 128), (16, 128), *exhaustive((2, 128), (6, 64))])
-def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, interpret):
+@pytest.mark.parametrize(
+    ("group", "head_dim", "bits"),
+    [(1, 64, 16), (4, 128, 16), (16, 128, 16), (4, 128, 4), *exhaustive((2, 128, 16), (6, 64, 16), (9, 64, 2))],
+)
+def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, bits, centred, interpret):
     """A warp takes several units, each of which has scores far above all those before."""
     rng = np.random.default_rng(group)
     shape = (1, 1, 288, head_dim)
@@ -64,14 +77,19 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, centred, in
     key, value = rng.standard_normal(shape) * growth, rng.standard_normal(shape)
     query = jnp.asarray(rng.standard_normal((1, 1, group, head_dim)), F16)
     first, last = jnp.zeros(1, jnp.int32), jnp.full(1, shape[2], jnp.int32)
-    (key, dense_key), (value, dense_value) = (
-        pack_rows(jnp.asarray(x, F16), masks(rng, jnp.asarray(x, F16), 20, ["magnitude"])) for x in (key, value)
-    )
+    if bits < 16:
+        forms = (coded_format(head_dim, F16, bits, pairs) for pairs in ("channels", "tokens"))
+        key, value = (form.pack(jnp.asarray(x, F16)) for form, x in zip(forms, (key, value), strict=True))
+        dense_key, dense_value = (x.to_array() for x in (key, value))
+    else:
+        (key, dense_key), (value, dense_value) = (
+            pack_rows(jnp.asarray(x, F16), masks(rng, jnp.asarray(x, F16), 20, ["magnitude"])) for x in (key, value)
+        )
     mean = None
     if centred:
         inv_freq = jnp.asarray(rope_frequencies(head_dim))
         mean = Mean(jnp.asarray(rng.standard_normal((1, 1, head_dim)), jnp.float32), inv_freq, 4)
-        dense_key = with_mean(dense_key, mean)
+        dense_key = with_mean(np.asarray(dense_key), mean)
     options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(splits=1), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
     actual = merge_splits(query, *call(query, key, value, first, last))
@@ -103,7 +121,7 @@ def test_centred_keys_far_into_a_sequence(group, warps, head_dim, interpret):
 
 def test_wants_one_side_packed():
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-    with pytest.raises(NotImplementedError, match="both hold every entry"):
+    with pytest.raises(NotImplementedError, match="both are ordinary arrays"):
         jax.eval_shape(
             functools.partial(kernels.attend_rows, scale=0.1), *specs(1, 1, 1, 64, 128, 0, 0, BF16), lengths, lengths
         )

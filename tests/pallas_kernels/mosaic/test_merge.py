@@ -12,6 +12,7 @@ from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels import launch
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
 from mustafar_jax.pallas_kernels.mosaic.merge_plan import queries_per_block
+from mustafar_jax.rotation import turn_back
 from tests.pallas_kernels.data import WHERE, float32
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     window: int | None = None
     cores: int = 1
     kv_heads: int = 1
+    turned: bool = False
 
 
 CASES = {
@@ -49,6 +51,9 @@ CASES = {
     "a window within the ring": Case(128, F16, 3, 2, 4, 64, window=20),
     "a window with sinks": Case(64, BF16, 2, 2, 4, 64, window=66),
     "a window of all": Case(64, F16, 1, 0, 4, 64, window=2**31 - 1),
+    "turned": Case(128, BF16, 4, 9, 4, 64, turned=True),
+    "turned, 3 query heads": Case(64, F16, 3, 2, 4, 64, turned=True),
+    "turned, no splits": Case(64, F16, 2, 0, 4, 64, turned=True),
 }
 
 
@@ -106,13 +111,15 @@ def test_agrees_with_plain_attention(name, interpret, monkeypatch):
     lengths, packed = (jnp.array(x, jnp.int32) for x in zip(*sequences(case), strict=True))
 
     def call(query, key, value, splits, lengths, packed):
-        options = {"scale": scale, "window": case.window, "interpret": interpret}
+        options = {"scale": scale, "window": case.window, "turned": case.turned, "interpret": interpret}
         return merge(query, splits, Tail(key, value, case.sinks), lengths, packed, **options)
 
     given = [jnp.asarray(x) for x in splits] if case.splits else []
     actual = jax.jit(call)(query, key, value, given, lengths, packed)
     assert actual.dtype == case.dtype
     actual, query, key, value = (np.asarray(x) for x in float32(actual, query, key, value))
+    if case.turned and case.splits:
+        splits[0] = np.asarray(turn_back(splits[0]))
     for b, k in np.ndindex(batch, case.kv_heads):
         of_head = [x[b * case.kv_heads + k] for x in splits]
         expected = attend(query[b, k], key[b, k], value[b, k], of_head, seen[b], scale)

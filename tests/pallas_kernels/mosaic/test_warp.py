@@ -67,8 +67,11 @@ INSTRUCTIONS = {
     "maximum": lambda w, s, a, b, c: [w.as_bits(w.maximum(f(w, a), f(w, b)))],
     "as_float": lambda w, s, a, b, c: [w.as_bits(f(w, a) * f(w, b) - f(w, c))],
     "as_bits": lambda w, s, a, b, c: [w.as_bits(f(w, a) + 1.0)],
-    "pack_pair": lambda w, s, a, b, c: [w.pack_pair(f(w, a), f(w, b))],
+    "pack_pair": lambda w, s, a, b, c: [w.pack_pair(f(w, a), f(w, b)), w.pack_pair(f(w, a), f(w, b), float16=True)],
     "unpack_pair": lambda w, s, a, b, c: [w.as_bits(x) for x in w.unpack_pair(w.pack_pair(f(w, a), f(w, b)))],
+    "unpack_pair, float16": lambda w, s, a, b, c: [
+        w.as_bits(x) for word in (a & 0x03FF03FF, b & 0xFBFFFBFF) for x in w.unpack_pair(word, float16=True)
+    ],
     "pick_halves": lambda w, s, a, b, c: [w.pick_halves(a, b, 0), w.pick_halves(a, b, 1)],
     "pick_bytes": lambda w, s, a, b, c: [w.pick_bytes(a, b, c & 0x7777)],
     "count_bits": lambda w, s, a, b, c: [w.count_bits(a & b)],
@@ -128,6 +131,7 @@ INSTRUCTIONS = {
 # rounded in another order, or approximated
 INEXACT = {
     "exp2": lambda w, s, a, b, c: [w.as_bits(w.exp2(f(w, a) * 10.0))],
+    "log2": lambda w, s, a, b, c: [w.as_bits(w.log2(w.as_float(a & 0x7FFFFFFF | 0x00800000) * 0.5))],
     "reciprocal": lambda w, s, a, b, c: [w.as_bits(w.reciprocal(f(w, a))), w.as_bits(w.reciprocal(f(w, b) * 1e6))],
     "fused": lambda w, s, a, b, c: [w.as_bits(w.fused(f(w, a), f(w, b), f(w, c)))],
     "multiply_add": lambda w, s, a, b, c: [
@@ -138,13 +142,23 @@ INEXACT = {
             [f(w, x) for x in (a, b, c, a)],
         )
     ],
+    # codes, which are subnormal numbers, and other numbers
+    "multiply_add, float16": lambda w, s, a, b, c: [
+        w.as_bits(x * 2.0**24)
+        for x in w.multiply_add(
+            [x & 0x00FF00FF for x in (a, b, c, a ^ b)],
+            [w.pack_pair(f(w, x), f(w, y), float16=True) for x, y in ((b, a), (c, b))],
+            [w.number(0)] * 4,
+            float16=True,
+        )
+    ],
 }
 USED_BY_ALL = {"row", "load", "store", "sync_warp"}
 BOTH = INSTRUCTIONS | INEXACT
 
 
-def random_words():
-    return jnp.asarray(np.random.default_rng(3).integers(0, 2**32, (3, 2 * WARPS * LANES), dtype=np.uint32))
+def random_words(blocks=2):
+    return jnp.asarray(np.random.default_rng(3).integers(0, 2**32, (3, blocks * WARPS * LANES), dtype=np.uint32))
 
 
 @functools.cache
@@ -157,7 +171,7 @@ def result_words(name):
     return counts[0]
 
 
-def apply(name, dtype, words, *, interpret):
+def apply(name, dtype, words, *, interpret, teams=1):
     """An instruction on [3, threads] words; [threads, results]."""
     threads, results = words.shape[1], result_words(name)
 
@@ -177,6 +191,7 @@ def apply(name, dtype, words, *, interpret):
         shared_bytes=WARPS * 512,
         dtype=dtype,
         interpret=interpret,
+        teams=teams,
     )
     return out
 
@@ -199,6 +214,17 @@ def test_an_instruction_does_what_its_twin_does(name, dtype):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["block", "warp", "sync_block", "load_shared"])
+def test_teams_do_what_blocks_by_themselves_do(name):
+    """Three blocks, two at a time: one is run twice."""
+    one, other = (
+        jax.jit(functools.partial(apply, name, jnp.bfloat16, interpret=interpret, teams=2))(random_words(3))
+        for interpret in (True, False)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.fixture(scope="module")
 def snippets():
     """All inline assembly, (code, letters of results, constraints of operands), as `ptx.Warp` emits it."""
@@ -216,6 +242,7 @@ def snippets():
             for dtype in (jnp.bfloat16, jnp.float16):
                 call = functools.partial(apply, name, dtype, interpret=False)
                 assert "mosaic_gpu" in lower_for_cuda(call, random_words())
+                assert "mosaic_gpu" in lower_for_cuda(functools.partial(call, teams=3), random_words(3))
     return [*found]
 
 
