@@ -49,6 +49,7 @@ RULES: dict[str, Callable[[float, float], mj.CompressionConfig]] = {
 CODES: dict[str, mj.CompressionConfig] = {
     "fast": mj.CompressionConfig.preset("fast"),
     "balanced": mj.CompressionConfig.preset("balanced"),
+    "small": mj.CompressionConfig.preset("small"),
     "4 bits": mj.CompressionConfig(0, 0, k_bits=4, v_bits=4, residual_length=0, rotate_keys=True, rotate_values=True),
     "8 bits": mj.CompressionConfig(0, 0, k_bits=8, v_bits=8, residual_length=0, rotate_keys=True, rotate_values=True),
 }

@@ -1,7 +1,7 @@
 """Codes of a few bits, which stand for levels times one scale a row."""
 
 import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,15 @@ class ScaledCodec(Codec):
     A level has at most 8 significant bits, as a scale has, so their product is exact. bfloat16 serves caches of every
     dtype: float16 has not the range of a rotated row's scale.
 
-    The scale is the best of a few: for each of `fractions`, the largest magnitude times it is put on the top level,
-    entries go to their nearest levels, and the scale is refitted to these by least squares and rounded. Entries then go
-    to the levels nearest under the rounded scale. The one of least (weighted) squared error is taken. All of it is in
-    float32. So entries beyond the top level are cut where that serves the others.
+    A row's codes are the best of a few. For each of `fractions`, the largest magnitude times it is put on the top
+    level, entries go to their nearest levels, the scale is refitted to these by least squares, and entries go to the
+    levels nearest under that. Those codes are taken whose levels point most nearly where the row does, by the
+    (weighted) cosine. All of it is in float32.
+
+    The scale then keeps the row's length along itself: what the codes stand for has the row's own product with it. The
+    scale of least squares would shorten every row by its share of error, and what attention sums over many tokens
+    loses that share, while other errors cancel (docs/quality.md). Rows that levels fit badly, more than half of whose
+    energy would be error, are kept at twice the scale of least squares.
 
     A row that holds a NaN or an infinity has a scale that is not finite, and no other row has. A row of zeros has scale
     0.
@@ -68,25 +73,25 @@ class ScaledCodec(Codec):
         return codes, jnp.where(is_finite.all(axis=-1), scale, jnp.nan).astype(jnp.bfloat16)
 
     def _fit(self, x: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes and rounded scales, as float32, of rows whose largest magnitude is 0 or from 1/2 up to 1."""
+        """Codes and scales of rows whose largest magnitude is 0 or from 1/2 up to 1."""
         largest = jnp.max(jnp.abs(x), axis=-1)
-        trials = [self._refit(x, counts, largest * (fraction / self.top)) for fraction in self.fractions]
-        codes, scale, error = trials[0]
-        for other_codes, other_scale, other_error in trials[1:]:
-            better = other_error < error
-            codes = jnp.where(better[..., None], other_codes, codes)
-            scale, error = jnp.where(better, other_scale, scale), jnp.where(better, other_error, error)
-        return codes, scale
+        best = self._trial(x, counts, largest * (self.fractions[0] / self.top))
+        for fraction in self.fractions[1:]:
+            other = self._trial(x, counts, largest * (fraction / self.top))
+            is_better = other.fit > best.fit
+            codes = jnp.where(is_better[..., None], other.codes, best.codes)
+            best = _Trial(codes, *(jnp.where(is_better, y, x) for x, y in zip(best[1:], other[1:], strict=True)))
+        energy = jnp.sum(counts * x**2, axis=-1)
+        along_itself = energy / jnp.where(best.product > 0, best.product, 1)
+        return best.codes, jnp.minimum(along_itself, 2 * best.least_squares)
 
-    def _refit(self, x: jax.Array, counts: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Codes, their scale, and their weighted squared error, found from a first scale."""
-        level = self.level(self.nearest(_over(x, start)))
-        total = jnp.sum(counts * level**2, axis=-1)
-        scale = jnp.sum(counts * x * level, axis=-1) / jnp.where(total > 0, total, 1)
-        scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
-        codes = self.nearest(_over(x, scale))
-        error = jnp.sum(counts * (x - self.level(codes) * scale[..., None]) ** 2, axis=-1)
-        return codes, scale, error
+    def _trial(self, x: jax.Array, counts: jax.Array, start: jax.Array) -> "_Trial":
+        """Codes found from a first scale."""
+        first = self.level(self.nearest(_over(x, start)))
+        codes = self.nearest(_over(x, _least_squares(x, first, counts)))
+        level = self.level(codes)
+        product, least_squares = jnp.sum(counts * x * level, axis=-1), _least_squares(x, level, counts)
+        return _Trial(codes, product, least_squares, fit=product * least_squares)
 
     def decode(self, codes: jax.Array, scale: jax.Array | None) -> jax.Array:
         """See `Codec`."""
@@ -98,6 +103,28 @@ class ScaledCodec(Codec):
         """The largest of bfloat16 with which no level is beyond float32."""
         largest = np.float32(np.finfo(np.float32).max / self.top)
         return float((largest.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))  # bfloat16 is its upper half
+
+
+class _Trial(NamedTuple):
+    """Codes of rows [..., n].
+
+    Attributes:
+        codes: uint8 [..., n].
+        product: [...], of rows and levels, weighted.
+        least_squares: [...], the scale of least squared error.
+        fit: [...], the squared cosine of rows and levels, times the rows' energy.
+    """
+
+    codes: jax.Array
+    product: jax.Array
+    least_squares: jax.Array
+    fit: jax.Array
+
+
+def _least_squares(x: jax.Array, level: jax.Array, counts: jax.Array) -> jax.Array:
+    """The scales [...] by which levels come nearest to entries."""
+    energy = jnp.sum(counts * level**2, axis=-1)
+    return jnp.sum(counts * x * level, axis=-1) / jnp.where(energy > 0, energy, 1)
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -52,19 +52,26 @@ def test_levels():
 
 @pytest.mark.parametrize(("bits", "masked"), KINDS)
 @given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(DTYPES))
-def test_an_entry_is_its_nearest_level(bits, masked, seed, dtype):
+def test_levels_are_in_the_entries_order_and_keep_a_rows_length(bits, masked, seed, dtype):
     """Of rows with few and with many entries, small, large and skewed ones."""
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.uniform(-5, 5, (2, 40, 1)))
-    x = jnp.asarray(rng.standard_normal((2, 40, 64)) * sizes * rng.choice([1, 20], (1, 1, 64)), dtype)
+    x = jnp.asarray(rng.standard_normal((2, 40, 64)) * sizes * rng.choice([1, 3], (1, 1, 64)), dtype)
     rows, mask = packed(x, bits, masked)
     held, kept = np.asarray(unpack_jit(rows)), np.where(mask, x, 0).astype(np.float64)
     assert held.dtype == np.float32
     assert not held[~mask].any()
-    scale, levels = scales_of(rows)[..., None], levels_of(bits, masked)
-    distances = np.abs(levels * scale[..., None] - kept[..., None])
-    chosen = np.abs(held - kept)[mask]
-    np.testing.assert_allclose(chosen, distances.min(axis=-1)[mask], rtol=1e-5)
+    order = np.argsort(kept, axis=-1, stable=True)
+    assert (np.diff(np.take_along_axis(held, order, axis=-1), axis=-1) >= 0).all()
+    np.testing.assert_allclose((held * kept).sum(axis=-1), (kept**2).sum(axis=-1), rtol=2**-8)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_a_row_that_levels_fit_badly_is_not_blown_up(bits):
+    """One large entry among small ones: the levels of these would be as large, were its length kept."""
+    x = 1e-3 * jax.random.normal(jax.random.key(4), (32, 64)).at[:, 5].set(1e3)
+    error = np.asarray(((unpack(pack(x, bits=bits)) - x) ** 2).sum(axis=-1) / (x**2).sum(axis=-1))
+    assert (error < 1.05).all()
 
 
 @EVERY_KIND
@@ -76,18 +83,20 @@ def test_unpacked_entries_are_level_times_scale_exactly(bits, masked):
 
 
 @EVERY_KIND
-def test_the_scale_is_as_good_as_the_best_of_many(bits, masked):
-    """The squared error lies near that of the best of a hundred scales, over many rows."""
+def test_the_codes_are_as_good_as_the_best_of_many(bits, masked):
+    """The share of a row that is not along its levels lies near that of the best of a hundred scales."""
     x = jax.random.normal(jax.random.key(0), (256, 64)) * jnp.exp(jax.random.normal(jax.random.key(1), (256, 1)))
     rows, mask = packed(x, bits, masked)
     kept = np.where(mask, x, 0).astype(np.float64)
-    error = ((np.asarray(unpack(rows)) - kept) ** 2).sum(axis=-1)
     levels, largest = levels_of(bits, masked), np.abs(kept).max(axis=-1)
     trials = largest / levels[-1] * np.linspace(0.3, 1.1, 100)[:, None]
-    off = np.abs(levels * trials[..., None, None] - kept[None, ..., None]).min(axis=-1)
-    best = np.where(mask, off**2, 0).sum(axis=-1).min(axis=0)
-    energy = (kept**2).sum(axis=-1)
-    assert (error / energy).mean() <= (1.15 if (bits, masked) == (4, True) else 1.05) * (best / energy).mean() + 1e-5
+    nearest = np.abs(levels * trials[..., None, None] - kept[None, ..., None]).argmin(axis=-1)
+
+    def lost(y):
+        return 1 - (y * kept).sum(axis=-1) ** 2 / (y**2).sum(axis=-1) / (kept**2).sum(axis=-1)
+
+    best = lost(np.where(mask, levels[nearest], 0)).min(axis=0)
+    assert lost(np.asarray(unpack(rows), np.float64)).mean() <= 1.15 * best.mean() + 1e-5
 
 
 def test_errors_that_matter_more_are_smaller():
@@ -100,7 +109,7 @@ def test_errors_that_matter_more_are_smaller():
         np.where(mask, codec.decode(*codec.encode(x, np.dtype(np.float32), mask, given)) - x, 0)[:, :8]
         for given in (None, weight)
     ]
-    assert (off[1] ** 2).sum() < 0.8 * (off[0] ** 2).sum()
+    assert (off[1] ** 2).sum() < 0.9 * (off[0] ** 2).sum()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
