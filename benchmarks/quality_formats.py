@@ -15,6 +15,7 @@ from benchmarks.quality_results import (
     held,
     interval,
     kl,
+    label,
     lines_of,
     mean_bits,
     measured,
@@ -93,18 +94,20 @@ def _capacity(results: Results, test: str = "perplexity") -> int:
 
 
 def presets_table(*several: Results) -> list[str]:
-    """The caches of `NAMED` in several sweeps beside each other: whole caches' bytes, and KL."""
+    """The caches of `NAMED` in several sweeps beside each other: whole caches' bytes, loss and KL."""
     found = [{short_label(row): row for row in _compressing(results, "K+V")} for results in several]
     header = ["cache"]
     for results in several:
         test = f"{model(results)}, {_capacity(results):,} tokens"
-        header += [f"{test}: bytes of dense", "mean KL to dense, nats"]
+        header += [f"{test}: bytes of dense", "loss over dense, nats", "mean KL to dense, nats"]
     names = [name for name in NAMED if any(name in rows for rows in found)]
     return lines_of(header, [[name, *(text for rows in found for text in _cost(rows.get(name)))] for name in names])
 
 
 def _cost(row: Row | None) -> list[str]:
-    return ["not measured"] * 2 if row is None else [f"{held(row):.1%}", cell(row, "perplexity", "kl", 4)]
+    if row is None:
+        return ["not measured"] * 3
+    return [f"{held(row):.1%}", *(cell(row, "perplexity", name, 4) for name in ("increase", "kl"))]
 
 
 def needles_table(results: Results) -> list[str]:
@@ -119,7 +122,7 @@ def needles_table(results: Results) -> list[str]:
 
 def _needles(row: Row, dense: Row | None, lengths: np.ndarray) -> list[str]:
     exact = _exact(row)
-    cells = [short_label(row), f"{held(row, 'needle'):.1%}"]
+    cells = [label(row), f"{held(row, 'needle'):.1%}"]
     cells += [f"{exact[lengths == length].mean():.3f}" for length in np.unique(lengths)] + [interval(exact.tolist(), 3)]
     if dense is None:
         return [*cells, "not measured"]

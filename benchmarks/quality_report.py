@@ -1,8 +1,8 @@
 """Tables and plots of what `python -m benchmarks.quality_sweep` measured.
 
-    python -m benchmarks.quality_report benchmarks/results/*/quality/*.json --docs docs/quality.md
+    python -m benchmarks.quality_report benchmarks/results/*/quality/*.json --docs docs/quality.md README.md
 
-Writes the plots beside the results, and the tables into the document, between the lines `<!-- NAME: FILE ... -->` and
+Writes the plots beside the results, and the tables into documents, between the lines `<!-- NAME: FILE ... -->` and
 `<!-- end -->`, where NAME is one of `TABLES` and each FILE a results' path from the document's folder; a table that is
 computed takes none. Every mean has its 95 % interval, by bootstrap over windows or needles.
 """
@@ -31,12 +31,12 @@ TABLES: dict[str, Callable[..., list[str]]] = {
 
 
 def main() -> None:
-    """Draw, and fill the document."""
+    """Draw, and fill the documents."""
     options = _parser().parse_args()
     for file in options.results:
         quality_plots.draw(read(file), file)
-    text = options.docs.read_text(encoding="utf-8")
-    options.docs.write_text(fill(text, options.docs.parent), encoding="utf-8")
+    for document in options.docs:
+        document.write_text(fill(document.read_text(encoding="utf-8"), document.parent), encoding="utf-8")
 
 
 def read(file: pathlib.Path) -> Results:
@@ -65,7 +65,7 @@ def fill(text: str, folder: pathlib.Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=pathlib.Path, nargs="+", help="what quality_sweep --collect wrote")
-    parser.add_argument("--docs", type=pathlib.Path, required=True, help="the document to fill")
+    parser.add_argument("--docs", type=pathlib.Path, nargs="+", required=True, help="documents to fill")
     return parser
 
 

@@ -39,7 +39,7 @@ def measured(results: Results, test: str) -> list[Row]:
 
 def label(row: Row) -> str:
     """A cache by its rule, what that compresses, and how much it removes where its name says so."""
-    return " ".join([row["rule"], row["pruned"], *_sparsity(row)])
+    return " ".join(filter(None, [row["rule"], row["pruned"], *_sparsity(row)]))
 
 
 def short_label(row: Row) -> str:

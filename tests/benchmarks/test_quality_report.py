@@ -155,13 +155,15 @@ def test_presets_of_several_sweeps_stand_beside_each_other(formats):
     other = formats | {"model": "qwen2.5-coder-1.5b.gguf", "rows": formats["rows"][3:]}
     lines = quality_formats.presets_table(formats, other)
     assert lines[0] == (
-        "| cache | m, 2,048 tokens: bytes of dense | mean KL to dense, nats "
-        "| Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 2,048 tokens: bytes of dense | mean KL to dense, nats |"
+        "| cache | m, 2,048 tokens: bytes of dense | loss over dense, nats | mean KL to dense, nats "
+        "| Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, 2,048 tokens: bytes of dense "
+        "| loss over dense, nats | mean KL to dense, nats |"
     )
+    missing = " | not measured" * 3 + " |"
     assert lines[2:] == [
-        "| fast | 25.0% | 0.7500 (0.5000 to 1.0000) | 25.0% | 0.7500 (0.5000 to 1.0000) |",
-        "| recommended 0.7 | 40.0% | 1.0000 (1.0000 to 1.0000) | not measured | not measured |",
-        "| KIVI-4 | 30.0% | 0.2500 (0.2500 to 0.2500) | not measured | not measured |",
+        "| fast" + " | 25.0% | 1.5000 (1.0000 to 2.0000) | 0.7500 (0.5000 to 1.0000)" * 2 + " |",
+        "| recommended 0.7 | 40.0% | 2.0000 (2.0000 to 2.0000) | 1.0000 (1.0000 to 1.0000)" + missing,
+        "| KIVI-4 | 30.0% | 0.5000 (0.5000 to 0.5000) | 0.2500 (0.2500 to 0.2500)" + missing,
     ]
 
 
@@ -176,7 +178,7 @@ def test_needles_by_length(formats):
         "| cache | bytes of dense, 8,200 tokens | 4,096 tokens | 8,192 tokens | all | more than dense (paired) |"
     )
     assert lines[2] == "| dense | 100.0% | 1.000 | 1.000 | 1.000 (1.000 to 1.000) |  |"
-    assert lines[3] == "| fast | 25.0% | 1.000 | 0.000 | 0.500 (0.000 to 1.000) | -0.500 (-1.000 to 0.000) |"
+    assert lines[3] == "| fast K+V | 25.0% | 1.000 | 0.000 | 0.500 (0.000 to 1.000) | -0.500 (-1.000 to 0.000) |"
 
 
 def test_bytes_of_presets_are_computed():
@@ -212,8 +214,16 @@ def test_plot_of_formats(formats, tmp_path):
     assert len(sizes(tmp_path)) == 1
 
 
-def test_the_documents_tables_are_those_of_the_results():
-    document = pathlib.Path(__file__).parents[2] / "docs" / "quality.md"
-    text = document.read_text(encoding="utf-8")
-    assert quality_report.fill(text, document.parent) == text
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["docs/quality.md", "README.md"])
+def test_the_documents_tables_are_those_of_the_results(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert quality_report.fill(text, (ROOT / name).parent) == text
+
+
+def test_documents_have_tables():
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
     assert "<!-- caches: " in text
+    assert "<!-- preset-bytes: -->" in text
