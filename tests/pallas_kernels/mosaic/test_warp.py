@@ -131,7 +131,7 @@ INSTRUCTIONS = {
 # rounded in another order, or approximated
 INEXACT = {
     "exp2": lambda w, s, a, b, c: [w.as_bits(w.exp2(f(w, a) * 10.0))],
-    "log2": lambda w, s, a, b, c: [w.as_bits(w.log2(w.as_float(a & 0x7FFFFFFF | 0x00800000) * 0.5))],
+    "log2": lambda w, s, a, b, c: [w.as_bits(w.log2(w.as_float(a & 0x7EFFFFFF | 0x00800000) * 0.5))],
     "reciprocal": lambda w, s, a, b, c: [w.as_bits(w.reciprocal(f(w, a))), w.as_bits(w.reciprocal(f(w, b) * 1e6))],
     "fused": lambda w, s, a, b, c: [w.as_bits(w.fused(f(w, a), f(w, b), f(w, c)))],
     "multiply_add": lambda w, s, a, b, c: [
