@@ -288,8 +288,9 @@ def compiled_step(config, dtype):
     ("name", "dtype"),
     [
         *itertools.product(["dense", "recommended"], DTYPES),
-        *itertools.product(["published", "dense keys", "8 bits", "pruned in 8 bits"], [jnp.bfloat16]),
-        *exhaustive(*itertools.product(["published", "dense keys"], [jnp.float16, jnp.float32])),
+        *itertools.product(["published", "balanced", "small"], [jnp.bfloat16]),
+        *exhaustive(*itertools.product(["dense keys", "8 bits", "pruned in 8 bits", "fast"], [jnp.bfloat16])),
+        *exhaustive(*itertools.product(["published", "dense keys", "small"], [jnp.float16, jnp.float32])),
     ],
 )
 def test_the_compiled_step_works_in_place(name, dtype):
@@ -335,6 +336,12 @@ def test_config_sparsity(field, sparsity):
         ("center_keys='false' must be a bool", {"center_keys": "false"}),
         ("rescale_values=1 must be a bool", {"rescale_values": 1}),
         (r"weigh_keys=array\(True\) must be a bool", {"weigh_keys": np.array(True)}),
+        (r"k_bits=3 must be one of \[16, 8, 4\] where entries are pruned", {"k_bits": 3}),
+        (r"v_bits=5 must be one of \[16, 8, 4, 3, 2\] where every", {"v_sparsity": 0, "v_bits": 5}),
+        ("k_bits=4.0 must be one of", {"k_bits": 4.0}),
+        ("rotate_keys=True is for codes of every entry, k_sparsity=0 .* got k_sparsity=0.7", {"rotate_keys": True}),
+        ("rotate_values=True is for codes .* got v_sparsity=0, v_bits=16", {"v_sparsity": 0, "rotate_values": True}),
+        ("rotate_keys='yes' must be a bool", {"rotate_keys": "yes"}),
     ],
 )
 def test_config_fields(message, fields):
@@ -358,6 +365,28 @@ def test_keys_and_values_may_be_pruned_by_what_either_needs(side, monkeypatch):
         assert config.needs_queries
         cache = prefill(empty(config, num_heads=HEADS), key[:, :PROMPT], value[:, :PROMPT], query=query)
         assert cache.packed_lengths.tolist() == [96, 96]
+
+
+def test_presets():
+    """By the paper's names of their parts; fields override."""
+    assert CompressionConfig.preset("published") == CompressionConfig()
+    assert CompressionConfig.preset("dense").is_dense
+    assert CompressionConfig.preset("recommended", k_sparsity=0.5) == CompressionConfig.recommended(0.5)
+    bits = {name: CompressionConfig.preset(name).entry_bits(128) for name in ("fast", "balanced", "small")}
+    assert bits == {"fast": (4.125, 4.125), "balanced": (4.125, 2.125), "small": (2.375, 2.125)}
+    assert CompressionConfig.preset("fast", v_bits=2) == CompressionConfig.preset("balanced")
+    with pytest.raises(ValueError, match=r"preset 'quick' must be one of \['recommended', 'published', 'fast'"):
+        CompressionConfig.preset("quick")
+
+
+@pytest.mark.parametrize(("head_dim", "shares"), [(128, (0.28, 0.22, 0.165)), (64, (0.29, 0.23, 0.175))])
+def test_presets_hold_few_bytes(head_dim, shares):
+    """Of a whole dense bfloat16 cache of 16,384 tokens."""
+    sizes = {"batch": 1, "capacity": 16384, "num_kv_heads": 8, "head_dim": head_dim, "inv_freq": np.ones(head_dim // 2)}
+    for name, share in zip(("fast", "balanced", "small"), shares, strict=True):
+        config = CompressionConfig.preset(name)
+        cache = jax.eval_shape(lambda config=config: LayerCache.init(config, dtype=jnp.bfloat16, **sizes))
+        assert cache.nbytes <= share * cache.dense_nbytes
 
 
 def test_recommended():
