@@ -38,7 +38,7 @@ from benchmarks.gpu import no_gpu
 from benchmarks.origin import where
 from benchmarks.table import Row, Table, folder_of
 from mustafar_jax.arguments import parse_size
-from mustafar_jax.config import CompressionConfig
+from mustafar_jax.config import PRESETS, CompressionConfig
 from mustafar_jax.generation import DENSE, Caches, decode_step, prefill_prompt
 from mustafar_jax.models import Llama, ModelConfig, memory
 from mustafar_jax.pallas_kernels import cuda
@@ -83,13 +83,14 @@ class Case:
     Attributes:
         shape: a name in `SHAPES`.
         context: tokens of each prompt.
-        sparsity: of keys and values; 0 is a dense cache.
+        sparsity: of keys and values, where there is no preset; 0 is a dense cache.
         batch: prompts.
         implementation: of attention during decoding.
         largest: whether `batch` is the largest that the memory plan lets fit, or less where that did not.
         new_tokens: how long the prompts are continued; a multiple of 64, at least 128.
         rule: of pruning, a name in `attention.RULES`.
         split: whether each part of a step is timed, for which it is compiled again.
+        preset: the caches' config by its name, in place of a rule and a sparsity.
     """
 
     shape: str
@@ -101,11 +102,19 @@ class Case:
     new_tokens: int = 256
     rule: str = "recommended"
     split: bool = True
+    preset: str | None = None
 
     @property
     def compression(self) -> CompressionConfig:
         """The caches' config."""
+        if self.preset:
+            return CompressionConfig.preset(self.preset)
         return RULES[self.rule](self.sparsity, self.sparsity) if self.sparsity else DENSE
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the caches are dense ones."""
+        return self.compression.is_dense
 
     @property
     def capacity(self) -> int:
@@ -118,8 +127,13 @@ class Case:
         sizes = {"batch": self.batch, "capacity": self.capacity}
         return memory.plan(SHAPES[self.shape], self.compression, **sizes, dtype=DTYPE)
 
+    @property
+    def name(self) -> str:
+        """Of the caches."""
+        return "dense" if self.is_dense else self.preset or f"{self.rule} {self.sparsity}"
+
     def __str__(self) -> str:
-        cache = f"{self.rule} {self.sparsity} ({self.implementation or 'best'})" if self.sparsity else "dense"
+        cache = "dense" if self.is_dense else f"{self.name} ({self.implementation or 'best'})"
         return f"{self.shape}, {self.context:,} tokens, batch {self.batch}{' (largest)' * self.largest}, {cache}"
 
 
@@ -160,8 +174,11 @@ def cases_of(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
     for shape in options.shapes:
         for context in options.contexts:
             for batch in options.batches:
+                sizes = shape, context, batch, options.new_tokens, options.split
                 for sparsity in options.sparsities:
-                    yield case_with(options, limit, shape, context, batch, sparsity, options.new_tokens, options.split)
+                    yield case_with(options, limit, *sizes, sparsity)
+                for preset in options.presets:
+                    yield case_with(options, limit, *sizes, preset=preset)
 
 
 def bar_cases(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
@@ -178,7 +195,7 @@ def bar_cases(options: argparse.Namespace, limit: int | None) -> Iterator[Case]:
     ):
         for sparsity in sparsities:
             split = (context, batch) == (16384, 8)
-            yield case_with(options, limit, "llama-3-8b", context, batch, sparsity, new_tokens, split)
+            yield case_with(options, limit, "llama-3-8b", context, batch, new_tokens, split, sparsity)
 
 
 def case_with(
@@ -187,13 +204,15 @@ def case_with(
     shape: str,
     context: int,
     batch: int,
-    sparsity: float,
     new_tokens: int,
     split: bool,
+    sparsity: float = 0.0,
+    preset: str | None = None,
 ) -> Case:
     """The case of these sizes; batch 0 is the largest that fits, which is an error where `limit` is None."""
-    name = options.implementation if sparsity else options.dense_implementation
-    case = Case(shape, context, sparsity, batch or 1, name, not batch, new_tokens, options.rule, split)
+    case = Case(shape, context, sparsity, batch or 1, None, not batch, new_tokens, options.rule, split, preset)
+    name = options.dense_implementation if case.is_dense else options.implementation
+    case = dataclasses.replace(case, implementation=name)
     if not case.largest:
         return case
     if limit is None:
@@ -480,15 +499,15 @@ def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def case_of(row: dict[str, Any]) -> Case:
-    """The case that a row is of."""
-    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+    """The case that a row is of; earlier rows name no preset."""
+    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case) if field.name in row})
 
 
 def dense_beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of the same case with a dense cache, if it ran; for the largest batch, dense's own largest."""
     fields = ("shape", "context", "new_tokens", "largest", "limit_bytes" if row["largest"] else "batch")
-    same = [r for r in rows if r["sparsity"] == 0 and r["status"] == "ok" and all(r[f] == row[f] for f in fields)]
-    return same[-1] if same and row["sparsity"] else None
+    same = [r for r in rows if case_of(r).is_dense and r["status"] == "ok" and all(r[f] == row[f] for f in fields)]
+    return same[-1] if same and not case_of(row).is_dense else None
 
 
 def describe_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -538,9 +557,8 @@ def plot_memory(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def _cache(row: dict[str, Any]) -> str:
     """What a line of a plot is of."""
-    if not row["sparsity"]:
-        return "dense"
-    return f"{row['rule']} {row['sparsity']}" + (f", {row['implementation']}" if row["implementation"] else "")
+    case = case_of(row)
+    return case.name if case.is_dense or not case.implementation else f"{case.name}, {case.implementation}"
 
 
 def _panels(rows: list[dict[str, Any]], fields: tuple[str, str], draw: Callable[..., None], path: pathlib.Path) -> None:
@@ -597,6 +615,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.0, 0.5, 0.7],
         help="of keys and values; 0: a dense cache (%(default)s)",
     )
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=[], help="caches by name, beside these")
     parser.add_argument("--rule", choices=RULES, default="recommended", help="of pruning (%(default)s)")
     parser.add_argument("--implementation", help="of attention on packed caches (the best that works)")
     parser.add_argument("--dense-implementation", default="cudnn", help="of attention on dense caches (%(default)s)")

@@ -140,6 +140,26 @@ def test_cases_are_those_asked_for_dense_ones_first():
             options(*wrong)
 
 
+def test_presets_are_cases_beside_a_dense_one_and_earlier_rows_have_none():
+    given = options("--shapes", "llama-3-8b", "--contexts", "4096", "--batches", "8", "--sparsities", "0")
+    given.presets = ["fast", "dense"]
+    dense, fast, also_dense = generation.cases_of(given, 80 * GB)
+    assert (fast.compression, fast.is_dense) == (mj.CompressionConfig.preset("fast"), False)
+    assert (also_dense.is_dense, also_dense.implementation) == (True, "cudnn")
+    assert str(fast) == "llama-3-8b, 4,096 tokens, batch 8, fast (best)"
+    earlier = row_of(dense, tokens_per_s=500.0)
+    del earlier["preset"]
+    assert generation.case_of(earlier) == dense
+    row = row_of(fast, tokens_per_s=1000.0)
+    assert "; 2.00 of dense tokens/s" in generation.describe_row(row, [earlier, row])
+
+
+def test_a_preset_is_measured():
+    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, preset="fast"), generation.measure)
+    assert row["status"] == "ok", row["reason"]
+    assert row["cache_bytes"] < TINY.plan.caches
+
+
 def test_what_is_known_not_to_fit_is_not_run():
     case = dataclasses.replace(LLAMA, batch=500)
     row = generation.run_one(case, 80 * GB, lambda arguments: pytest.fail(f"{arguments} was run"))
