@@ -26,7 +26,7 @@ CONFIGS = {
     "fast": CompressionConfig.preset("fast"),
     "balanced": CompressionConfig.preset("balanced", residual_length=40),
     "small": CompressionConfig.preset("small"),
-    "3 bits": CompressionConfig(0, 0, k_bits=3, v_bits=3, rotate_values=True),
+    "3 bits": CompressionConfig(0, 0, k_bits=3, v_bits=3, rotate_keys=True),
     "pruned in 4 bits": CompressionConfig.recommended(0.625, 0.5, k_bits=4, v_bits=4),
 }
 
