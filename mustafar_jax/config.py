@@ -1,6 +1,7 @@
 """How a cache is compressed."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -120,32 +121,36 @@ class CompressionConfig:
 
     @classmethod
     def recommended(cls, k_sparsity: float = 0.7, v_sparsity: float = 0.7, **fields: Any) -> Self:
-        """The published rule plus dense sink tokens, centred and weighed keys and rescaled values; `fields` override.
+        """The preset "recommended": the published rule, dense sink tokens, centred and weighed keys, rescaled values.
 
         Values are rescaled only where `v_method` keeps equally many entries of each: a value of which a rule per
         channel keeps a single small entry would have it scaled up many times, which is further from the value than
         that entry alone (not measured on a model). Keys are weighed only where `k_method` does not score with queries
         itself.
         """
-        # a name that is unknown is named when the config is made
-        key_method = KEY_METHODS.get(fields.get("k_method", "magnitude"))
-        value_method = VALUE_METHODS.get(fields.get("v_method", "magnitude"))
-        chosen = {
-            "sink_tokens": 4,
-            "center_keys": True,
-            "weigh_keys": key_method is None or not key_method.needs_queries,
-            "rescale_values": value_method is None or value_method.equal_rows,
-        } | fields
-        return cls(k_sparsity=k_sparsity, v_sparsity=v_sparsity, **chosen)
+        return cls.preset("recommended", k_sparsity=k_sparsity, v_sparsity=v_sparsity, **fields)
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> Self:
-        """A config by its name, one of `PRESETS` or "recommended"; `fields` override. ValueError for another name."""
-        if name == "recommended":
-            return cls.recommended(**fields)
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} must be one of {['recommended', *PRESETS]}")
-        return cls(**(PRESETS[name] | fields))
+        """A config by its name in `PRESETS`; `fields` override.
+
+        What of the preset cannot go with these is left out: rotation of what they prune or do not code, weighing by a
+        method that scores with queries itself, rescaling of rows that are not equal.
+
+        Raises:
+            ValueError: a name that is not there, and as the config does.
+            TypeError: as the config does.
+        """
+        if name not in list(PRESETS):  # a list takes what cannot be hashed
+            raise ValueError(f"preset {name!r} must be one of {list(PRESETS)}")
+        chosen = PRESETS[name] | fields
+        whole = cls(**{field: value for field, value in chosen.items() if field not in _WHERE_IT_FITS})
+        fitting: dict[str, Any] = {
+            field: value and (field in fields or _WHERE_IT_FITS[field](whole))
+            for field, value in chosen.items()
+            if field in _WHERE_IT_FITS
+        }
+        return dataclasses.replace(whole, **fitting)
 
     @property
     def is_dense(self) -> bool:
@@ -240,24 +245,28 @@ class CompressionConfig:
         return 1 - self.key_method.kept(head_dim, keys), 1 - self.value_method.kept(head_dim, values)
 
 
-_CODES = {
-    "k_sparsity": 0,
-    "v_sparsity": 0,
-    "sink_tokens": 4,
-    "center_keys": True,
-    "rotate_keys": True,
-    "rotate_values": True,
+_WHERE_IT_FITS: dict[str, Callable[[CompressionConfig], bool]] = {
+    "rotate_keys": lambda config: config.k_sparsity == 0 and config.k_bits < 16,
+    "rotate_values": lambda config: config.v_sparsity == 0 and config.v_bits < 16,
+    "weigh_keys": lambda config: not config.key_method.needs_queries,
+    "rescale_values": lambda config: config.value_method.equal_rows,
 }
+"""What presets turn on and not every config can have: where it can."""
+
+_IMPROVED = {"sink_tokens": 4, "center_keys": True}
+_CODES = _IMPROVED | {"k_sparsity": 0, "v_sparsity": 0, "rotate_keys": True, "rotate_values": True}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "published": {},
     "fast": _CODES | {"k_bits": 4, "v_bits": 4},
     "balanced": _CODES | {"k_bits": 4, "v_bits": 2},
-    "small": _CODES | {"k_sparsity": 0.7, "k_bits": 4, "v_bits": 2, "rotate_keys": False, "weigh_keys": True},
+    "small": _CODES | {"k_sparsity": 0.7, "k_bits": 4, "v_bits": 2, "weigh_keys": True, "residual_length": 128},
+    "recommended": _IMPROVED | {"weigh_keys": True, "rescale_values": True},
+    "published": {},
     "dense": {"k_sparsity": 0, "v_sparsity": 0},
 }
 """The fields of configs with a name; docs/quality.md says which is for what.
 
-"published" prunes both by the paper's rule. "fast" codes both in 4 bits, "balanced" keys in 4 and values in 2, "small"
-prunes keys, codes what is kept in 4 bits, and values in 2. "dense" keeps everything.
+"fast" codes both in 4 bits, "balanced" keys in 4 and values in 2, "small" prunes keys, codes what is kept in 4 bits,
+and values in 2. "recommended" prunes both, in 16 bits, with what helps that; "published" by the paper's rule. "dense"
+keeps everything.
 """

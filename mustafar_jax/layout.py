@@ -197,16 +197,20 @@ def _plane(codes: jax.Array, width: int, pairs: Pairs) -> jax.Array:
     per_half = WORD // 2 // width
     words = head_dim * width // WORD
     halves = split.transpose(order).reshape(*leading, length // WORD, words, per_half, WORD, 2).astype(jnp.uint32)
-    place = width * np.arange(per_half, dtype=np.uint32)[:, None, None] + np.array([0, WORD // 2], np.uint32)
-    return jnp.sum(halves << place, axis=(-3, -1), dtype=jnp.uint32)
+    return jnp.sum(halves << _place_in_word(halves.ndim, width), axis=(-3, -1), dtype=jnp.uint32)
+
+
+def _place_in_word(rank: int, width: int) -> jax.Array:
+    """uint32 [1, ..., pairs of a word, 1, 2]: where a pair's two codes begin."""
+    pairs = width * np.arange(WORD // 2 // width, dtype=np.uint32)[:, None, None]
+    return lax.broadcast_to_rank(jnp.asarray(pairs + np.array([0, WORD // 2], np.uint32)), rank)
 
 
 def _codes(words: jax.Array, width: int, pairs: Pairs) -> jax.Array:
     """The inverse of `_plane`."""
     *leading, groups, count, _ = words.shape
-    per_half = WORD // 2 // width
-    place = width * np.arange(per_half, dtype=np.uint32)[:, None, None] + np.array([0, WORD // 2], np.uint32)
-    halves = (words[..., None, :, None] >> place & (1 << width) - 1).astype(jnp.uint8)
+    pairs_of = words[..., None, :, None] >> _place_in_word(words.ndim + 2, width)
+    halves = (pairs_of & (1 << width) - 1).astype(jnp.uint8)
     head_dim = count * WORD // width
     sizes = [_split(head_dim, pairs)[axis] for axis in _ORDER[pairs]]
     first = len(leading) + 1

@@ -14,6 +14,9 @@ from jax import lax
 RECENT = 32
 """The most recent queries that rules score with, and tokens of a group along which a channel's entries compete."""
 
+LEAST_WEIGHT = 2.0**-10
+"""Of a channel, beside the largest of its head."""
+
 WEIGHING = 512
 """The most recent queries of a prompt that entries of keys are weighed by."""
 
@@ -198,9 +201,11 @@ def query_weight(norm: jax.Array) -> jax.Array:
 
     Returns:
         float32 [B, K, H], the largest of each head 1, so that weighing overflows no dtype; all 1 where the norms are 0.
+        At least 2**-10: a channel that no query used yet still counts beside others like it.
     """
     most = jnp.max(norm, axis=-1, keepdims=True)
-    return jnp.where(most > 0, jnp.sqrt(norm / jnp.where(most > 0, most, 1)), 1)
+    weight = jnp.sqrt(norm / jnp.where(most > 0, most, 1))
+    return jnp.where(most > 0, jnp.maximum(weight, LEAST_WEIGHT), 1)
 
 
 def rescale_to_norm(x: jax.Array, mask: jax.Array) -> jax.Array:

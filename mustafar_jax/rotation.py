@@ -41,7 +41,7 @@ def turn(x: jax.Array) -> jax.Array:
     """Rotate vectors [..., H]; float32.
 
     What is not finite, or so large that a sum of it might not be (above float32's largest / sqrt(block)), makes its
-    block NaN, and no other vector.
+    vector NaN, and no other.
     """
     limit = float(np.finfo(np.float32).max) / block_size(x.shape[-1]) ** 0.5
     exact = x.astype(jnp.float32)

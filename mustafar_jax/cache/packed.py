@@ -257,7 +257,7 @@ class PackedCache(LayerCache):
             found["queries"] = statistics.recent_queries(query, self.lengths, self.dtype)
         if self.query_norm is not None:
             assert query is not None
-            found["query_norm"] = statistics.prompt_norm(query, self.lengths, self.num_kv_heads)
+            found["query_norm"] = statistics.prompt_norm(self.config, query, self.lengths, self.num_kv_heads)
         return dataclasses.replace(self, **found)
 
     def _statistics_with(

@@ -79,12 +79,16 @@ def _total_before_rope(
     return jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
 
 
-def prompt_norm(query: jax.Array, lengths: jax.Array, num_kv_heads: int) -> jax.Array:
-    """float32 [B, K, H]: `pruning.query_norm` of a prompt's last queries of [B, S, N, H]."""
-    recent = min(WEIGHING, query.shape[1])
+def prompt_norm(config: CompressionConfig, query: jax.Array, lengths: jax.Array, num_kv_heads: int) -> jax.Array:
+    """float32 [B, K, H]: `pruning.query_norm` of a prompt's last queries of [B, S, N, H].
+
+    Of a prompt too short to be packed all of them, to which those of later calls are added.
+    """
+    recent = min(max(WEIGHING, config.shortest_packed), query.shape[1])
     position = lengths[:, None] - recent + jnp.arange(recent)[None]
+    first = jnp.where(lengths < config.shortest_packed, 0, jnp.maximum(lengths - WEIGHING, 0))[:, None]
     last = jnp.take_along_axis(query, position[:, :, None, None], axis=1, mode="clip")
-    return query_norm(last, position >= 0, num_kv_heads)
+    return query_norm(last, position >= first, num_kv_heads)
 
 
 def norm_with(

@@ -85,7 +85,7 @@ def add_compression(command: argparse.ArgumentParser) -> None:
         command.add_argument(flag_of(field), **flag.settings)
     command.add_argument(
         "--preset",
-        choices=["recommended", *PRESETS],
+        choices=PRESETS,
         default="recommended",
         help="where the other options begin: fast (4 bits), balanced (keys 4, values 2), small (keys pruned in 4, "
         "values 2), dense, published (pruned as the methods' papers have it) (%(default)s: pruned, with what helps it)",
@@ -105,7 +105,10 @@ def _check_effect(name: str, flag: Flag, config: CompressionConfig) -> None:
     unpruned = [side for side in flag.sides if getattr(config, f"{side}_sparsity") == 0]
     coded = [side for side in flag.sides if getattr(config, f"{side}_bits") < 16]
     if flag.sides and len(unpruned) == len(flag.sides) and (flag.of_pruning or not coded):
-        sparsities = " and ".join(f"{flag_of(f'{side}_sparsity')} 0" for side in unpruned)
+        bits = "" if flag.of_pruning else " and {} 16"
+        sparsities = " and ".join(
+            f"{flag_of(f'{side}_sparsity')} 0{bits.format(flag_of(f'{side}_bits'))}" for side in unpruned
+        )
         what = " and ".join(SIDES[side] for side in unpruned)
         raise ValueError(f"{name} has no effect with {sparsities}, which leaves every entry of {what}")
 

@@ -1,5 +1,7 @@
 """How the entries of stored rows are coded: `PLAIN` numbers of the cache's dtype, or codes of fewer bits."""
 
+import numpy as np
+
 from mustafar_jax.codecs.codec import Codec
 from mustafar_jax.codecs.magnitudes import SignMagnitude
 from mustafar_jax.codecs.plain import PLAIN, Plain
@@ -16,9 +18,14 @@ __all__ = ["PLAIN", "PRUNED", "WHOLE", "Codec", "Plain", "ScaledCodec", "SignMag
 
 
 def codec_of(name: str, bits: object, *, pruned: bool) -> Codec:
-    """The codec of an argument `name`=bits; ValueError for bits that there is no codec of for such rows."""
+    """The codec of an argument `name`=bits.
+
+    Raises ValueError for bits that there is no codec of for such rows, TypeError for what is no integer.
+    """
     offered = PRUNED if pruned else WHOLE
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in offered:
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer):
+        raise TypeError(f"{name}={bits!r} must be an integer, one of {list(offered)}")
+    if bits not in offered:
         rows = "where entries are pruned" if pruned else "where every entry is held"
         raise ValueError(f"{name}={bits!r} must be one of {list(offered)} {rows}")
-    return offered[bits]
+    return offered[int(bits)]

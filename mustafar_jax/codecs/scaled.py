@@ -27,7 +27,7 @@ class ScaledCodec(Codec):
     energy would be error, are kept at twice the scale of least squares.
 
     A row that holds a NaN or an infinity has a scale that is not finite, and no other row has. A row of zeros has scale
-    0.
+    0; so may one whose scale would be below bfloat16's least ordinary number, 1e-38.
     """
 
     @property

@@ -117,6 +117,21 @@ def test_equals_dense_attention_on_what_is_held(name, seed, lengths, window):
     np.testing.assert_array_equal(attend(query, poisoned(cache), sliding_window=window), out)
 
 
+@pytest.mark.parametrize("name", ["dense", "published", "fast", "small"])
+def test_what_is_not_a_number_comes_out_as_such(name):
+    """Of the sequence that has it among its packed keys, and of no other."""
+    rng = np.random.default_rng(3)
+    key, value, query = (normal(rng, BATCH, 100, heads, HEAD_DIM) for heads in (KV_HEADS, KV_HEADS, 6))
+    cache = LayerCache.init(
+        CONFIGS[name], batch=BATCH, capacity=100, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32",
+        inv_freq=rope_frequencies(HEAD_DIM),
+    )  # fmt: skip
+    cache = jax.jit(prefill)(cache, key.at[1, 40, 0, 5].set(jnp.nan), value, query=query)
+    out = np.asarray(attend(query[:, -1], cache))
+    assert np.isnan(out[1, :3]).all()
+    assert np.isfinite(out[[0, 2]]).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["dense", "recommended", "small", *exhaustive("fast")])
 def test_equals_dense_attention_in_every_dtype(name, dtype):

@@ -338,7 +338,7 @@ def test_config_sparsity(field, sparsity):
         (r"weigh_keys=array\(True\) must be a bool", {"weigh_keys": np.array(True)}),
         (r"k_bits=3 must be one of \[16, 8, 4\] where entries are pruned", {"k_bits": 3}),
         (r"v_bits=5 must be one of \[16, 8, 4, 3, 2\] where every", {"v_sparsity": 0, "v_bits": 5}),
-        ("k_bits=4.0 must be one of", {"k_bits": 4.0}),
+        ("k_bits=4.0 must be an integer, one of", {"k_bits": 4.0}),
         ("rotate_keys=True is for codes of every entry, k_sparsity=0 .* got k_sparsity=0.7", {"rotate_keys": True}),
         ("rotate_values=True is for codes .* got v_sparsity=0, v_bits=16", {"v_sparsity": 0, "rotate_values": True}),
         ("rotate_keys='yes' must be a bool", {"rotate_keys": "yes"}),
@@ -374,8 +374,13 @@ def test_presets():
     assert CompressionConfig.preset("recommended", k_sparsity=0.5) == CompressionConfig.recommended(0.5)
     bits = {name: CompressionConfig.preset(name).entry_bits(128) for name in ("fast", "balanced", "small")}
     assert bits == {"fast": (4.125, 4.125), "balanced": (4.125, 2.125), "small": (2.375, 2.125)}
+    pruned = CompressionConfig.preset("fast", k_sparsity=0.5, v_bits=16)  # what cannot be turned is not
+    assert (pruned.rotate_keys, pruned.rotate_values, pruned.center_keys) == (False, False, True)
+    assert not CompressionConfig.preset("small", k_method="think").weigh_keys
+    with pytest.raises(ValueError, match="rotate_keys=True is for codes of every entry"):
+        CompressionConfig.preset("fast", k_sparsity=0.5, rotate_keys=True)
     assert CompressionConfig.preset("fast", v_bits=2) == CompressionConfig.preset("balanced")
-    with pytest.raises(ValueError, match=r"preset 'quick' must be one of \['recommended', 'published', 'fast'"):
+    with pytest.raises(ValueError, match=r"preset 'quick' must be one of \['fast', 'balanced'"):
         CompressionConfig.preset("quick")
 
 
@@ -595,6 +600,36 @@ def test_weights_do_not_depend_on_the_queries_scale(size):
     np.testing.assert_allclose(scaled.key_weight, usual.key_weight, rtol=1e-5)
     assert float(usual.key_weight.max()) == 1
     assert np.isfinite(to_dense(usual)[0]).all()
+
+
+def test_a_prompt_and_later_calls_weigh_alike():
+    """Also where a window is longer than the queries that a long prompt is weighed by."""
+    config = CompressionConfig.preset("small", residual_length=640)
+    length = config.shortest_packed
+    cache = empty(config, batch=1, capacity=length + 1, num_kv_heads=1)
+    keys = jax.random.normal(jax.random.key(0), (1, length, 1, HEAD_DIM))
+    queries = (
+        jax.random.normal(jax.random.key(1), (1, length, 2, HEAD_DIM)) * jnp.linspace(0.1, 3, length)[:, None, None]
+    )
+    fill, step = jax.jit(prefill), jax.jit(append)
+    at_once = fill(cache, keys[:, :-1], keys[:, :-1], query=queries[:, :-1])
+    one_more = step(
+        fill(cache, keys[:, :-2], keys[:, :-2], query=queries[:, :-2]),
+        *[x[:, -2] for x in (keys, keys)],
+        query=queries[:, -2],
+    )
+    np.testing.assert_allclose(one_more.key_weight, at_once.key_weight, rtol=1e-5)
+    np.testing.assert_allclose(one_more.key_mean, at_once.key_mean, atol=1e-5)
+
+
+def test_keys_that_queries_hardly_use_are_kept_all_the_same():
+    """All queries lie in four channels in which keys are zero."""
+    config = CompressionConfig.preset("small", center_keys=False, residual_length=0)
+    key, value = (x[:, :PROMPT] for x in sequences(3))
+    used = jnp.arange(HEAD_DIM) < 4
+    cache = jax.jit(prefill)(empty(config), jnp.where(used, 0, key), value, query=QUERY[:, :PROMPT] * used)
+    kept = np.asarray(to_dense(cache)[0])[:, 4 : 4 + 128]
+    assert (np.linalg.norm(kept, axis=-1) > 0.5 * np.linalg.norm(np.where(used, 0, key)[:, 4 : 4 + 128], axis=-1)).all()
 
 
 def test_queries_that_are_zero_weigh_all_channels_alike():

@@ -697,7 +697,7 @@ def test_every_field_of_the_config_has_a_flag():
             "--k-sparsity 0 --k-method think",
             "--k-method has no effect with --k-sparsity 0, which leaves every entry of keys",
         ),
-        ("--k-sparsity 0 --center-keys", "--center-keys has no effect with --k-sparsity 0, "),
+        ("--k-sparsity 0 --center-keys", "--center-keys has no effect with --k-sparsity 0 and --k-bits 16, "),
         ("--k-sparsity 0 --no-weigh-keys", "--weigh-keys has no effect with --k-sparsity 0, "),
         (
             "--v-sparsity 0 --v-method 2:4",
@@ -713,9 +713,10 @@ def test_every_field_of_the_config_has_a_flag():
         ("--k-sparsity 0 --v-sparsity 0 --sink-tokens 1", "--sink-tokens has no effect with --k-sparsity 0 and "),
         ("--k-sparsity 0 --v-sparsity 0 --residual-length 8", "--residual-length has no effect with "),
         (
-            "--preset fast --k-sparsity 0.5",
+            "--preset fast --k-sparsity 0.5 --rotate-keys",
             "rotate_keys=True is for codes of every entry, k_sparsity=0 and fewer bits; got",
         ),
+        ("--preset dense --center-keys", "--center-keys has no effect with --k-sparsity 0 and --k-bits 16, which"),
         ("--k-bits 3", "k_bits=3 must be one of [16, 8, 4] where entries are pruned"),
     ],
 )

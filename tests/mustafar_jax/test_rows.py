@@ -185,7 +185,11 @@ X = jnp.ones((4, 64))
         (ValueError, "slots=60 is too few: a row of mask holds 64", lambda: pack(X, np.ones((4, 64), bool), slots=60)),
         (ValueError, "slots=None needs a concrete mask", lambda: jax.jit(pack)(X, np.ones((4, 64), bool))),
         (ValueError, r"x has shape \(64,\); wanted \[\.\.\., S, H\]", lambda: pack(X[0])),
-        (ValueError, r"bits=\[8\] must be one of \[16, 8, 4, 3, 2\] where", lambda: pack(X, bits=cast("Any", [8]))),
+        (
+            TypeError,
+            r"bits=\[8\] must be an integer, one of \[16, 8, 4, 3, 2\]",
+            lambda: pack(X, bits=cast("Any", [8])),
+        ),
         (TypeError, "x is of type list; wanted an array", lambda: pack(cast("Any", [[1.0]]))),
         (TypeError, "packed is of type ArrayImpl; wanted Rows", lambda: key_spmv(X[:1], cast("Any", X))),
         (ValueError, r"query has shape \(1, 32\)", lambda: key_spmv(X[:1, :32], pack(X, X > 0))),

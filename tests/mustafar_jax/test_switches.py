@@ -62,7 +62,7 @@ CONFIGS = {
     "dense": CompressionConfig(0, 0),
     "published": CompressionConfig(0.5, 0.5, residual_length=0),
     "recommended": CompressionConfig.recommended(0.5, 0.7, **SHORT),
-    "coded": CompressionConfig(0, 0.5, k_bits=8, v_bits=8, center_keys=True, **SHORT),
+    "coded": CompressionConfig(0, 0.5, k_bits=3, v_bits=4, center_keys=True, rotate_keys=True, **SHORT),
     "by queries": CompressionConfig(0.5, 0.5, k_method="output_aware", v_method="channel_output_aware", **SHORT),
     "by channels": CompressionConfig(0.5, 0.5, k_method="think", v_method="channel_magnitude", **SHORT),
     "2:4": CompressionConfig(0.5, 0.5, k_method="2:4", v_method="2:4", **SHORT),
@@ -86,7 +86,7 @@ def rows(_config: CompressionConfig | None) -> Any:
     packed = mj.pack(x, mj.magnitude_mask(x, 0.5), slots=16)
     query, weights = jnp.asarray(QUERY[:, 0]), jnp.asarray(KEY[:, :2, 0, :1] * KEY[:, :, 0, 0][:, None])
     products = mj.key_spmv(query, packed), mj.value_spmv(weights, packed)
-    return packed, mj.unpack(packed), products, mj.unpack(mj.pack(x, bits=8))
+    return packed, mj.unpack(packed), products, mj.unpack(mj.pack(x, bits=4))
 
 
 def caches(config: CompressionConfig) -> Any:

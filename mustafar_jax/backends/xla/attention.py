@@ -167,7 +167,8 @@ def _nothing(query: jax.Array) -> Partial:
 def _normalise(partial: Partial) -> jax.Array:
     """float32 [B, K, G, H]; zeros where no token was visible."""
     total = partial.l[..., None]
-    return jnp.where(total > 0, partial.out / jnp.where(total > 0, total, 1), 0)
+    # not `total > 0`: what is not a number must not become zeros
+    return jnp.where(total == 0, 0, partial.out / jnp.where(total == 0, 1, total))
 
 
 def _float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
