@@ -109,10 +109,11 @@ def rules() -> list[Cache]:
 def codes() -> list[Cache]:
     """How packed rows are coded, of keys, of values and of both, beside KIVI and what is recommended in 16 bits."""
     presets = [Cache(name, "K+V", Config.preset(name), True) for name in ("fast", "balanced", "small")]
+    windows = {"balanced": ((4, 128), (64, 32), (64, 256)), "small": ((4, 32), (64, 32), (64, 256))}
     longer = [
         Cache(f"{name}, {sinks} sinks, {recent} recent", "K+V", Config.preset(name, **_window(sinks, recent)), True)
-        for name in ("balanced", "small")
-        for sinks, recent in ((4, 128), (64, 32), (64, 256))
+        for name, others in windows.items()
+        for sinks, recent in others
     ]
     both = [
         ("8 bits", _keys(8) | _values(8)),

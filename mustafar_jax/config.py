@@ -201,7 +201,12 @@ class CompressionConfig:
         return [method for sparsity, method in pairs if sparsity > 0]
 
     def formats(self, head_dim: int, dtype: np.dtype[Any]) -> tuple[RowFormat, RowFormat]:
-        """How packed keys and packed values of this dtype are stored."""
+        """How packed keys and packed values of this dtype are stored.
+
+        Raises ValueError where they are pruned or coded, and head_dim is no multiple of 32.
+        """
+        if head_dim % WORD and not self.is_dense:
+            raise ValueError(f"{head_dim=} must be a multiple of {WORD} where keys or values are pruned or coded")
         slots, codecs = self.slots(head_dim), self._codecs()
         return (
             RowFormat(head_dim, dtype, slots[0] if self.k_sparsity else None, codecs[0], pairs="channels"),

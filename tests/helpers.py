@@ -25,7 +25,7 @@ CONFIGS = {
     "pruned in 8 bits": CompressionConfig.recommended(0.5, 0.7, k_bits=8, v_bits=8),
     "fast": CompressionConfig.preset("fast"),
     "balanced": CompressionConfig.preset("balanced", residual_length=40),
-    "small": CompressionConfig.preset("small"),
+    "small": CompressionConfig.preset("small", residual_length=32),
     "3 bits": CompressionConfig(0, 0, k_bits=3, v_bits=3, rotate_keys=True),
     "pruned in 4 bits": CompressionConfig.recommended(0.625, 0.5, k_bits=4, v_bits=4),
 }

@@ -16,7 +16,6 @@ from mustafar_jax.cache.base import COUNTS, STATIC, CacheShape, LayerCache
 from mustafar_jax.cache.packing import Leaving, packing_of, rule_context
 from mustafar_jax.cache.ring import Ring, place_new, place_prompt
 from mustafar_jax.config import CompressionConfig
-from mustafar_jax.layout import WORD
 from mustafar_jax.operands import Mean, Packing, Tail, restored
 from mustafar_jax.pruning import RECENT, query_weight
 from mustafar_jax.rows import RowFormat, Rows
@@ -196,8 +195,7 @@ class PackedCache(LayerCache):
         cls, config: CompressionConfig, shape: CacheShape, inv_freq: ArrayLike | None, num_heads: int | None
     ) -> "PackedCache":
         head_dim, num_kv_heads = shape.head_dim, shape.num_kv_heads
-        if head_dim % WORD:
-            raise ValueError(f"{head_dim=} must be a multiple of {WORD} where keys or values are pruned or coded")
+        config.formats(head_dim, shape.dtype)  # refuses a head_dim before any work
         if config.needs_queries and (num_heads is None or num_heads < 1 or num_heads % num_kv_heads):
             methods = f"k_method={config.k_method!r}, v_method={config.v_method!r}"
             raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}, since {methods} score with queries")

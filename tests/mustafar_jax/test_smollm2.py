@@ -15,7 +15,6 @@ from mustafar_jax.cache import PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, text
 from mustafar_jax.quality.forcing import compare, hidden_states
-from tests.helpers import exhaustive
 
 LENGTH, PROMPT, SCORED = 832, 256, 64  # of a text's last tokens; two groups are packed while decoding
 DECLARATION = pathlib.Path(__file__).parents[2] / "examples" / "declaration.txt"
@@ -96,7 +95,8 @@ def test_greedy_text(setting):
     assert "".join(pieces) == " Paris."
 
 
-@pytest.mark.parametrize("center_keys", [True, *exhaustive(False)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("center_keys", [True, False])
 def test_with_every_entry_kept_the_packed_cache_predicts_as_well_as_the_dense_one(setting, center_keys):
     config = CompressionConfig(k_sparsity=0.001, v_sparsity=0.001, center_keys=center_keys)
     tokens = setting.tokens[:, -PROMPT - SCORED :]

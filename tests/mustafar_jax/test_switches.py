@@ -177,8 +177,8 @@ def test_what_needs_no_cache_is_traced_under_it(switch, use):
         assert traced(lambda: use(None)) == wanted
 
 
-RUN = [(switch, name) for switch in RUNNING if switch != "disable_jit" for name in ("recommended", "coded")]
-RUN += exhaustive(("disable_jit", "coded"))  # generation has the others
+RUN = [(switch, "coded") for switch in RUNNING if switch != "disable_jit"]
+RUN += exhaustive(*[(switch, "recommended") for switch in RUNNING], ("disable_jit", "coded"))
 
 
 @pytest.mark.parametrize(("switch", "name"), RUN)

@@ -141,7 +141,7 @@ CASES = {
     "keys in 2 bits, dense values": Case(128, BF16, 2, 0, 0, 96, 1, RAGGED[:1], k_bits=2),
 }
 FURTHER = ["1000 rows", "centred, 2 query heads", "centred, 7 query heads", "centred, 16 query heads"]
-FURTHER += ["centred, all held"]
+FURTHER += ["centred, all held", "centred, 1 query head", "dense keys"]
 FURTHER += [
     "keys pruned in 4 bits, dense values",
     "2 bits, 16 query heads",
