@@ -70,14 +70,15 @@ def expected_tokens(config, query, key, value, prompt, length):
     is_packed = ((position >= first) & (position < first + packed))[:, None, None]
     key, value = np.asarray(key), np.asarray(value)
     shift, weight, mask = np.zeros_like(key), None, None
+    k_sparsity, v_sparsity = config.removed(HEAD_DIM)
     if config.center_keys and (config.k_sparsity or config.k_bits < 16):
         shift = np.asarray(rotated(mean_before_rope(config, key, prompt), position[:, None], INV_FREQ))
     if config.k_sparsity:
         weight = weight_by_queries(config, query, prompt)[None] if config.weigh_keys else None
-        mask = magnitude_mask((key - shift) * (1 if weight is None else weight), config.k_sparsity)
+        mask = magnitude_mask((key - shift) * (1 if weight is None else weight), k_sparsity)
     key_format, value_format = config.formats(HEAD_DIM, np.dtype(np.float32))
     keys, key_step = stored(key_format, key - shift, mask, weight, turned=config.rotate_keys)
-    mask = magnitude_mask(value, config.v_sparsity) if config.v_sparsity else None
+    mask = magnitude_mask(value, v_sparsity) if config.v_sparsity else None
     kept = rescaled(value, mask) if config.v_sparsity and config.rescale_values else value
     values, value_step = stored(value_format, kept, mask, None, turned=config.rotate_values)
     return [

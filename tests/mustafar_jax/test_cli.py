@@ -708,7 +708,7 @@ def test_every_field_of_the_config_has_a_flag():
         ("--v-slots 8", "v_slots=8 must be at least 1, for a v_method of unequal rows"),
         (
             "--k-sparsity 0 --v-sparsity 0 --group 64",
-            "0 and --v-sparsity 0, which leaves every entry of keys",
+            "--v-sparsity 0 and --v-bits 16, which leaves every entry of keys",
         ),
         ("--k-sparsity 0 --v-sparsity 0 --sink-tokens 1", "--sink-tokens has no effect with --k-sparsity 0 and "),
         ("--k-sparsity 0 --v-sparsity 0 --residual-length 8", "--residual-length has no effect with "),
