@@ -182,8 +182,8 @@ class _Query:
         of_codes: what multiplies codes, [ROWS, H] of `codes.DTYPE`.
         factors: float32 [rows, 1] for either half of a tile: a product with codes times it, plus
         offset: float32 [rows, 1], is a score to base 2 but for its row's scale.
-        of_mean: what multiplies the mean's table, or anything; the same array where its rows suffice, for the compiler
-            keeps one in registers; two it would read from shared memory for every tile.
+        of_mean: what multiplies the mean's table, or anything; the same array where its rows suffice, since a tile
+            reads each array from shared memory.
         mean_unit: float32 [ROWS], what its rows count for.
     """
 
