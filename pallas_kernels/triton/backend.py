@@ -23,9 +23,11 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     if reason := _why_not_here():
         return reason
     from mustafar_jax.pallas_kernels.rows import why_not_attend
-    from mustafar_jax.pallas_kernels.triton import language
+    from mustafar_jax.pallas_kernels.triton import codes, language
+    from mustafar_jax.pallas_kernels.triton.decode_attention import why_not_rows
 
-    return why_not_attend(operands, language.why_not)
+    reason = why_not_attend(operands, language.why_not, codes.WHOLE, codes.WHOLE)
+    return reason or why_not_rows(operands.key, operands.value)
 
 
 def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:

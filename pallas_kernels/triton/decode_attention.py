@@ -13,15 +13,14 @@ from jax.experimental import pallas as pl
 
 from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
+from mustafar_jax.pallas_kernels.triton import codes, launch, tile
 from mustafar_jax.pallas_kernels.triton import language as tl
-from mustafar_jax.pallas_kernels.triton import launch, tile
+from mustafar_jax.pallas_kernels.triton.coded_attention import attend_codes
+from mustafar_jax.pallas_kernels.triton.mean import Centre
 from mustafar_jax.pallas_kernels.triton.merge import merge
 from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
-from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader, rotate_pair
+from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader
 from mustafar_jax.rows import Rows
-
-_MEAN_UNIT = 64
-"""What an entry of `_mean_query` counts in: float16 ends at 65504, products of queries and means may not."""
 
 
 def decode_attention(
@@ -29,12 +28,13 @@ def decode_attention(
 ) -> jax.Array:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
-    For the packed rows, each block of 128 threads takes 128 tokens at a time (`tile`), decodes each KV head once for
-    all of its query heads and multiplies on the tensor cores. Tiles without a visible row are skipped. A second kernel
-    (`merge`) merges the blocks' results and attends the rest.
+    For the packed rows, each block of 128 threads takes 128 tokens at a time (`tile`; `coded_attention` where they are
+    codes), decodes each KV head once for all of its query heads and multiplies on the tensor cores. Tiles without a
+    visible row are skipped. A second kernel (`merge`) merges the blocks' results and attends the rest.
 
     Args:
-        operands: of one dtype, rows of plain numbers, with a bitmap or without; 1 to 16 query heads per KV head.
+        operands: of one dtype; keys and values plain numbers, each with a bitmap or without, or both of them codes
+            without one; 1 to 16 query heads per KV head.
         params: launch parameters; tuned ones for this device, or a heuristic, if None.
         interpret: run as plain JAX, anywhere.
 
@@ -42,21 +42,53 @@ def decode_attention(
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
 
     Raises:
-        NotImplementedError: see `language.check_supported`; also for values or keys of another dtype than the query's.
+        NotImplementedError: see `language.check_supported` and `why_not_rows`; also for values or keys of another dtype
+            than the query's, and for other codes.
         ValueError: keys and values of which there are not as many.
 
     Source: FlashDecoding (pytorch.org/blog/flash-decoding); the format of arXiv 2505.22913.
     """
     query, key, value, tail = operands.query, operands.key, operands.value, operands.tail
     tl.check_supported(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2])
-    check_rows(key, value, query.dtype)
+    check_rows(key, value, query.dtype, codes.WHOLE, codes.WHOLE)
+    if reason := why_not_rows(key, value):
+        raise NotImplementedError(reason)
     check_tail(tail, query.dtype)
     lengths, last, scale = operands.lengths, operands.packed_lengths, operands.scale
     splits = []
     if key.padded_length:
-        first, mean = tail.first_row(lengths, operands.window), operands.mean
-        splits = attend_rows(query, key, value, first, last, scale=scale, mean=mean, params=params, interpret=interpret)
-    return merge(query, splits, tail, lengths, last, scale=scale, window=operands.window, interpret=interpret)
+        first = tail.first_row(lengths, operands.window)
+        splits = attend_rows(
+            query,
+            key,
+            value,
+            first,
+            last,
+            scale=scale,
+            mean=operands.mean,
+            turned_keys=operands.turned_keys,
+            params=params,
+            interpret=interpret,
+        )
+    return merge(
+        query,
+        splits,
+        tail,
+        lengths,
+        last,
+        scale=scale,
+        window=operands.window,
+        turned=operands.turned_values,
+        interpret=interpret,
+    )
+
+
+def why_not_rows(key: Rows, value: Rows) -> str | None:
+    """Why keys and values, each of which could be attended, cannot be together, in words, or None."""
+    if key.is_plain == value.is_plain:
+        return None
+    given = f"keys of {key.codec.name} and values of {value.codec.name}"
+    return f"the Triton kernels want both keys and values in codes, or neither; got {given}"
 
 
 def attend_rows(
@@ -68,22 +100,36 @@ def attend_rows(
     *,
     scale: float,
     mean: Mean | None = None,
+    turned_keys: bool = False,
     params: launch.DecodeParams | None = None,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Attend to the rows first <= row < last of each sequence, in splits.
 
     Args:
-        query, key, value, scale, mean, params, interpret: as in `decode_attention`.
+        query, key, value, scale, mean, turned_keys, params, interpret: as in `decode_attention`.
         first, last: int32 [B]; a sequence with last <= first sees nothing.
 
     Returns:
-        Float32 out [B * K, splits, G, H], m and l [B * K, splits, G]: unnormalised sums, the largest score (the lowest
-        float32 where nothing was visible) and the sum of exp(score - m).
+        Float32 out [B * K, splits, G, H], m and l [B * K, splits, G]: unnormalised sums, the largest score (of
+        codes, one that is among the largest; the lowest float32 where nothing was visible), the sum of exp(score - m).
     """
     batch, kv_heads, group, head_dim = query.shape
     heads, rows = batch * kv_heads, key.padded_length
     params = params or launch.decode_params(heads=heads, rows=rows)
+    if not key.is_plain:
+        return attend_codes(
+            query,
+            key,
+            value,
+            first,
+            last,
+            scale=scale,
+            mean=mean,
+            turned_keys=turned_keys,
+            params=params,
+            interpret=interpret,
+        )
     plan = _Plan(
         reader=TileReader(head_dim, query.dtype, interpret),
         group=group,
@@ -101,7 +147,7 @@ def attend_rows(
             specs.append(per_head(array))
     if plan.centred:
         assert mean is not None
-        tables = _mean_tables(mean, plan, params.splits)
+        tables = plan.centre.tables(mean, params.splits)
         operands += [mean.key.astype(jnp.float32).reshape(heads, head_dim), *tables]
         specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
     shapes = [(head_dim,), (), ()]
@@ -132,9 +178,9 @@ class _Plan:
     centred: bool
 
     @property
-    def rotations(self) -> Rotations:
-        """Where the mean's rotations stand in an operand."""
-        return Rotations.of(self.group)
+    def centre(self) -> Centre:
+        """How the mean is multiplied, where keys are centred."""
+        return Centre(self.reader, Rotations.of(self.group), self.group, self.tiles_per_split)
 
 
 def _kernel(
@@ -148,7 +194,7 @@ def _kernel(
     """One split of one KV head.
 
     The other refs: for keys and for values bitmap [S * H / 32] and values [S * slots / 2], or dense rows [S * H]; where
-    keys are centred mean [H] and `_mean_tables`; outputs out [G, H], m [G], l [G].
+    keys are centred mean [H] and `Centre.tables`; outputs out [G, H], m [G], l [G].
     """
     reader = plan.reader
     inputs, (out_ref, m_ref, l_ref) = iter(refs[:-3]), refs[-3:]
@@ -173,7 +219,7 @@ def _kernel(
             memory = reader.scatter(memory, load(*key_refs))
             of_mean = reader.no_scores()
             if plan.centred:
-                of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.rotations)
+                of_mean = reader.times_table(mean_query, mean_refs[2], i - start, plan.centre.rotations)
             memory, scores = reader.times_keys(memory, query, of_mean)
         else:
             scores = tl.dot(query, _dense_keys(key_refs[0], columns, plan))
@@ -214,10 +260,11 @@ def _operands(q_ref: tl.Ref, mean_refs: list[tl.Ref], plan: _Plan, *, paired: bo
     query = _load_query(q_ref, plan, paired=paired)
     if not plan.centred:
         return query, query
-    mean_query = _mean_query(q_ref, mean_refs, plan)
-    if plan.rotations.rows == ROWS:
+    rotations = plan.centre.rotations
+    mean_query = plan.centre.query(q_ref, *mean_refs[:2]).astype(plan.reader.dtype)
+    if rotations.rows == ROWS:
         return query, mean_query
-    is_mean = jnp.arange(ROWS)[:, None] >= ROWS - plan.rotations.rows
+    is_mean = jnp.arange(ROWS)[:, None] >= ROWS - rotations.rows
     both = jnp.where(is_mean, mean_query, query)
     return both, both
 
@@ -243,47 +290,6 @@ def _dense_values(ref: tl.Ref, tokens: jax.Array, seen: jax.Array, plan: _Plan) 
     place = tokens[:, None] * plan.reader.head_dim + jnp.arange(COLUMNS, dtype=jnp.int32)[None, :]
     groups = range(plan.reader.head_dim // COLUMNS)
     return [tl.load(ref.at[place + group * COLUMNS], mask=mask, other=0) for group in groups]
-
-
-def _mean_tables(mean: Mean, plan: _Plan, splits: int) -> tuple[jax.Array, jax.Array]:
-    """Turns to where each rotation of a split starts, and from there to each of a table's tokens.
-
-    They are the same for every layer of a model, whose compiler keeps one.
-
-    Returns:
-        Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
-        `TileReader.times_table`, of H rows, a pair's cosine and its sine after each other, times _MEAN_UNIT.
-    """
-    starts = jnp.arange(splits)[:, None] * (plan.tiles_per_split * TOKENS) + plan.rotations.tokens[None]
-    angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq[None, None]
-    of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
-    row, token = plan.reader.table_order(plan.rotations)
-    tokens = jnp.arange(plan.tiles_per_split)[:, None] * TOKENS + token[None]
-    angle = tokens.astype(jnp.float32) * mean.inv_freq[row >> 1][None]
-    of_token = _MEAN_UNIT * jnp.where(row[None] & 1, jnp.sin(angle), jnp.cos(angle))
-    words = lax.bitcast_convert_type(of_token.astype(plan.reader.dtype).reshape(-1, 2), jnp.int32)
-    return of_rotation.reshape(-1), words
-
-
-def _mean_query(q_ref: tl.Ref, mean_refs: list[tl.Ref], plan: _Plan) -> jax.Array:
-    """What multiplies the table for the mean's scores, [ROWS, H], in rows as `Rotations` has them.
-
-    With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to some token and then by
-    t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w. Each rotation is to
-    another token: one table serves them all.
-    """
-    mean_ref, turns_ref, _ = mean_refs
-    pairs = plan.reader.pairs
-    row, column = jnp.arange(ROWS)[:, None], jnp.arange(2 * pairs)[None, :]
-    pair = column >> 1
-    head, rotation = plan.rotations.place(row)
-    turns = (pl.program_id(0) * plan.rotations.count + rotation) * (2 * pairs)
-    mask = jnp.broadcast_to(head < plan.group, (ROWS, 2 * pairs))
-    x, y = (tl.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
-    mean = (tl.load(mean_ref.at[pair + half]) / _MEAN_UNIT for half in (0, pairs))
-    turn = (tl.load(turns_ref.at[turns + pair + half]) for half in (0, pairs))
-    real, imaginary = rotate_pair(*rotate_pair(*mean, *turn), x, -y)
-    return jnp.where(column & 1, -imaginary, real).astype(plan.reader.dtype)
 
 
 def _tiles(rows: int) -> int:

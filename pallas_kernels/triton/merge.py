@@ -14,6 +14,7 @@ from mustafar_jax.layout import position_of_slot
 from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.rows import per_head
+from mustafar_jax.rotation import SIGNS
 
 _TILE = 64
 """Recent tokens, or splits, that a block takes at a time, at most."""
@@ -31,6 +32,7 @@ def merge(
     *,
     scale: float,
     window: int | None,
+    turned: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """Merge splits with attention over the dense slots, and normalise. A block takes one query head.
@@ -40,6 +42,7 @@ def merge(
         splits: float32 out [B * K, splits, G, H], m and l [B * K, splits, G], as `attend_rows` returns them; or none.
         tail: the dense slots.
         lengths, packed_lengths, scale, window, interpret: as in `decode_attention`.
+        turned: whether the splits are of values as `rotation.turn` gives them; the dense slots are not.
 
     Returns:
         [B, K, G, H] of the query's dtype; zeros where nothing is visible.
@@ -56,7 +59,7 @@ def merge(
         specs.append(pl.BlockSpec((None, count, None, head_dim), lambda g, head: (head, 0, g, 0)))
         specs += [pl.BlockSpec((None, count, None), lambda g, head: (head, 0, g))] * 2
     out = tl.pallas_call(
-        functools.partial(_kernel, sinks=tail.sinks, scale=scale, window=window),
+        functools.partial(_kernel, sinks=tail.sinks, scale=scale, window=window, turned=turned),
         name="merge",
         num_warps=4,
         interpret=interpret,
@@ -78,6 +81,7 @@ def _kernel(
     sinks: int,
     scale: float,
     window: int | None,
+    turned: bool,
 ) -> None:
     """One query head."""
     *split_refs, result_ref = refs
@@ -116,7 +120,10 @@ def _kernel(
     zero = jnp.zeros((), jnp.float32)
     state = (jnp.full((), np.finfo(np.float32).min), zero, jnp.zeros(head_dim, jnp.float32))
     sources = [(slots_from, range(sinks, slots)), (slots_from, range(sinks))]
-    if split_refs:
+    if split_refs and turned:
+        largest, total, out = _over_all([(splits_from, range(split_refs[1].shape[0]))], state)
+        state = largest, total, _turn_back(out)
+    elif split_refs:
         sources.append((splits_from, range(split_refs[1].shape[0])))
     _, total, out = _over_all([(load, what) for load, what in sources if what], state)
     result_ref[...] = (out / jnp.where(total > 0, total, 1)).astype(result_ref.dtype)
@@ -149,3 +156,16 @@ def _add(state: _State, m: jax.Array, l: jax.Array, out: jax.Array) -> _State:  
     new = jnp.maximum(largest, jnp.max(m))
     decay, weights = jnp.exp(largest - new), jnp.exp(m - new)
     return new, total * decay + jnp.sum(weights * l), sums * decay + jnp.sum(weights[:, None] * out, axis=0)
+
+
+def _turn_back(x: jax.Array) -> jax.Array:
+    """`rotation.turn_back` of [H]: for each bit of a channel's number sums and differences, then the signs."""
+    head_dim, distance = x.shape[0], 1
+    while distance < head_dim:
+        pairs = x.reshape(-1, 2, distance).transpose(0, 2, 1)
+        first, second = tl.split(pairs)
+        x = jnp.stack([first + second, first - second], axis=-1).transpose(0, 2, 1).reshape(head_dim)
+        distance *= 2
+    is_minus = jnp.arange(head_dim, dtype=jnp.int32) * np.uint32(SIGNS).view(np.int32) < 0
+    x = x * np.float32(head_dim**-0.5)
+    return jnp.where(is_minus, -x, x)

@@ -34,11 +34,23 @@ COLUMNS = 32
 """Columns of an operand of 16 rows of which each thread holds 4 entries."""
 _STRIDE = 132 * 4
 """Bytes from one pair of channels to the next."""
-_PRODUCTS = (0, 4, HALF, HALF + 4)
-"""First tokens of the products that a tile of keys takes, by a column's parity (`token_of_column`) in either half."""
+Inner = Literal["tokens", "columns"]
 
 
-Order = Literal["tokens", "columns"]
+class Order(NamedTuple):
+    """Which tokens of a tile the four products of its keys take, COLUMNS each.
+
+    Attributes:
+        products: the first token of each.
+        token: of a product's column, how far it is from that.
+    """
+
+    products: tuple[int, int, int, int]
+    token: Callable[[Any], Any]
+
+
+ENTRIES = Order((0, 4, HALF, HALF + 4), lambda column: token_of_column(2 * column))
+"""Of keys that a tile was unpacked of: by a column's parity in either half."""
 
 
 class Entries(NamedTuple):
@@ -68,20 +80,22 @@ class Rotations:
     Attributes:
         count: 1, 2 or 4.
         rows: the last rows of the operand that hold them, 8 or 16.
+        order: of the keys' products.
     """
 
     count: int
     rows: int
+    order: Order = ENTRIES
 
     @classmethod
-    def of(cls, group: int) -> "Rotations":
+    def of(cls, group: int, order: Order = ENTRIES) -> "Rotations":
         """Those of so many query heads, 1 to 16."""
-        return cls(4 if group <= 2 else 2 if group <= 4 else 1, 8 if group <= 8 else ROWS)
+        return cls(4 if group <= 2 else 2 if group <= 4 else 1, 8 if group <= 8 else ROWS, order)
 
     @property
     def tokens(self) -> np.ndarray:
         """How many tokens each is ahead of the table: int32 [count]."""
-        return np.array(_PRODUCTS[:: len(_PRODUCTS) // self.count], np.int32)
+        return np.array(self.order.products[:: len(self.order.products) // self.count], np.int32)
 
     def place(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Query head and rotation of each of the operand's rows; those before the last `rows` are not used."""
@@ -155,7 +169,7 @@ class TileReader:
         place = lane * np.int32(_STRIDE) + 4 * token_of_column(2 * column)
         start = tl.shared_offset(memory, place, interpret=self.interpret)
         sums, read = [], []
-        for first, score in zip(_PRODUCTS, scores, strict=True):
+        for first, score in zip(ENTRIES.products, scores, strict=True):
             offsets = [4 * i * _STRIDE + 4 * first for i in range(self.pairs // 4)]
             words = [tl.shared_load(memory, start, offset, interpret=self.interpret) for offset in offsets]
             sums.append(score + tl.dot(query, self._keys(words)))
@@ -165,7 +179,7 @@ class TileReader:
 
     def no_scores(self) -> list[jax.Array]:
         """Zeros for `times_keys` to add to."""
-        return [jnp.zeros((ROWS, COLUMNS), jnp.float32) for _ in _PRODUCTS]
+        return [jnp.zeros((ROWS, COLUMNS), jnp.float32) for _ in ENTRIES.products]
 
     def times_table(self, query: jax.Array, ref: tl.Ref, index: jax.Array, rotations: Rotations) -> list[jax.Array]:
         """Multiply with a tile of a table in global memory, which is dense and the same for all heads.
@@ -179,7 +193,7 @@ class TileReader:
         Returns:
             Scores as `times_keys` adds to them; their rows are a rotation's, anything finite behind them.
         """
-        chunks, products = self.head_dim // 32, len(_PRODUCTS) // rotations.count
+        chunks, products = self.head_dim // 32, len(rotations.order.products) // rotations.count
         start = 4 * (index * (products * chunks * TOKENS) + _lane())[:, None]
         place = start + jnp.arange(4, dtype=jnp.int32)[None, :]
         scores = []
@@ -197,18 +211,19 @@ class TileReader:
 
         A thread reads eight entries at once, all that it holds of 32 rows of a product, and a warp a run of them.
         """
-        products = np.array(_PRODUCTS[: len(_PRODUCTS) // rotations.count], np.int32)
+        order = rotations.order
+        products = np.array(order.products[: len(order.products) // rotations.count], np.int32)
         shape = (len(products), self.head_dim // 32, TOKENS, 2, 2, 2)
         product, chunk, thread, step, i, h = np.indices(shape, np.int32).reshape(len(shape), -1)
         row = 32 * chunk + 16 * step + 8 * i + 2 * (thread & 3) + h
-        return row, products[product] + token_of_column(2 * (thread >> 2))
+        return row, products[product] + order.token(thread >> 2)
 
     def _keys(self, words: list[jax.Array]) -> jax.Array:
         """The operand of a product of keys, [8 * len(words), COLUMNS]."""
         return _operand([words[i : i + 2] for i in range(0, len(words), 2)], self.dtype, "tokens")
 
     def times_values(
-        self, memory: tl.Memory, weights: jax.Array, out: list[jax.Array], *, order: Order
+        self, memory: tl.Memory, weights: jax.Array, out: list[jax.Array], *, order: Inner
     ) -> tuple[tl.Memory, list[jax.Array]]:
         """Add the product of weights [ROWS, TOKENS] with a tile of values to `out`.
 
@@ -256,7 +271,7 @@ def channel_of_row(row: jax.Array, head_dim: int) -> jax.Array:
     return (row >> 1) + (row & 1) * (head_dim // 2)
 
 
-def token_of_column(column: Any, order: Order = "columns") -> Any:
+def token_of_column(column: Any, order: Inner = "columns") -> Any:
     """The token of a tile that a column of the scores, or of the weights, stands for.
 
     Within 32, of a column's bits h i j j k, lowest first (order "tokens": h j j i k), the token has j j h k i: what a
@@ -287,7 +302,7 @@ def _lane() -> jax.Array:
     return jnp.arange(TOKENS, dtype=jnp.int32)
 
 
-def _operand(steps: list[list[jax.Array]], dtype: Any, order: Order) -> jax.Array:
+def _operand(steps: list[list[jax.Array]], dtype: Any, order: Inner) -> jax.Array:
     """The [16 * steps, COLUMNS] operand whose words each thread has read: steps[step][i], each [4 * COLUMNS].
 
     Thread (column, j) holds rows 16 step + 8 i + 2 j + h, h in a word's halves, or 16 step + 4 j + 2 i + h in the order

@@ -63,14 +63,19 @@ def runs(*kernels):
 RUNS = runs(*KERNELS)
 
 
-def runs_of(cases, is_coded):
-    """Parameters (case, kernel, interpret): Triton's kernels take no codes."""
+def runs_of(cases, by_triton):
+    """Parameters (case, kernel, interpret); `by_triton` says whether Triton's kernels take a case."""
+
+    def marks(case, run):
+        further = run.values[0] == TRITON and case.values[0] in FURTHER_OF_TRITON
+        return [*case.marks, *run.marks, *([pytest.mark.exhaustive] if further else [])]
+
     return [
         pytest.param(
-            *case.values, *run.values, id=f"{'-'.join(map(str, case.values))}-{run.id}", marks=[*case.marks, *run.marks]
+            *case.values, *run.values, id=f"{'-'.join(map(str, case.values))}-{run.id}", marks=marks(case, run)
         )
         for case in (x if isinstance(x, type(pytest.param())) else pytest.param(x) for x in cases)
-        for run in runs(*([MOSAIC] if is_coded(*case.values) else KERNELS))
+        for run in runs(*(KERNELS if by_triton(*case.values) else [MOSAIC]))
     ]
 
 
@@ -101,6 +106,11 @@ class Case(NamedTuple):
     @property
     def is_coded(self):
         return self.k_bits < 16 or self.v_bits < 16
+
+    @property
+    def by_triton(self):
+        """Codes are for Triton where both sides are, without a bitmap."""
+        return not self.is_coded or (max(self.k_bits, self.v_bits) < 16 and self.k_sparsity == self.v_sparsity == 0)
 
 
 RAGGED = [
@@ -149,6 +159,8 @@ FURTHER += [
     "dense keys, values in 2 bits",
 ]
 """Each differs from another case in a size or two, and compiles for seconds."""
+FURTHER_OF_TRITON = ["8 bits", "keys in 2 bits, values in 8", "balanced, window"]
+"""The same, interpreted by Triton's kernels."""
 
 
 class Data(NamedTuple):
@@ -197,7 +209,9 @@ def compiled(name, kernel, interpret):
     case = CASES[name]
     options = {"scale": case.head_dim**-0.5, "params": kernel.params(case.splits), "interpret": interpret}
     if case.is_coded:
-        options |= {"turned_keys": case.turned, "params": MosaicParams(case.splits, case.warps)}
+        options["turned_keys"] = case.turned
+        if kernel == MOSAIC:
+            options["params"] = MosaicParams(case.splits, case.warps)
 
     def call(query, key, value, first, last, mean_key, inv_freq):
         mean = Mean(mean_key, inv_freq, 4) if case.centred else None
@@ -231,7 +245,7 @@ def check(actual, expected, dtype):
 @pytest.mark.parametrize(
     ("name", "kernel", "interpret"),
     runs_of(
-        [*(name for name in CASES if name not in FURTHER), *exhaustive(*FURTHER)], lambda name: CASES[name].is_coded
+        [*(name for name in CASES if name not in FURTHER), *exhaustive(*FURTHER)], lambda name: CASES[name].by_triton
     ),
 )
 def test_agrees_with_dense_attention(name, kernel, interpret):
@@ -267,7 +281,7 @@ def test_a_large_mean_overflows_no_float16(kernel, interpret):
     ("name", "kernel", "interpret"),
     runs_of(
         ["centred", "4 bits, turned and centred", *exhaustive("dense values", "two KV heads")],
-        lambda name: CASES[name].is_coded,
+        lambda name: CASES[name].by_triton,
     ),
 )
 def test_a_sequence_does_not_depend_on_the_others(name, kernel, interpret):
@@ -296,7 +310,7 @@ SIZES = {  # exponents of keys' row scales, of values', of queries: least and mo
 }
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
+@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
 @pytest.mark.parametrize("turned", [False, True])
 def test_codes_of_any_size(turned, kernel, interpret):
     """Nothing leaves float16's range, whatever row scales and queries a bfloat16 cache holds; a sequence a case."""
@@ -330,7 +344,7 @@ def powers(of_sequences):
     return least, most
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
+@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
 def test_rows_of_zeros(kernel, interpret):
     """One sequence's values are all zero, half of the other's are; so are half of all keys."""
     rng, shape = np.random.default_rng(8), (2, 1, 64, 64)
@@ -349,7 +363,7 @@ def test_rows_of_zeros(kernel, interpret):
     np.testing.assert_allclose(out / total[..., None], wanted / wanted_total[..., None], atol=1e-3)
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), runs(MOSAIC))
+@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_a_row_that_is_not_finite_makes_its_sequence_so_and_no_other(side, kernel, interpret):
     rng, rows = np.random.default_rng(7), 64
@@ -387,6 +401,12 @@ CACHES = {  # config, capacity, lengths, window
 }  # fmt: skip
 
 
+def triton_attends(name):
+    """Codes on both sides, none of them pruned, or on neither."""
+    config = CACHES[name][0]
+    return config.v_bits == 16 or (config.k_bits < 16 and config.k_sparsity == 0)
+
+
 @functools.cache
 def filled_cache(name):
     """A cache, queries for it, and what XLA answers."""
@@ -408,7 +428,7 @@ def filled_cache(name):
     return cache, query, expected
 
 
-@pytest.mark.parametrize(("name", "kernel", "interpret"), runs_of(CACHES, lambda name: CACHES[name][0].v_bits < 16))
+@pytest.mark.parametrize(("name", "kernel", "interpret"), runs_of(CACHES, triton_attends))
 def test_attends_a_cache_as_xla_does(name, kernel, interpret):
     cache, query, expected = filled_cache(name)
     *_, lengths, window = CACHES[name]
@@ -450,6 +470,15 @@ def without_codes(case):
     return not {case.get("k_slots", "4 bits"), case.get("v_slots", "4 bits")} & {*CODES, *PRUNED_CODES}
 
 
+LOWERED_FOR_TRITON = [
+    {**case, "group": 1 + 3 * i % 16}
+    for i, case in enumerate(
+        pairwise(
+            {axis: values for axis, values in CODED_AXES.items() if axis != "teams"}
+            | {"k_slots": [*CODES], "v_slots": [*CODES], "rows": [32, 4096], "splits": [None]}
+        )
+    )
+]
 LOWERED_CODES = [{**case, "group": 1 + i % 16} for i, case in enumerate(pairwise(CODED_AXES, without=without_codes))]
 
 
@@ -485,10 +514,37 @@ def test_lowers_for_cuda(case, kernel):
     assert not any(other.name in text for other in KERNELS if other != kernel)
 
 
-@pytest.mark.parametrize("case", LOWERED_CODES, ids=describe)
-def test_codes_lower_for_cuda(case):
-    call, arguments = abstract_call(MOSAIC, **case)
-    assert "mosaic_gpu" in lower_for_cuda(call, *arguments)
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        pytest.param(kernel, case, id=f"{kernel.name} {describe(case)}", marks=marks)
+        for kernel, cases, marks in (
+            (MOSAIC, LOWERED_CODES, ()),
+            (TRITON, LOWERED_FOR_TRITON[:4], ()),
+            (TRITON, LOWERED_FOR_TRITON[4:], pytest.mark.exhaustive),
+        )
+        for case in cases
+    ],
+)
+def test_codes_lower_for_cuda(kernel, case):
+    call, arguments = abstract_call(kernel, **case)
+    assert kernel.name in lower_for_cuda(call, *arguments)
+
+
+def test_triton_says_which_codes_it_cannot_take():
+    """Those behind a bitmap, and those of one side alone."""
+    case = {"rows": 64, "sinks": 0, "head_dim": 64, "dtype": BF16, "window": None, "centred": False, "splits": 1}
+    for slots, message in (
+        (("pruned in 4 bits", "2 bits"), "codes of .* behind a bitmap|signs and magnitudes"),
+        (
+            ("4 bits", "in eights"),
+            "both keys and values in codes, or neither; got keys of codes of 4 bits and values of",
+        ),
+        (("dense", "4 bits"), "both keys and values in codes, or neither"),
+    ):
+        call, arguments = abstract_call(TRITON, k_slots=slots[0], v_slots=slots[1], group=1, **case)
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(call, *arguments)
 
 
 @pytest.mark.parametrize("name", ["triton", "mosaic_gpu"])

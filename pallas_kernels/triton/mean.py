@@ -1,0 +1,75 @@
+"""The scores of queries with the mean of centred keys: a product with a table that all heads share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mustafar_jax.operands import Mean
+from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.tile import ROWS, TOKENS, Rotations, TileReader, rotate_pair
+
+_UNIT = 64
+"""What an entry of `Centre.query` counts in: float16 ends at 65504, products of queries and means may not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Centre:
+    """How the mean of centred keys is multiplied. Static.
+
+    Attributes:
+        reader: of the table's tiles.
+        rotations: where the mean's rotations stand in an operand.
+        group: query heads.
+        tiles_per_split: tiles of a split.
+    """
+
+    reader: TileReader
+    rotations: Rotations
+    group: int
+    tiles_per_split: int
+
+    def tables(self, mean: Mean, splits: int) -> tuple[jax.Array, jax.Array]:
+        """Turns to where each rotation of a split starts, and from there to each of a table's tokens.
+
+        They are the same for every layer of a model, whose compiler keeps one.
+
+        Returns:
+            Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
+            `TileReader.times_table`, of H rows, a pair's cosine and its sine after each other, times _UNIT.
+        """
+        starts = jnp.arange(splits)[:, None] * (self.tiles_per_split * TOKENS) + self.rotations.tokens[None]
+        angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq[None, None]
+        of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
+        row, token = self.reader.table_order(self.rotations)
+        tokens = jnp.arange(self.tiles_per_split)[:, None] * TOKENS + token[None]
+        angle = tokens.astype(jnp.float32) * mean.inv_freq[row >> 1][None]
+        of_token = _UNIT * jnp.where(row[None] & 1, jnp.sin(angle), jnp.cos(angle))
+        words = lax.bitcast_convert_type(of_token.astype(self.reader.dtype).reshape(-1, 2), jnp.int32)
+        return of_rotation.reshape(-1), words
+
+    def query(self, q_ref: tl.Ref, mean_ref: tl.Ref, turns_ref: tl.Ref) -> jax.Array:
+        """What multiplies the table for the mean's scores, float32 [ROWS, H], in rows as `Rotations` has them.
+
+        With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to some token and then
+        by t tokens, is the real part of conj(q) m exp(i w t), summed over pairs, whose frequencies are w. Each rotation
+        is to another token: one table serves them all.
+
+        Args:
+            q_ref: [G, H].
+            mean_ref: [H].
+            turns_ref: the first of `tables`.
+        """
+        pairs = self.reader.pairs
+        row, column = jnp.arange(ROWS)[:, None], jnp.arange(2 * pairs)[None, :]
+        pair = column >> 1
+        head, rotation = self.rotations.place(row)
+        turns = (pl.program_id(0) * self.rotations.count + rotation) * (2 * pairs)
+        mask = jnp.broadcast_to(head < self.group, (ROWS, 2 * pairs))
+        x, y = (tl.load(q_ref.at[head, pair + half], mask=mask, other=0).astype(jnp.float32) for half in (0, pairs))
+        mean = (tl.load(mean_ref.at[pair + half]) / _UNIT for half in (0, pairs))
+        turn = (tl.load(turns_ref.at[turns + pair + half]) for half in (0, pairs))
+        real, imaginary = rotate_pair(*rotate_pair(*mean, *turn), x, -y)
+        return jnp.where(column & 1, -imaginary, real)
