@@ -46,8 +46,15 @@ class SignMagnitude(ScaledCodec):
 
     def nearest(self, ratio: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""
-        above = [(jnp.abs(ratio) > edge).astype(jnp.uint8) for edge in _BETWEEN]
-        return sum(above, jnp.uint8(8) * (ratio < 0).astype(jnp.uint8))
+        steps = zip(_BETWEEN, itertools.pairwise(MAGNITUDES), strict=True)
+        above = [jnp.where(jnp.abs(ratio) > edge, high - low, 0.0) for edge, (low, high) in steps]
+        magnitude = sum(above, jnp.float32(MAGNITUDES[0]))
+        return jnp.where(ratio < 0, -magnitude, magnitude)
+
+    def code(self, level: jax.Array) -> jax.Array:
+        """See `ScaledCodec`."""
+        above = [(jnp.abs(level) > edge).astype(jnp.int32) for edge in _BETWEEN]
+        return sum(above, 8 * (level < 0).astype(jnp.int32))
 
     def level(self, codes: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""
