@@ -48,11 +48,14 @@ class ScaledCodec(Codec):
 
     @abc.abstractmethod
     def nearest(self, ratio: jax.Array) -> jax.Array:
-        """The levels, float32, that are nearest to float32 entries over their scale."""
+        """The magnitudes of the levels that are nearest to those of entries over their scale, all float32.
+
+        Levels are symmetric: an entry's level has its sign, which finding it can leave aside.
+        """
 
     @abc.abstractmethod
     def code(self, level: jax.Array) -> jax.Array:
-        """The int32 codes of levels."""
+        """The int32 codes of levels, which have their signs."""
 
     @abc.abstractmethod
     def level(self, codes: jax.Array) -> jax.Array:
@@ -82,24 +85,25 @@ class ScaledCodec(Codec):
             x: float32 [..., n], finite.
             counts: float32, broadcasts against x: how much the square of an entry's error counts.
         """
-        grow = _power_of_two(jnp.max(jnp.abs(x), axis=-1))
-        x = x * grow[..., None]
         largest = jnp.max(jnp.abs(x), axis=-1)
-        best = self._trial(x, counts, largest * (self.fractions[0] / self.top))
+        grow = _power_of_two(largest)
+        largest, size = largest * grow, jnp.abs(x) * grow[..., None]
+        best = self._trial(size, counts, largest * (self.fractions[0] / self.top))
         for fraction in self.fractions[1:]:
-            other = self._trial(x, counts, largest * (fraction / self.top))
+            other = self._trial(size, counts, largest * (fraction / self.top))
             is_better = other.fit > best.fit
             best = _Trial(*(jnp.where(is_better, y, x) for x, y in zip(best, other, strict=True)))
-        energy = jnp.sum(counts * x**2, axis=-1)
+        energy = jnp.sum(counts * size**2, axis=-1)
         along_itself = energy / jnp.where(best.product > 0, best.product, 1)
         scale = jnp.minimum(along_itself, 2 * best.least_squares) / grow
-        return self.nearest(_over(x, best.step)), jnp.minimum(scale, self._largest_scale)
+        level = self.nearest(_over(size, best.step))
+        return jnp.where(x < 0, -level, level), jnp.minimum(scale, self._largest_scale)
 
-    def _trial(self, x: jax.Array, counts: jax.Array, start: jax.Array) -> "_Trial":
-        """Levels found from a first scale."""
-        step = _least_squares(x, self.nearest(_over(x, start)), counts)
-        level = self.nearest(_over(x, step))
-        product, least_squares = jnp.sum(counts * x * level, axis=-1), _least_squares(x, level, counts)
+    def _trial(self, size: jax.Array, counts: jax.Array, start: jax.Array) -> "_Trial":
+        """Levels found from a first scale, for the magnitudes of entries."""
+        step = _least_squares(size, self.nearest(_over(size, start)), counts)
+        level = self.nearest(_over(size, step))
+        product, least_squares = jnp.sum(counts * size * level, axis=-1), _least_squares(size, level, counts)
         return _Trial(step, product, least_squares, fit=product * least_squares)
 
     def decode(self, codes: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -131,7 +135,7 @@ class _Trial(NamedTuple):
 
 
 def _power_of_two(largest: jax.Array) -> jax.Array:
-    """What numbers up to `largest` are multiplied by to come near 1, exactly, so that squares neither over- nor underflow."""
+    """By what numbers up to `largest` come near 1, exactly, so that their squares neither over- nor underflow."""
     exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23  # of two, with a bias of 127
     return lax.bitcast_convert_type(jnp.maximum(254 - exponent, 1) << 23, jnp.float32)
 

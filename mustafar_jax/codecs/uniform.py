@@ -42,7 +42,7 @@ class Uniform(ScaledCodec):
 
     def nearest(self, ratio: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""
-        return jnp.clip(jnp.floor(ratio) + 0.5, -self.top, self.top)
+        return jnp.minimum(jnp.floor(ratio) + 0.5, self.top)
 
     def code(self, level: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""
