@@ -87,7 +87,8 @@ class ScaledCodec(Codec):
         """
         largest = jnp.max(jnp.abs(x), axis=-1)
         grow = _power_of_two(largest)
-        largest, size = largest * grow, jnp.abs(x) * grow[..., None]
+        largest, x = largest * grow, x * grow[..., None]
+        size = jnp.abs(x)
         best = self._trial(size, counts, largest * (self.fractions[0] / self.top))
         for fraction in self.fractions[1:]:
             other = self._trial(size, counts, largest * (fraction / self.top))
