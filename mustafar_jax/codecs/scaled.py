@@ -102,9 +102,8 @@ class ScaledCodec(Codec):
 
     def _trial(self, size: jax.Array, counts: jax.Array, start: jax.Array) -> "_Trial":
         """Levels found from a first scale, for the magnitudes of entries."""
-        step = _least_squares(size, self.nearest(_over(size, start)), counts)
-        level = self.nearest(_over(size, step))
-        product, least_squares = jnp.sum(counts * size * level, axis=-1), _least_squares(size, level, counts)
+        _, step = _product(size, self.nearest(_over(size, start)), counts)
+        product, least_squares = _product(size, self.nearest(_over(size, step)), counts)
         return _Trial(step, product, least_squares, fit=product * least_squares)
 
     def decode(self, codes: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -141,10 +140,10 @@ def _power_of_two(largest: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(jnp.maximum(254 - exponent, 1) << 23, jnp.float32)
 
 
-def _least_squares(x: jax.Array, level: jax.Array, counts: jax.Array) -> jax.Array:
-    """The scales [...] by which levels come nearest to entries."""
-    energy = jnp.sum(counts * level**2, axis=-1)
-    return jnp.sum(counts * x * level, axis=-1) / jnp.where(energy > 0, energy, 1)
+def _product(size: jax.Array, level: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The products [...] of entries and levels, and the scales by which levels come nearest to entries."""
+    product, energy = jnp.sum(counts * size * level, axis=-1), jnp.sum(counts * level**2, axis=-1)
+    return product, product / jnp.where(energy > 0, energy, 1)
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
