@@ -140,7 +140,7 @@ def codes(head_dim: int, dtype: Any, bits: int, slots: int, pairs: Pairs, *, cen
     mean = _mean(rng, 3, 2, head_dim) if centred else None
     code = Code(_normal(rng, (3, 133, 2, head_dim), dtype), target, slots, mean, weight, turn=not slots)
     first, start, held = (jnp.array(x, jnp.int32) for x in ([37, 0, 5], [64, 0, 160], [96, 32, 96]))
-    code_pack(code, first, start, held, rows=96, head_axis=2)
+    code_pack([code], first, start, held, rows=96, head_axis=2)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -66,34 +66,31 @@ def _is_array(target: Rows) -> bool:
 
 
 def pack(packing: Packing, *, interpret: bool = False) -> tuple[Rows, Rows]:
-    """Each side in one pass, pruned plain ones both in one; sequences that have nothing to pack cost nothing."""
+    """In one pass for what is plain and one for codes, in which sequences that have nothing to pack cost nothing."""
+    from mustafar_jax.pallas_kernels.triton.code_pack import Code, code_pack
     from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 
-    pruned = [side for side in packing.sides if side.target.is_plain and side.target.bitmap is not None]
-    prunes = [Prune(side.source, side.target, side.mean, side.rescale, side.weight) for side in pruned]
+    def code(side: Side) -> Code:
+        kept, weight = keep_count(side.target.head_dim, side.sparsity), side.weight
+        weight = None if side.format.slots is None else weight
+        return Code(side.source, side.target, kept, side.mean, weight, side.turn)
+
+    def prune(side: Side) -> Prune:
+        return Prune(side.source, side.target, side.mean, side.rescale, side.weight)
+
     ranges, (rows, axis) = (packing.first, packing.start, packing.held), (packing.rows, packing.head_axis)
-    packed = prune_pack(prunes, *ranges, rows=rows, head_axis=axis, interpret=interpret) if prunes else []
-    written = iter(packed)
+    codes = [code(side) for side in packing.sides if not side.target.is_plain]
+    prunes = [prune(side) for side in packing.sides if side.target.is_plain and side.target.bitmap is not None]
+    coded = iter(code_pack(codes, *ranges, rows=rows, head_axis=axis, interpret=interpret) if codes else [])
+    pruned = iter(prune_pack(prunes, *ranges, rows=rows, head_axis=axis, interpret=interpret) if prunes else [])
 
     def place(side: Side) -> Rows:
-        if not side.target.is_plain:
-            return _code(side, packing, interpret=interpret)
-        if side.target.bitmap is not None:
-            return next(written)
+        if not _is_array(side.target):
+            return next(pruned if side.target.is_plain else coded)
         payload = write_rows(side.target.payload, packing.taken(side.source), packing.start, axis=2)
         return dataclasses.replace(side.target, payload=payload)
 
     return place(packing.key), place(packing.value)
-
-
-def _code(side: Side, packing: Packing, *, interpret: bool) -> Rows:
-    from mustafar_jax.pallas_kernels.triton.code_pack import Code, code_pack
-
-    kept = keep_count(side.target.head_dim, side.sparsity)
-    weight = None if side.format.slots is None else side.weight
-    code = Code(side.source, side.target, kept, side.mean, weight, side.turn)
-    ranges = packing.first, packing.start, packing.held
-    return code_pack(code, *ranges, rows=packing.rows, head_axis=packing.head_axis, interpret=interpret)
 
 
 def _why_not_multiply(product: Product) -> str | None:

@@ -8,7 +8,7 @@ matrices does: two tokens, and of each the channels that stand in its words. Lev
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -98,7 +98,7 @@ class _Plan:
 
 
 def code_pack(
-    code: Code,
+    codes: Sequence[Code],
     first: jax.Array,
     start: jax.Array,
     held: jax.Array,
@@ -106,54 +106,72 @@ def code_pack(
     rows: int,
     head_axis: int,
     interpret: bool = False,
-) -> Rows:
+) -> list[Rows]:
     """Code consecutive rows of each sequence, pruned first where the target has a bitmap, and write them into rows.
 
     Source rows first .. first + rows - 1 become target rows start .. start + rows - 1.
 
     Args:
-        code: keys or values.
+        codes: keys, values or both; all of one shape and dtype of source.
         first: int32 [B].
         start: int32 [B], multiples of 32; a sequence whose start is at the target's end or beyond is left as it is.
         held: int32 [B], multiples of 32: of the rows, those from here on are overwritten with empty ones where there is
             a bitmap, and left as they are where there is none.
         rows: a multiple of 32.
-        head_axis: the axis of the source's heads: 2 in [B, S, K, H], 1 in [B, K, S, H].
+        head_axis: the axis of the sources' heads: 2 in [B, S, K, H], 1 in [B, K, S, H].
         interpret: run as plain JAX, anywhere.
 
     Returns:
-        The target with the rows in it: the same buffers, where they are donated.
+        The targets with the rows in them: the same buffers, where they are donated.
 
     Raises:
         NotImplementedError: see `language.check_supported`.
-        ValueError: rows that are no multiple of 32.
+        ValueError: rows that are no multiple of 32, sources of several shapes or dtypes.
     """
-    source, target, plan = code.source, code.target, _Plan.of(code)
+    source, plans = codes[0].source, tuple(_Plan.of(code) for code in codes)
     tl.check_supported(dtype=source.dtype, head_dim=source.shape[3])
     if rows % WORD:
         raise ValueError(f"{rows=} must be a multiple of {WORD}")
-    of_sequence = pl.BlockSpec((None, 1), lambda head, tile, sequence: (sequence, 0))
+    kinds = {f"{code.source.dtype}{list(code.source.shape)}" for code in codes}
+    if len(kinds) > 1:
+        raise ValueError(f"sources are {' and '.join(sorted(kinds))}; wanted one shape and dtype")
+    of_sequence = pl.BlockSpec((None, 1), lambda head, tile, sequence, side: (sequence, 0))
     operands = [(x.astype(jnp.int32)[:, None], of_sequence) for x in (first, start, held)]
-    operands += [of_head(source, head_axis), *_mean_operands(code.mean)]
-    operands += [] if code.weight is None else [of_head(code.weight)]
-    names = [name for name in ("bitmap", "payload", "scale") if getattr(target, name) is not None]
-    flat = [getattr(target, name).reshape(*target.leading, -1) for name in names]
-    targets = [of_head(array) for array in flat]
+    targets: list[tuple[jax.Array, pl.BlockSpec]] = []
+    for code in codes:
+        operands += [of_head(code.source, head_axis), *_mean_operands(code.mean)]
+        operands += [] if code.weight is None else [of_head(code.weight)]
+        targets += [of_head(x.reshape(*code.target.leading, -1)) for x in _arrays(code.target).values()]
     outs = tl.pallas_call(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(_kernel, plans=plans),
         name="code_pack",
         num_warps=1,
         interpret=interpret,
-        grid=(source.shape[head_axis], rows // plan.tokens, source.shape[0]),
+        grid=(source.shape[head_axis], rows // _step(plans), source.shape[0], len(codes)),
         in_specs=[spec for _, spec in operands + targets],
         out_specs=[spec for _, spec in targets],
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array, _ in targets],
         input_output_aliases={len(operands) + i: i for i in range(len(targets))},
     )(*(array for array, _ in operands + targets))
-    written: dict[str, Any] = {
-        name: array.reshape(getattr(target, name).shape) for name, array in zip(names, outs, strict=True)
-    }
-    return dataclasses.replace(target, **written)
+    written = iter(outs)
+    return [
+        dataclasses.replace(
+            code.target,
+            **{name: next(written).reshape(array.shape) for name, array in _arrays(code.target).items()},
+        )
+        for code in codes
+    ]
+
+
+def _arrays(rows: Rows) -> dict[str, Any]:
+    """The arrays that rows are written to, in the order of a kernel's operands."""
+    arrays = {name: getattr(rows, name) for name in ("bitmap", "payload", "scale")}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _step(plans: Sequence[_Plan]) -> int:
+    """Tokens from one program to the next; those of a plan that takes more at once pass over what they have."""
+    return min(plan.tokens for plan in plans)
 
 
 def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
@@ -173,36 +191,49 @@ def _kernel(
     first_ref: tl.Ref,  # [1]
     start_ref: tl.Ref,  # [1]
     held_ref: tl.Ref,  # [1]
-    source_ref: tl.Ref,  # [S, H]
     *refs: tl.Ref,
+    plans: tuple[_Plan, ...],
+) -> None:
+    """A tile of one head's keys or values.
+
+    The other refs, for each plan: source [S, H]; with a mean what `_mean_operands` says; with a weight that, [H]. Then
+    for all plans the targets' arrays, which alias the outputs; then the outputs: with a bitmap that, [S * H / 32];
+    payload [words], scales [S].
+    """
+    offset = pl.program_id(1) * _step(plans)
+    first, row, held = first_ref[0] + offset, start_ref[0] + offset, held_ref[0]
+    counts = [2 if plan.format.slots is None else 3 for plan in plans]
+    inputs, outputs = iter(refs), iter(refs[len(refs) - sum(counts) :])
+    for side, (plan, count) in enumerate(zip(plans, counts, strict=True)):
+        source_ref = next(inputs)
+        mean_refs = tuple(next(inputs) for _ in range(0 if plan.offset is None else 3))
+        weight_ref = next(inputs) if plan.weighed else None
+        targets = tuple(next(outputs) for _ in range(count))
+        is_meant = (pl.program_id(3) == side) & (row < plan.rows) & (offset % plan.tokens == 0)
+        code = functools.partial(_code_tile, source_ref, mean_refs, weight_ref, targets, first, row, plan)
+        pl.when(is_meant & (offset < held))(code)
+        if plan.format.slots is not None:
+            pl.when(is_meant & (offset >= held))(functools.partial(_clear, targets, row, plan))
+
+
+def _code_tile(
+    source_ref: tl.Ref,
+    mean_refs: tuple[tl.Ref, ...],
+    weight_ref: tl.Ref | None,
+    outputs: tuple[tl.Ref, ...],
+    first: jax.Array,
+    row: jax.Array,
     plan: _Plan,
 ) -> None:
-    """16 tokens of one head.
-
-    The other refs: with a mean what `_mean_operands` says; with a weight that, [H]; the target's arrays, which alias
-    the outputs. Then the outputs: with a bitmap that, [S * H / 32]; payload [words], scales [S].
-    """
-    offset = pl.program_id(1) * plan.tokens
-    first, row, held = first_ref[0] + offset, start_ref[0] + offset, held_ref[0]
-    inputs = iter(refs)
-    mean_refs = tuple(next(inputs) for _ in range(0 if plan.offset is None else 3))
-    weight_ref = next(inputs) if plan.weighed else None
-    outputs = refs[-2:] if plan.format.slots is None else refs[-3:]
-    is_meant = row < plan.rows
-
-    @pl.when(is_meant & (offset < held))
-    def _() -> None:
-        x = _load(source_ref, first, plan)
-        if mean_refs:
-            x = x.astype(jnp.float32) - _mean(mean_refs, row, plan)
-        if plan.format.slots is None:
-            _code_whole(x, outputs, row, plan)
-        else:
-            weight = None if weight_ref is None else tl.load(weight_ref.at[jnp.arange(plan.format.head_dim)])[None]
-            _code_pruned(x, weight, outputs, row, plan)
-
-    if plan.format.slots is not None:
-        pl.when(is_meant & (offset >= held))(functools.partial(_clear, outputs, row, plan))
+    """Code one tile, and store it in rows from `row` on."""
+    x = _load(source_ref, first, plan)
+    if mean_refs:
+        x = x.astype(jnp.float32) - _mean(mean_refs, row, plan)
+    if plan.format.slots is None:
+        _code_whole(x, outputs, row, plan)
+    else:
+        weight = None if weight_ref is None else tl.load(weight_ref.at[jnp.arange(plan.format.head_dim)])[None]
+        _code_pruned(x, weight, outputs, row, plan)
 
 
 def _load(ref: tl.Ref, first: jax.Array, plan: _Plan) -> jax.Array:

@@ -130,7 +130,8 @@ def test_agrees_with_xla(case, interpret):
     def run(x, target):
         code = Code(x if case.head_axis == 1 else x.swapaxes(1, 2), target, case.slots or 0, mean, weight, case.turn)
         ranges = (jnp.asarray(x, jnp.int32) for x in (FIRST, START, HELD))
-        return code_pack(code, *ranges, rows=ROWS, head_axis=case.head_axis, interpret=interpret)
+        [rows] = code_pack([code], *ranges, rows=ROWS, head_axis=case.head_axis, interpret=interpret)
+        return rows
 
     actual, wanted = run(x, target), of_xla(case, x, mean, weight)
     for b, (start, held) in enumerate(zip(START, HELD, strict=True)):
@@ -168,7 +169,7 @@ def unchanged(actual, before):
 
 FILLED = [
     pytest.param("balanced", True, id="interpret-balanced", marks=pytest.mark.exhaustive),
-    pytest.param("small", True, id="interpret-small", marks=pytest.mark.exhaustive),
+    pytest.param("small", True, id="interpret-small", marks=pytest.mark.exhaustive),  # tiles of 8 tokens, and of 16
     *(
         pytest.param(name, False, id=f"device-{name}", marks=pytest.mark.gpu)
         for name in ("8 bits", "fast", "balanced", "small", "3 bits")
@@ -224,7 +225,7 @@ def lowered(case):
     def call(source, target, key, ranges):
         mean = Mean(key, rope_frequencies(case.head_dim), 4) if case.centred else None
         code = Code(source, target, case.slots or 0, mean, key if case.weighed else None, case.turn)
-        return code_pack(code, *ranges, rows=64, head_axis=case.head_axis)
+        return code_pack([code], *ranges, rows=64, head_axis=case.head_axis)
 
     return lower_for_cuda(call, source, target, key, [jax.ShapeDtypeStruct((2,), jnp.int32)] * 3)
 
@@ -250,7 +251,14 @@ def test_rows_that_are_no_whole_groups_are_refused():
     target = Case(4).form.empty((1, 1), 64)
     ranges = [jnp.zeros(1, jnp.int32)] * 3
     with pytest.raises(ValueError, match="rows=48 must be a multiple of 32"):
-        code_pack(Code(jnp.zeros((1, 64, 1, 128), BF16), target, 0), *ranges, rows=48, head_axis=2, interpret=True)
+        code_pack([Code(jnp.zeros((1, 64, 1, 128), BF16), target, 0)], *ranges, rows=48, head_axis=2, interpret=True)
+
+
+def test_sources_of_two_shapes_are_refused():
+    target = Case(4).form.empty((1, 1), 64)
+    codes = [Code(jnp.zeros((1, length, 1, 128), BF16), target, 0) for length in (64, 65)]
+    with pytest.raises(ValueError, match=r"sources are bfloat16\[1, 64, 1, 128\] and .*; wanted one shape"):
+        code_pack(codes, *[jnp.zeros(1, jnp.int32)] * 3, rows=32, head_axis=2, interpret=True)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "message"), [(96, BF16, "head_dim=96"), (64, jnp.float32, "float32")])
@@ -258,4 +266,4 @@ def test_says_what_it_cannot_run(head_dim, dtype, message):
     target = Case(4, head_dim, dtype).form.empty((1, 1), WORD)
     ranges = [jnp.zeros(1, jnp.int32)] * 3
     with pytest.raises(NotImplementedError, match=message):
-        code_pack(Code(jnp.zeros((1, WORD, 1, head_dim), dtype), target, 0), *ranges, rows=WORD, head_axis=2)
+        code_pack([Code(jnp.zeros((1, WORD, 1, head_dim), dtype), target, 0)], *ranges, rows=WORD, head_axis=2)
