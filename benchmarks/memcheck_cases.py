@@ -28,6 +28,7 @@ from mustafar_jax.pallas_kernels.mosaic import lowering
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.triton import decode_attention, spmv
 from mustafar_jax.pallas_kernels.triton import language as tl
+from mustafar_jax.pallas_kernels.triton.code_pack import Code, code_pack
 from mustafar_jax.pallas_kernels.triton.launch import DecodeParams
 from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 from mustafar_jax.rows import RowFormat, Rows
@@ -131,6 +132,17 @@ def prunes(
     prune_pack(found, first, start, held, rows=96, head_axis=head_axis)
 
 
+def codes(head_dim: int, dtype: Any, bits: int, slots: int, pairs: Pairs, *, centred: bool) -> None:
+    """Keys or values to codes, turned where there is no bitmap; to the same rows as `prunes`."""
+    rng = np.random.default_rng(5)
+    target = _rows(rng, (3, 2, 160, head_dim), dtype, slots, bits, pairs)
+    weight = jnp.abs(_normal(rng, (3, 2, head_dim), jnp.float32)) if slots else None
+    mean = _mean(rng, 3, 2, head_dim) if centred else None
+    code = Code(_normal(rng, (3, 133, 2, head_dim), dtype), target, slots, mean, weight, turn=not slots)
+    first, start, held = (jnp.array(x, jnp.int32) for x in ([37, 0, 5], [64, 0, 160], [96, 32, 96]))
+    code_pack([code], first, start, held, rows=96, head_axis=2)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{f"triton, {name}": functools.partial(triton_attention, case) for name, case in ATTENTION.items()},
     **{f"mosaic, {name}": functools.partial(mosaic_attention, case) for name, case in (ATTENTION | CODES).items()},
@@ -142,6 +154,9 @@ CASES: dict[str, Callable[[], None]] = {
     "prune, weighed": functools.partial(prunes, 64, BF16, (20, 32), 2, centred=False, weighed=True),
     "prune, centred, weighed, rescaled": functools.partial(prunes, 128, BF16, (40, 40), 2, centred=True, weighed=True),
     "prune, centred, rescaled, 64": functools.partial(prunes, 64, F16, (64, 20), 2, centred=True),
+    "code, 4 bits, centred": functools.partial(codes, 128, BF16, 4, 0, "channels", centred=True),
+    "code, 2 bits, 64": functools.partial(codes, 64, F16, 2, 0, "tokens", centred=False),
+    "code, pruned in 4 bits": functools.partial(codes, 128, BF16, 4, 40, "channels", centred=True),
 }
 
 

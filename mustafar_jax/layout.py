@@ -191,13 +191,32 @@ def from_operands(payload: jax.Array, bits: int, pairs: Pairs) -> jax.Array:
 def _plane(codes: jax.Array, width: int, pairs: Pairs) -> jax.Array:
     """Codes below 2**width as the words [..., S / 32, words, 32] of `to_operands`."""
     *leading, length, head_dim = codes.shape
-    first = len(leading) + 1
-    split = codes.reshape(*leading, length // WORD, *_split(head_dim, pairs))
+    groups = codes.reshape(*leading, length // WORD, WORD, head_dim).astype(jnp.uint32)
+    return tile_words(groups, width, pairs)
+
+
+def tile_words(codes: jax.Array, width: int, pairs: Pairs) -> jax.Array:
+    """Codes below 2**width, 32-bit integers, as their words in `to_operands`.
+
+    Args:
+        codes: [..., T, H] of 16 tokens, or of 32, where a word may be of two tiles of tokens.
+        width: see above; T * H * width is a multiple of 1,024.
+        pairs: as in `to_operands`.
+
+    Returns:
+        [..., T * H * width / 1024, 32].
+    """
+    *leading, tokens, head_dim = codes.shape
+    tiles = () if tokens == TILE else (tokens // TILE,)  # a kernel wants no more axes than it needs
+    first, per_half = len(leading) + len(tiles), WORD // 2 // width
     order = (*range(first), *(first + axis for axis in _ORDER[pairs]))
-    per_half = WORD // 2 // width
-    words = head_dim * width // WORD
-    halves = split.transpose(order).reshape(*leading, length // WORD, words, per_half, WORD, 2).astype(jnp.uint32)
-    return jnp.sum(halves << _place_in_word(halves.ndim, width), axis=(-3, -1), dtype=jnp.uint32)
+    halves = codes.reshape(*leading, *tiles, *_split(head_dim, pairs)).transpose(order)
+    words = tokens * head_dim * width // WORD**2
+    by_word = halves.reshape(*leading, words, per_half, WORD, 2).swapaxes(-3, -2)
+    in_words = by_word.reshape(*by_word.shape[:-2], WORD // width)
+    index = lax.broadcasted_iota(codes.dtype, (1,) * (in_words.ndim - 1) + (WORD // width,), in_words.ndim - 1)
+    place = width * (index >> 1) + WORD // 2 * (index & 1)
+    return jnp.sum(in_words << place, axis=-1, dtype=codes.dtype)
 
 
 def _place_in_word(rank: int, width: int) -> jax.Array:
@@ -213,20 +232,21 @@ def _codes(words: jax.Array, width: int, pairs: Pairs) -> jax.Array:
     halves = (pairs_of & (1 << width) - 1).astype(jnp.uint8)
     head_dim = count * WORD // width
     sizes = [_split(head_dim, pairs)[axis] for axis in _ORDER[pairs]]
-    first = len(leading) + 1
+    first = len(leading) + 2
     back = (*range(first), *(first + int(axis) for axis in np.argsort(_ORDER[pairs])))
-    return halves.reshape(*leading, groups, *sizes).transpose(back).reshape(*leading, groups * WORD, head_dim)
+    tiles = halves.reshape(*leading, groups, WORD // TILE, *sizes).transpose(back)
+    return tiles.reshape(*leading, groups * WORD, head_dim)
 
 
-_ORDER: dict[Pairs, tuple[int, ...]] = {"channels": (0, 3, 4, 1, 2, 5, 6), "tokens": (0, 4, 1, 5, 6, 2, 3)}
-"""From the axes of `_split` to: tiles of tokens, of channels; halves of the inner axis, of rows; g; t; the pair."""
+_ORDER: dict[Pairs, tuple[int, ...]] = {"channels": (2, 3, 0, 1, 4, 5), "tokens": (3, 0, 4, 5, 1, 2)}
+"""From the axes of `_split` to: tiles of channels; halves of the inner axis, of rows; g; t; the pair."""
 
 
 def _split(head_dim: int, pairs: Pairs) -> tuple[int, ...]:
-    """The axes of a group's tokens, then of its channels: tiles, and a tile's 16 rows (2, 8) or places (2, 4, 2)."""
+    """The axes of 16 tokens, then of their channels: tiles, and a tile's 16 rows (2, 8) or places (2, 4, 2)."""
     rows, inner = (2, 8), (2, 4, 2)
     tokens, channels = (rows, inner) if pairs == "channels" else (inner, rows)
-    return WORD // TILE, *tokens, head_dim // TILE, *channels
+    return *tokens, head_dim // TILE, *channels
 
 
 def to_lanes(scales: jax.Array) -> jax.Array:

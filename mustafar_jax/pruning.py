@@ -239,22 +239,23 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     return jnp.minimum(bits, infinity + unsigned(1))
 
 
-def largest(bits: jax.Array, count: int) -> jax.Array:
+def largest(bits: jax.Array, count: int, highest: int | None = None) -> jax.Array:
     """Mask of the `count` largest of `magnitude_bits` along the last axis, the lowest index first among equals."""
-    threshold = kth_largest(bits, count)
+    threshold = kth_largest(bits, count, highest)
     above = bits > threshold
     tied = bits == threshold
     room = count - jnp.sum(above, axis=-1, keepdims=True)
     return above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
 
 
-@functools.partial(jax.jit, static_argnames="k")  # so that a call outside jit does not compile its loop each time
-def kth_largest(bits: jax.Array, k: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))  # so that a call outside jit does not compile its loop each time
+def kth_largest(bits: jax.Array, k: int, highest: int | None = None) -> jax.Array:
     """The k-th largest along the last axis, [..., 1], found bit by bit from the highest: no sort, exact.
 
     The answer is the largest t that at least k entries reach; each step asks whether one more bit of t can be set.
+    `highest` is the highest bit that one may have set; without it, all but that of the sign.
     """
-    highest = jnp.iinfo(bits.dtype).bits - 2  # the sign's bit is always clear
+    highest = jnp.iinfo(bits.dtype).bits - 2 if highest is None else highest
 
     def step(i: jax.Array | int, threshold: jax.Array) -> jax.Array:  # an integer under `jax.disable_jit`
         candidate = threshold | (jnp.array(1, bits.dtype) << jnp.asarray(highest - i, bits.dtype))

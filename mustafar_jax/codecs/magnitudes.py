@@ -1,11 +1,11 @@
 """Levels for what pruning keeps."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mustafar_jax.codecs.scaled import ScaledCodec
 
@@ -13,7 +13,10 @@ MAGNITUDES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Small numbers of floating point with one bit of mantissa: (code + 1) << 9 are their bits in float16, times 2**14."""
 
 _LEVELS = np.array([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], np.float32)
-_BETWEEN = tuple((low + high) / 2 for low, high in itertools.pairwise(MAGNITUDES))
+_MANTISSA = 22
+"""The place of the highest bit of a float32's mantissa, the one that levels have."""
+_BELOW = (1 << _MANTISSA) - 1
+_BEFORE_ONE = int(np.float32(0.75).view(np.int32)) >> _MANTISSA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,15 @@ class SignMagnitude(ScaledCodec):
 
     def nearest(self, ratio: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""
-        above = [(jnp.abs(ratio) > edge).astype(jnp.uint8) for edge in _BETWEEN]
-        return sum(above, jnp.uint8(8) * (ratio < 0).astype(jnp.uint8))
+        # from 1 on a level is what one bit of mantissa holds, what lies between two going to the smaller one
+        bits = lax.bitcast_convert_type(ratio, jnp.int32)
+        rounded = lax.bitcast_convert_type((bits + (_BELOW >> 1)) & ~_BELOW, jnp.float32)
+        return jnp.where(ratio > 0.75, jnp.clip(rounded, 1, self.top), 0.5)
+
+    def code(self, level: jax.Array) -> jax.Array:
+        """See `ScaledCodec`."""
+        steps = lax.bitcast_convert_type(jnp.abs(level), jnp.int32) >> _MANTISSA
+        return jnp.maximum(steps - _BEFORE_ONE, 0) + 8 * (level < 0).astype(jnp.int32)
 
     def level(self, codes: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""

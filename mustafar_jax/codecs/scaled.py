@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mustafar_jax.codecs.codec import Codec
 
@@ -47,7 +48,14 @@ class ScaledCodec(Codec):
 
     @abc.abstractmethod
     def nearest(self, ratio: jax.Array) -> jax.Array:
-        """The uint8 codes of the levels that are nearest to float32 entries over their scale."""
+        """The magnitudes of the levels that are nearest to those of entries over their scale, all float32.
+
+        Levels are symmetric: an entry's level has its sign, which finding it can leave aside.
+        """
+
+    @abc.abstractmethod
+    def code(self, level: jax.Array) -> jax.Array:
+        """The int32 codes of levels, which have their signs."""
 
     @abc.abstractmethod
     def level(self, codes: jax.Array) -> jax.Array:
@@ -66,32 +74,37 @@ class ScaledCodec(Codec):
         counts = jnp.float32(1) if weight is None else weight**2
         counts = jnp.broadcast_to(counts if held is None else jnp.where(held, counts, 0), exact.shape)
         is_finite = jnp.isfinite(exact)
-        exact = jnp.where(is_finite, exact, 0)
-        _, exponent = jnp.frexp(jnp.max(jnp.abs(exact), axis=-1))
-        codes, scale = self._fit(jnp.ldexp(exact, -exponent[..., None]), counts)
-        scale = jnp.minimum(jnp.ldexp(scale, exponent), self._largest_scale)
-        return codes, jnp.where(is_finite.all(axis=-1), scale, jnp.nan).astype(jnp.bfloat16)
+        levels, scale = self.fit(jnp.where(is_finite, exact, 0), counts)
+        scale = jnp.where(is_finite.all(axis=-1), scale, jnp.nan).astype(jnp.bfloat16)
+        return self.code(levels).astype(jnp.uint8), scale
 
-    def _fit(self, x: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes and scales of rows whose largest magnitude is 0 or from 1/2 up to 1."""
+    def fit(self, x: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Levels [..., n] and scales [...] of rows; what XLA and the kernels share.
+
+        Args:
+            x: float32 [..., n], finite.
+            counts: float32, broadcasts against x: how much the square of an entry's error counts.
+        """
         largest = jnp.max(jnp.abs(x), axis=-1)
-        best = self._trial(x, counts, largest * (self.fractions[0] / self.top))
+        grow = _power_of_two(largest)
+        largest, x = largest * grow, x * grow[..., None]
+        size = jnp.abs(x)
+        best = self._trial(size, counts, largest * (self.fractions[0] / self.top))
         for fraction in self.fractions[1:]:
-            other = self._trial(x, counts, largest * (fraction / self.top))
+            other = self._trial(size, counts, largest * (fraction / self.top))
             is_better = other.fit > best.fit
-            codes = jnp.where(is_better[..., None], other.codes, best.codes)
-            best = _Trial(codes, *(jnp.where(is_better, y, x) for x, y in zip(best[1:], other[1:], strict=True)))
-        energy = jnp.sum(counts * x**2, axis=-1)
+            best = _Trial(*(jnp.where(is_better, y, x) for x, y in zip(best, other, strict=True)))
+        energy = jnp.sum(counts * size**2, axis=-1)
         along_itself = energy / jnp.where(best.product > 0, best.product, 1)
-        return best.codes, jnp.minimum(along_itself, 2 * best.least_squares)
+        scale = jnp.minimum(along_itself, 2 * best.least_squares) / grow
+        level = self.nearest(_over(size, best.step))
+        return jnp.where(x < 0, -level, level), jnp.minimum(scale, self._largest_scale)
 
-    def _trial(self, x: jax.Array, counts: jax.Array, start: jax.Array) -> "_Trial":
-        """Codes found from a first scale."""
-        first = self.level(self.nearest(_over(x, start)))
-        codes = self.nearest(_over(x, _least_squares(x, first, counts)))
-        level = self.level(codes)
-        product, least_squares = jnp.sum(counts * x * level, axis=-1), _least_squares(x, level, counts)
-        return _Trial(codes, product, least_squares, fit=product * least_squares)
+    def _trial(self, size: jax.Array, counts: jax.Array, start: jax.Array) -> "_Trial":
+        """Levels found from a first scale, for the magnitudes of entries."""
+        _, step = _product(size, self.nearest(_over(size, start)), counts)
+        product, least_squares = _product(size, self.nearest(_over(size, step)), counts)
+        return _Trial(step, product, least_squares, fit=product * least_squares)
 
     def decode(self, codes: jax.Array, scale: jax.Array | None) -> jax.Array:
         """See `Codec`."""
@@ -106,27 +119,37 @@ class ScaledCodec(Codec):
 
 
 class _Trial(NamedTuple):
-    """Codes of rows [..., n].
+    """Levels of rows [..., n].
 
     Attributes:
-        codes: uint8 [..., n].
+        step: [...], the scale under which these levels are the nearest ones.
         product: [...], of rows and levels, weighted.
         least_squares: [...], the scale of least squared error.
         fit: [...], the squared cosine of rows and levels, times the rows' energy.
     """
 
-    codes: jax.Array
+    step: jax.Array
     product: jax.Array
     least_squares: jax.Array
     fit: jax.Array
 
 
-def _least_squares(x: jax.Array, level: jax.Array, counts: jax.Array) -> jax.Array:
-    """The scales [...] by which levels come nearest to entries."""
-    energy = jnp.sum(counts * level**2, axis=-1)
-    return jnp.sum(counts * x * level, axis=-1) / jnp.where(energy > 0, energy, 1)
+def _power_of_two(largest: jax.Array) -> jax.Array:
+    """By what numbers up to `largest` come near 1, exactly, so that their squares neither over- nor underflow."""
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23  # of two, with a bias of 127
+    return lax.bitcast_convert_type(jnp.maximum(254 - exponent, 1) << 23, jnp.float32)
+
+
+def _product(size: jax.Array, level: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The products [...] of entries and levels, and the scales by which levels come nearest to entries."""
+    product, energy = jnp.sum(counts * size * level, axis=-1), jnp.sum(counts * level**2, axis=-1)
+    return product, product / jnp.where(energy > 0, energy, 1)
 
 
 def _over(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Entries [..., n] over their rows' scales [...], or as they are where that is 0."""
-    return x / jnp.where(scale > 0, scale, 1)[..., None]
+    """Entries [..., n] over their rows' scales [...], or as they are where that is 0, or nearly; one division a row."""
+    return x * (1 / jnp.where(scale > _TINY, scale, 1))[..., None]
+
+
+_TINY = 1e-37
+"""Above it the inverse of a float32 number is finite, and ordinary."""

@@ -42,7 +42,11 @@ class Uniform(ScaledCodec):
 
     def nearest(self, ratio: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""
-        return jnp.clip(jnp.floor(ratio) + 2 ** (self.bits - 1), 0, 2**self.bits - 1).astype(jnp.uint8)
+        return jnp.minimum(jnp.floor(ratio) + 0.5, self.top)
+
+    def code(self, level: jax.Array) -> jax.Array:
+        """See `ScaledCodec`."""
+        return (level + self.top).astype(jnp.int32)
 
     def level(self, codes: jax.Array) -> jax.Array:
         """See `ScaledCodec`."""

@@ -1,14 +1,14 @@
 """What the Triton kernels do for the library, and what they cannot."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from mustafar_jax.backend import Backend, Operation, missing_from_jax
+from mustafar_jax.codecs import ScaledCodec
 from mustafar_jax.operands import PackedAttention, Packing, Product, Side
-from mustafar_jax.pruning import magnitude
+from mustafar_jax.pruning import keep_count, magnitude
 from mustafar_jax.rows import Rows
 from mustafar_jax.writes import write_rows
 
@@ -43,34 +43,54 @@ def _why_not_pack(packing: Packing) -> str | None:
     from mustafar_jax.pallas_kernels.triton import language
 
     for side in packing.sides:
-        if not side.target.is_plain:
-            return f"the Triton kernel packs plain numbers; got {side.target.codec.name}"
-        if side.format.slots is not None and side.method.mask is not magnitude:
-            return f"the Triton kernel prunes by magnitude; got {side.rule!r}"
-    if not _pruned(packing):
-        return "the Triton kernel writes rows with a bitmap; this cache has none"
+        if reason := _why_not_pack_side(side):
+            return reason
+    if all(_is_array(side.target) for side in packing.sides):
+        return "the Triton kernels write codes and rows with a bitmap; this cache has neither"
     source = packing.key.source
     return language.why_not(dtype=source.dtype, head_dim=source.shape[3])
 
 
-def _pruned(packing: Packing) -> Sequence[Side]:
-    return [side for side in packing.sides if side.target.bitmap is not None]
+def _why_not_pack_side(side: Side) -> str | None:
+    target = side.target
+    if not (target.is_plain or isinstance(target.codec, ScaledCodec)):
+        return f"the Triton kernels pack plain numbers and codes with one scale a row; got {target.codec.name}"
+    if side.format.slots is not None and side.method.mask is not magnitude:
+        return f"the Triton kernels prune by magnitude; got {side.rule!r}"
+    if side.rescale and side.format.slots is not None and not target.is_plain:
+        return f"the Triton kernels do not rescale what they code; got {target.codec.name} behind a bitmap"
+    return None
+
+
+def _is_array(target: Rows) -> bool:
+    """Whether rows are plain numbers of every entry, an ordinary array."""
+    return target.is_plain and target.bitmap is None
 
 
 def pack(packing: Packing, *, interpret: bool = False) -> tuple[Rows, Rows]:
-    """In one pass, in which sequences that have nothing to pack cost nothing."""
+    """In one pass for what is plain and one for codes, in which sequences that have nothing to pack cost nothing."""
+    from mustafar_jax.pallas_kernels.triton.code_pack import Code, code_pack
     from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 
-    prunes = [Prune(side.source, side.target, side.mean, side.rescale, side.weight) for side in _pruned(packing)]
-    ranges = packing.first, packing.start, packing.held
-    packed = prune_pack(prunes, *ranges, rows=packing.rows, head_axis=packing.head_axis, interpret=interpret)
-    written = iter(packed)
+    def code(side: Side) -> Code:
+        kept, weight = keep_count(side.target.head_dim, side.sparsity), side.weight
+        weight = None if side.format.slots is None else weight
+        return Code(side.source, side.target, kept, side.mean, weight, side.turn)
+
+    def prune(side: Side) -> Prune:
+        return Prune(side.source, side.target, side.mean, side.rescale, side.weight)
+
+    ranges, (rows, axis) = (packing.first, packing.start, packing.held), (packing.rows, packing.head_axis)
+    codes = [code(side) for side in packing.sides if not side.target.is_plain]
+    prunes = [prune(side) for side in packing.sides if side.target.is_plain and side.target.bitmap is not None]
+    coded = iter(code_pack(codes, *ranges, rows=rows, head_axis=axis, interpret=interpret) if codes else [])
+    pruned = iter(prune_pack(prunes, *ranges, rows=rows, head_axis=axis, interpret=interpret) if prunes else [])
 
     def place(side: Side) -> Rows:
-        if side.target.bitmap is not None:
-            return next(written)
-        rows = write_rows(side.target.payload, packing.taken(side.source), packing.start, axis=2)
-        return dataclasses.replace(side.target, payload=rows)
+        if not _is_array(side.target):
+            return next(pruned if side.target.is_plain else coded)
+        payload = write_rows(side.target.payload, packing.taken(side.source), packing.start, axis=2)
+        return dataclasses.replace(side.target, payload=payload)
 
     return place(packing.key), place(packing.value)
 

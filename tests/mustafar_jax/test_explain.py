@@ -40,6 +40,8 @@ def test_says_what_a_gpu_takes(on_a_gpu):
     assert found.steps["decode"]["mosaic_gpu"] is None
     for preset in ("fast", "balanced"):
         assert mj.explain(cache_of(mj.CompressionConfig.preset(preset))).steps["decode"]["triton"] is None
+    for name in ("fast", "balanced", "small"):
+        assert mj.explain(cache_of(mj.CompressionConfig.preset(name))).steps["pack"]["triton"] is None
     assert mj.explain(cache_of(mj.CompressionConfig(0, 0))).steps["decode"]["cudnn"] is None
 
 
@@ -74,7 +76,7 @@ def test_says_what_a_gpu_takes(on_a_gpu):
             {"head_dim": 512},
         ),
         ("pack", "triton", "by magnitude; got 'think'", mj.CompressionConfig(v_method="think"), {}),
-        ("pack", "triton", "codes of 8 bits", mj.CompressionConfig(k_bits=8), {}),
+        ("pack", "triton", "do not rescale", mj.CompressionConfig(v_bits=8, rescale_values=True), {}),
         ("prefill", "cudnn", "cuDNN wants bfloat16 or float16", mj.CompressionConfig(), {"dtype": jnp.float32}),
         ("decode", "cudnn", "cuDNN wants bfloat16 or float16", mj.CompressionConfig(0, 0), {"dtype": jnp.float32}),
     ],

@@ -48,7 +48,7 @@ def of_head(array: jax.Array, axis: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
     """An operand [B, ...] with heads along an axis: for each program those of its sequence and head."""
     shape = tuple(None if i in (0, axis) else size for i, size in enumerate(array.shape))
 
-    def place(head: Any, block: Any, sequence: Any, side: Any) -> tuple[Any, ...]:
+    def place(head: Any, block: Any, sequence: Any, *_: Any) -> tuple[Any, ...]:
         return tuple({0: sequence, axis: head}.get(i, 0) for i in range(array.ndim))
 
     return array, pl.BlockSpec(shape, place)
