@@ -38,6 +38,7 @@ def test_logits_are_those_after_each_given_token(model, tokens):
     np.testing.assert_allclose(given.T, likelihoods[:, 1:], atol=0.15)  # bfloat16; they lie between -1 and -7
 
 
+@pytest.mark.exhaustive
 def test_one_implementation_agrees_with_itself(model, tokens):
     ratios, expected = agreement.forced(model, tokens, PROMPT, CONFIG, **SAME)
     assert ratios.tolist() == [0] * STEPS
@@ -45,6 +46,7 @@ def test_one_implementation_agrees_with_itself(model, tokens):
     assert agreement.free(model, tokens[:, :PROMPT], STEPS, CONFIG, **SAME) == [None, None]
 
 
+@pytest.mark.exhaustive
 def test_a_difference_is_found(model, tokens, monkeypatch):
     def wrong_from_a_length_on(operands):
         out = attend_packed(operands)
@@ -91,6 +93,7 @@ def test_attention_is_off_by_what_is_asked_at_random():
     assert not np.allclose(project(2 * attended) - 2 * attended, 2 * off, atol=1e-2)  # other noise
 
 
+@pytest.mark.exhaustive
 def test_a_decoder_takes_the_place_of_the_model_after_the_prompt(model, tokens):
     zero = agreement.off_by(model, 0.0)
     plain, same, off = (
@@ -101,6 +104,7 @@ def test_a_decoder_takes_the_place_of_the_model_after_the_prompt(model, tokens):
     assert (agreement.error_ratios(off, plain) > 0.01).all()
 
 
+@pytest.mark.exhaustive
 def test_attention_is_compared_layer_by_layer(model, tokens, monkeypatch):
     def off_by_a_hundredth(operands):
         return 1.01 * attend_packed(operands)

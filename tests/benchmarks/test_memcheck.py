@@ -12,6 +12,7 @@ from benchmarks import memcheck, memcheck_cases, spills
 from benchmarks.cupti import Launch
 from mustafar_jax.pallas_kernels.mosaic import lowering
 from mustafar_jax.pallas_kernels.triton import language as tl
+from tests.helpers import exhaustive
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 
@@ -99,7 +100,7 @@ def test_launching_imports_no_jax():
 LOWERED = ["triton, centred, all held", "mosaic, dense keys", "products, 3 query heads", "prune, centred, rescaled"]
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", [*LOWERED[::4], *exhaustive(*(name for name in LOWERED if name not in LOWERED[::4]))])
 def test_cases_are_what_kernels_take(name, monkeypatch):
     pallas_call, kernel_call = tl.pallas_call, lowering.kernel_call
     lowered = []

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mustafar_jax import models
 from mustafar_jax.models import LazyTensor, Llama, Mistral, Qwen2, Qwen3, load_weights
 from mustafar_jax.models.folder import open_safetensors
+from tests.helpers import exhaustive
 from tests.models.odd import HF_SMALL, SMALL, lazy, small_arrays, write_small
 from tests.models.reference import TINY, TOLERANCE, forward, random_model, random_tokens, torch_logits
 from tests.models.variants import tiny_model
@@ -248,7 +249,7 @@ MEMORY_PROGRAM = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *exhaustive("float32")])
 def test_memory_stays_below_the_model_and_its_largest_tensor(dtype, tmp_path):
     fields = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096, "tie_word_embeddings": True}
     fields |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
@@ -321,7 +322,7 @@ MESH_PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["Explicit", *exhaustive("Auto")])
 def test_a_model_on_two_devices_gives_the_same_logits(kind, tmp_path):
     write_small(tmp_path)
     printed = run(

@@ -7,7 +7,7 @@ import pytest
 
 from mustafar_jax import CompressionConfig, LayerCache, append, decode_attention, prefill
 from mustafar_jax.blocks import extend
-from tests.helpers import CONFIGS, rope_frequencies, to_dense
+from tests.helpers import CONFIGS, exhaustive, rope_frequencies, to_dense
 
 BATCH, KV_HEADS, HEADS, HEAD_DIM, CAPACITY = 5, 2, 4, 32, 160
 ALL = CONFIGS | {"output-aware": CompressionConfig(0.7, 0.5, k_method="output_aware", v_method="channel_output_aware")}
@@ -18,7 +18,10 @@ def random(rng, *shape):
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize(("name", "window"), WINDOWS.items())
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [("recommended", 50), *exhaustive(*((name, window) for name, window in WINDOWS.items() if name != "recommended"))],
+)
 def test_equals_token_by_token(name, window):
     rng = np.random.default_rng(0)
     cache = LayerCache.init(

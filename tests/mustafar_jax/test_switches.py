@@ -177,8 +177,8 @@ def test_what_needs_no_cache_is_traced_under_it(switch, use):
         assert traced(lambda: use(None)) == wanted
 
 
-RUN = [(switch, "coded") for switch in RUNNING if switch != "disable_jit"]
-RUN += exhaustive(*[(switch, "recommended") for switch in RUNNING], ("disable_jit", "coded"))
+RUN = [("debug_nans, debug_infs", "coded")]
+RUN += exhaustive(*[(switch, "recommended") for switch in RUNNING], ("disable_jit", "coded"), ("x64", "coded"))
 
 
 @pytest.mark.parametrize(("switch", "name"), RUN)

@@ -70,7 +70,7 @@ EVERYWHERE = [(False, False), (False, True), (True, True), (True, False)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "places"), [("Explicit", [(True, True)]), *exhaustive(("Explicit", EVERYWHERE), ("Auto", EVERYWHERE))]
+    ("kind", "places"), exhaustive(("Explicit", [(True, True)]), ("Explicit", EVERYWHERE), ("Auto", EVERYWHERE))
 )
 def test_tokens_on_two_devices_are_those_on_one(kind, places, folder):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"

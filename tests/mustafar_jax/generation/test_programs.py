@@ -44,6 +44,7 @@ def test_padding_leaves_no_mark_on_tokens(llama, name):
     np.testing.assert_array_equal(steps, wanted.tokens[:, : steps.shape[1]])
 
 
+@pytest.mark.exhaustive
 def test_padding_leaves_no_mark_on_draws_and_on_a_window(mistral):
     key = jax.random.key(2)
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": CONFIGS["recommended"], "temperature": 1.2, "key": key}
@@ -157,6 +158,7 @@ def test_what_pads_a_text_overflows_no_cache(llama):
         mj.log_likelihoods(llama, tokens[:, :33], prompt_length=20, config=config)
 
 
+@pytest.mark.exhaustive
 def test_texts_of_many_lengths_compile_few_programs(llama):
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, 120))
     with Compilations() as compiled:

@@ -30,6 +30,7 @@ from tests.mustafar_jax.generation.setting import (
 )
 
 
+@pytest.mark.exhaustive
 def test_a_window_s_model_far_past_it_equals_its_dense_cache_where_every_entry_is_kept(mistral):
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 48 + 200 + 1))
     dense = mj.log_likelihoods(mistral, tokens, prompt_length=40)

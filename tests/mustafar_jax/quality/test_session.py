@@ -164,7 +164,7 @@ def test_every_field_of_the_config_shows_in_a_folder_s_name(monkeypatch):
     fields = dataclasses.fields(config)
     for field in fields:
         value = getattr(config, field.name)
-        other = not value if isinstance(value, bool) else "other" if isinstance(value, str) else (value or 1) * 2
+        other = not value if isinstance(value, bool) else "think" if isinstance(value, str) else (value or 1) * 2
         names.add(folder_name(dataclasses.replace(config, **{field.name: other})))
     assert len(names) == 1 + len(fields)
 

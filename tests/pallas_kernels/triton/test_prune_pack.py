@@ -220,7 +220,7 @@ def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
 @pytest.mark.parametrize(
     ("sparsities", "weigh", "interpret"),
     [
-        pytest.param((0.5, 0), True, True, id="interpret"),
+        pytest.param((0.5, 0), True, True, id="interpret", marks=pytest.mark.exhaustive),
         pytest.param((0.5, 0), False, False, marks=pytest.mark.gpu, id="device-keys"),
         pytest.param((0.7, 0.5), True, False, marks=pytest.mark.gpu, id="device-both"),
     ],
@@ -299,7 +299,9 @@ AXES = {
 KEPT = {"one slot chunk": lambda _: 4, "in eights": lambda h: h // 4 + 8, "in fours": lambda h: h // 4 + 4, "all": int}
 
 
-@pytest.mark.parametrize("case", pairwise(AXES), ids=describe)
+@pytest.mark.parametrize(
+    "case", [*pairwise(AXES)[:4], *exhaustive(*((case,) for case in pairwise(AXES)[4:]))], ids=describe
+)
 def test_lowers_for_cuda(case):
     """Any two choices occur together."""
     head_dim = case["head_dim"]
