@@ -30,6 +30,7 @@ def tokens():
     return np.random.default_rng(0).integers(0, 64, (2, PROMPT + STEPS))
 
 
+@pytest.mark.exhaustive
 def test_logits_are_those_after_each_given_token(model, tokens):
     logits = agreement.forced_logits(model, tokens, PROMPT, CONFIG, "xla")
     assert logits.shape == (STEPS, 2, 64)

@@ -12,6 +12,7 @@ from mustafar_jax.pruning import magnitude_mask
 SMALL = Shape("small", 1, 1, 1, 64, 64)
 
 
+@pytest.mark.exhaustive
 def test_rows_are_checked_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "COPY_BYTES", 2**16)
     monkeypatch.setitem(compression.SHAPES, "tiny", SMALL)

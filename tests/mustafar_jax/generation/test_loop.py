@@ -54,7 +54,9 @@ def test_greedy_tokens_are_those_of_full_forward_passes(llama):
     assert len(np.unique(result.tokens)) > 10  # no model that repeats itself at once
 
 
-@pytest.mark.parametrize(("name", "packed"), [("recommended", [32, 64, 64, 96]), ("published", [32, 64, 96, 128])])
+@pytest.mark.parametrize(
+    ("name", "packed"), [("recommended", [32, 64, 64, 96]), *exhaustive(("published", [32, 64, 96, 128]))]
+)
 def test_compressed_tokens_are_those_of_a_loop_over_the_decode_step(llama, name, packed):
     config = CONFIGS[name]
     caches = llama.init_cache(config, batch=4, capacity=CAPACITY)

@@ -138,6 +138,7 @@ def test_the_number_that_is_kept_is_only_raised(monkeypatch):
     assert [function.kept for function in functions] == [programs.KEPT + 4] * 5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_leaves_no_mark_on_likelihoods(llama, name):
     tokens, config = np.random.default_rng(1).integers(0, VOCABULARY, (2, 111)), COMPRESSED[name]

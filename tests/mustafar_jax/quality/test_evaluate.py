@@ -20,7 +20,6 @@ from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.forcing import compare, hidden_states
 from mustafar_jax.quality.quantised import Quantised, quantise
 from mustafar_jax.quality.runs import Run
-from tests.helpers import exhaustive
 
 VOCABULARY, LAYERS, HEAD_DIM = 96, 2, 32
 PUBLISHED = mj.CompressionConfig(0.7, 0.7)
@@ -143,8 +142,9 @@ def test_records_metrics_and_resuming(model, tokenizer, tmp_path):
     assert list(summarise(again.records, TOKENS)["all"]) == [name for name in TOKENS if name != "agreement"]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, *exhaustive(AxisType.Auto)])
-@pytest.mark.parametrize("placed", [True, *exhaustive(False)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("placed", [True, False])
 def test_within_a_mesh_the_records_are_the_same(model, tokenizer, tmp_path, kind, placed):
     """Of a model that lies on the mesh's own axes, too."""
     mesh = jax.make_mesh((1,), ("model",), axis_types=(kind,))
