@@ -14,6 +14,7 @@ import mustafar_jax as mj
 from mustafar_jax.generation import loop, prefill_prompt, sampling
 from mustafar_jax.generation.text import Returned
 from mustafar_jax.models import Llama
+from tests.helpers import exhaustive
 from tests.mustafar_jax.generation.setting import (
     CAPACITY,
     CONFIGS,
