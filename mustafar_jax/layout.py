@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 WORD = 32
 """Channels of a bitmap word, and tokens that are stored together."""
@@ -214,22 +215,21 @@ def tile_words(codes: jax.Array, width: int, pairs: Pairs) -> jax.Array:
     words = tokens * head_dim * width // WORD**2
     by_word = halves.reshape(*leading, words, per_half, WORD, 2).swapaxes(-3, -2)
     in_words = by_word.reshape(*by_word.shape[:-2], WORD // width)
-    index = lax.broadcasted_iota(codes.dtype, (1,) * (in_words.ndim - 1) + (WORD // width,), in_words.ndim - 1)
-    place = width * (index >> 1) + WORD // 2 * (index & 1)
-    return jnp.sum(in_words << place, axis=-1, dtype=codes.dtype)
+    return jnp.sum(in_words << _pair_places(in_words.ndim, width, codes.dtype), axis=-1, dtype=codes.dtype)
 
 
-def _place_in_word(rank: int, width: int) -> jax.Array:
-    """uint32 [1, ..., pairs of a word, 1, 2]: where a pair's two codes begin."""
-    pairs = width * np.arange(WORD // 2 // width, dtype=np.uint32)[:, None, None]
-    return lax.broadcast_to_rank(jnp.asarray(pairs + np.array([0, WORD // 2], np.uint32)), rank)
+def _pair_places(rank: int, width: int, dtype: DTypeLike) -> jax.Array:
+    """[1, ..., 32 / width]: where a word's codes begin, those of a pair after each other; made within a kernel, too."""
+    index = lax.broadcasted_iota(dtype, (1,) * (rank - 1) + (WORD // width,), rank - 1)
+    return width * (index >> 1) + WORD // 2 * (index & 1)
 
 
 def _codes(words: jax.Array, width: int, pairs: Pairs) -> jax.Array:
     """The inverse of `_plane`."""
     *leading, groups, count, _ = words.shape
-    pairs_of = words[..., None, :, None] >> _place_in_word(words.ndim + 2, width)
-    halves = (pairs_of & (1 << width) - 1).astype(jnp.uint8)
+    in_words = words[..., None] >> _pair_places(words.ndim + 1, width, words.dtype) & (1 << width) - 1
+    by_word = in_words.astype(jnp.uint8).reshape(*words.shape, WORD // 2 // width, 2)
+    halves = by_word.swapaxes(-3, -2)  # [..., words, pairs of a word, 32, 2]
     head_dim = count * WORD // width
     sizes = [_split(head_dim, pairs)[axis] for axis in _ORDER[pairs]]
     first = len(leading) + 2
