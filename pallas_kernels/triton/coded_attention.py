@@ -11,11 +11,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.operands import Mean
-from mustafar_jax.pallas_kernels.triton import codes, launch, tile
+from mustafar_jax.pallas_kernels.triton import codes, launch
 from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.codes import Codes
 from mustafar_jax.pallas_kernels.triton.mean import Centre
-from mustafar_jax.pallas_kernels.triton.rows import per_head
+from mustafar_jax.pallas_kernels.triton.rows import attend_by_split, per_head
 from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader
 from mustafar_jax.rotation import turn
 from mustafar_jax.rows import Rows
@@ -68,20 +68,10 @@ def attend_codes(
         tables = centre.tables(mean, params.splits)
         operands += [query.reshape(asked.shape), mean.key.astype(jnp.float32).reshape(heads, head_dim), *tables]
         specs += [*map(per_head, operands[-4:-2]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
-    shapes = [(head_dim,), (), ()]
-    return tl.pallas_call(
-        functools.partial(_kernel, plan=plan),
-        name="attend_codes",
-        num_warps=tile.NUM_WARPS,
-        interpret=interpret,
-        grid=(params.splits, heads),
-        in_specs=specs,
-        out_specs=[
-            pl.BlockSpec((None, None, group, head_dim), lambda split, head: (head, split, 0, 0)),
-            *[pl.BlockSpec((None, None, group), lambda split, head: (head, split, 0))] * 2,
-        ],
-        out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
-    )(*operands)
+    kernel = functools.partial(_kernel, plan=plan)
+    return attend_by_split(
+        kernel, operands, specs, name="attend_codes", splits=params.splits, queries=operands[2], interpret=interpret
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mustafar_jax.pallas_kernels.triton import language as tl
 from mustafar_jax.pallas_kernels.triton.coded_attention import attend_codes
 from mustafar_jax.pallas_kernels.triton.mean import Centre
 from mustafar_jax.pallas_kernels.triton.merge import merge
-from mustafar_jax.pallas_kernels.triton.rows import flat, load_tile, per_head
+from mustafar_jax.pallas_kernels.triton.rows import attend_by_split, flat, load_tile, per_head
 from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Rotations, TileReader
 from mustafar_jax.rows import Rows
 
@@ -150,20 +150,10 @@ def attend_rows(
         tables = plan.centre.tables(mean, params.splits)
         operands += [mean.key.astype(jnp.float32).reshape(heads, head_dim), *tables]
         specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
-    shapes = [(head_dim,), (), ()]
-    return tl.pallas_call(
-        functools.partial(_kernel, plan=plan, packed=(key.bitmap is not None, value.bitmap is not None)),
-        name="decode_attention",
-        num_warps=tile.NUM_WARPS,
-        interpret=interpret,
-        grid=(params.splits, heads),
-        in_specs=specs,
-        out_specs=[
-            pl.BlockSpec((None, None, group, head_dim), lambda split, head: (head, split, 0, 0)),
-            *[pl.BlockSpec((None, None, group), lambda split, head: (head, split, 0))] * 2,
-        ],
-        out_shape=[jax.ShapeDtypeStruct((heads, params.splits, group, *s), jnp.float32) for s in shapes],
-    )(*operands)
+    kernel = functools.partial(_kernel, plan=plan, packed=(key.bitmap is not None, value.bitmap is not None))
+    return attend_by_split(
+        kernel, operands, specs, name="decode_attention", splits=params.splits, queries=operands[2], interpret=interpret
+    )
 
 
 @dataclasses.dataclass(frozen=True)

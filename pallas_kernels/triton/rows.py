@@ -1,6 +1,7 @@
-"""Rows of tokens as flat operands of a kernel, and how a tile of them is loaded."""
+"""Rows of tokens as flat operands of a kernel, the call that attends splits of them, and how a tile is loaded."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.experimental import pallas as pl
 from mustafar_jax import layout
 from mustafar_jax.layout import WORD
 from mustafar_jax.pallas_kernels.triton import language as tl
-from mustafar_jax.pallas_kernels.triton.tile import Entries
+from mustafar_jax.pallas_kernels.triton.tile import NUM_WARPS, Entries
 from mustafar_jax.rows import Rows
 
 
@@ -32,6 +33,47 @@ def flat(rows: Rows) -> list[jax.Array]:
 def per_head(array: jax.Array, *, axis: int = 1) -> pl.BlockSpec:
     """The block of one KV head, all of it; the grid's `axis` counts heads."""
     return pl.BlockSpec((None, *array.shape[1:]), lambda *ids: (ids[axis],) + (0,) * (array.ndim - 1))
+
+
+def attend_by_split(
+    kernel: Callable[..., None],
+    operands: Sequence[jax.Array],
+    specs: Sequence[pl.BlockSpec],
+    *,
+    name: str,
+    splits: int,
+    queries: jax.Array,
+    interpret: bool,
+) -> list[jax.Array]:
+    """Call a kernel for each split of each KV head's rows, the grid's two axes.
+
+    Args:
+        kernel: its last refs are the outputs: out [G, H], m [G], l [G].
+        operands, specs: what it reads.
+        name: of the kernel, as a profile shows it.
+        splits: of a KV head.
+        queries: [B * K, G, H], for their sizes.
+        interpret: run as plain JAX, anywhere.
+
+    Returns:
+        float32 [B * K, splits, G, H], [B * K, splits, G] and the same.
+    """
+    heads, group, head_dim = queries.shape
+    out_specs = [
+        pl.BlockSpec((None, None, group, head_dim), lambda split, head: (head, split, 0, 0)),
+        *[pl.BlockSpec((None, None, group), lambda split, head: (head, split, 0))] * 2,
+    ]
+    called: list[jax.Array] = tl.pallas_call(
+        kernel,
+        name=name,
+        num_warps=NUM_WARPS,
+        interpret=interpret,
+        grid=(splits, heads),
+        in_specs=specs,
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct((heads, splits, group, *s), jnp.float32) for s in ((head_dim,), (), ())],
+    )(*operands)
+    return called
 
 
 _AHEAD = 1
