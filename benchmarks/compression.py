@@ -14,7 +14,7 @@ import functools
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,14 +24,16 @@ from jax import lax
 
 import mustafar_jax as mj
 from benchmarks import device_time, synthetic
-from benchmarks.attention import CALLS, REPEATS, RULES, TOLERANCE, A, B, copy_bandwidth, present
+from benchmarks.attention import CALLS, CODES, REPEATS, RULES, TOLERANCE, A, B, copy_bandwidth, present
 from benchmarks.gpu import require_gpu
 from benchmarks.origin import where
 from benchmarks.synthetic import DTYPE, Shape
 from benchmarks.table import Row, Table, attempt, folder_of
-from mustafar_jax.operands import Mean
-from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
-from mustafar_jax.pruning import magnitude_mask, rescale_to_norm
+from mustafar_jax.backends.xla import packing as xla
+from mustafar_jax.cache.packing import Leaving, packing_of
+from mustafar_jax.operands import Mean, Packing
+from mustafar_jax.pallas_kernels.triton import backend as triton
+from mustafar_jax.pruning import Context, magnitude_mask, rescale_to_norm
 from mustafar_jax.rope import rotate
 from mustafar_jax.rows import Rows
 
@@ -58,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_row(table.rows[-1])
 
 
+def config_of(rule: str, sparsity: float) -> mj.CompressionConfig:
+    """The cache of a rule at a sparsity, or of codes, which have a sparsity of their own."""
+    return CODES[rule] if rule in CODES else RULES[rule](sparsity, sparsity)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A whole prompt's keys and values, pruned and packed by one call of the kernel."""
@@ -70,13 +77,14 @@ class Prompt:
     @property
     def config(self) -> mj.CompressionConfig:
         """Of the cache that they would be for."""
-        return RULES[self.rule](self.sparsity, self.sparsity)
+        return config_of(self.rule, self.sparsity)
 
-    def targets(self) -> list[Rows]:
+    def targets(self) -> tuple[Rows, Rows]:
         """Packed keys and values that hold nothing."""
         leading = (self.shape.batch, self.shape.kv_heads)
         formats = self.config.formats(self.shape.head_dim, np.dtype(DTYPE))
-        return [how.empty(leading, self.shape.tokens) for how in formats]
+        keys, values = (how.empty(leading, self.shape.tokens) for how in formats)
+        return keys, values
 
     def tokens(self) -> list[jax.Array]:
         """Random keys and values [B, S, K, H]."""
@@ -95,18 +103,39 @@ class Prompt:
         """Targets, tokens, and what keys are ranked with, as shapes."""
         return jax.eval_shape(lambda: (self.targets(), self.tokens(), self.ranking()))
 
-    def pack(self, targets: list[Rows], tokens: list[jax.Array], ranking: Ranking) -> list[Rows]:
+    def pack(self, targets: tuple[Rows, Rows], tokens: list[jax.Array], ranking: Ranking) -> tuple[Rows, Rows]:
         """The targets with all tokens in them."""
-        (mean, weight), zeros = ranking, jnp.zeros(self.shape.batch, jnp.int32)
-        taken_off = None if mean is None else Mean(mean, jnp.asarray(self.shape.inv_freq, jnp.float32), 0)
-        rescale = self.config.rescale_values
-        keys = Prune(tokens[0], targets[0], taken_off, weight=weight)
-        prunes = [keys, Prune(tokens[1], targets[1], rescale=rescale)]
-        rows = self.shape.tokens
-        return prune_pack(prunes, zeros, zeros, zeros + rows, rows=rows, head_axis=2, interpret=self.interpret)
+        return triton.pack(self._packing(targets, tokens, ranking), interpret=self.interpret)
 
-    def error(self, packed: list[Rows], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
-        """How wrong packed rows are, 0 if not at all: the worst of keys and values.
+    def _packing(self, targets: tuple[Rows, Rows], tokens: list[jax.Array], ranking: Ranking) -> Packing:
+        """What a prefill of these tokens asks of a backend."""
+        (mean, weight), rows = ranking, tokens[0].shape[1]
+        zeros = jnp.zeros(tokens[0].shape[0], jnp.int32)
+        leaving = Leaving(tokens[0], tokens[1], first=zeros, start=zeros, held=zeros + rows, rows=rows, head_axis=2)
+        inv_freq, sinks = jnp.asarray(self.shape.inv_freq, jnp.float32), self.config.sink_tokens
+        taken_off = None if mean is None else Mean(mean, inv_freq, sinks)
+        keys, values = targets
+        return packing_of(leaving, self.config, (keys, values), taken_off, weight, lambda _, valid: Context(valid))
+
+    def error(self, packed: tuple[Rows, Rows], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
+        """How wrong packed rows are, 0 if not at all: the worst of keys and values."""
+        return (self.wrong_codes if self.rule in CODES else self.wrong_numbers)(packed, tokens, ranking)
+
+    def wrong_codes(self, packed: tuple[Rows, Rows], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
+        """The share of codes that are not XLA's."""
+
+        def one(arguments: Any) -> jax.Array:
+            packed, tokens, ranking = jax.tree.map(lambda x: x[None, None], arguments)
+            tokens = [x.swapaxes(1, 2) for x in tokens]
+            wanted = xla.pack(self._packing(packed, tokens, ranking))
+            pairs = zip(packed, wanted, strict=True)
+            return jnp.stack([different(rows.to_array(), other.to_array()) for rows, other in pairs])
+
+        by_head = (packed, [x.swapaxes(1, 2) for x in tokens], ranking)
+        return lax.map(one, _by_head(by_head)).mean(axis=0).max()
+
+    def wrong_numbers(self, packed: tuple[Rows, Rows], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
+        """How far plain numbers are from what they should be.
 
         The sum of two: ||packed - expected|| / ||expected||, where what is expected has the mask that was found; and by
         what share the magnitudes that were kept fall short of the largest ones. So a mask may differ where magnitudes
@@ -118,7 +147,8 @@ class Prompt:
             packed, (key, value), (mean, weight) = arguments
             held = key.astype(jnp.float32)
             if mean is not None:
-                held -= rotate(mean[None], jnp.arange(key.shape[0]), inv_freq)
+                positions = self.config.sink_tokens + jnp.arange(key.shape[0])
+                held -= rotate(mean[None], positions, inv_freq)
             ranked = (held if weight is None else held * weight).astype(key.dtype)
             held = held.astype(key.dtype)
             sums = []
@@ -130,23 +160,31 @@ class Prompt:
                 sums.append(jnp.stack([jnp.sum(difference**2), jnp.sum(x.astype(jnp.float32) ** 2), *kept]))
             return jnp.stack(sums)
 
-        by_head = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:]), (packed, [x.swapaxes(1, 2) for x in tokens], ranking)
-        )
+        by_head = _by_head((packed, [x.swapaxes(1, 2) for x in tokens], ranking))
         sums = lax.map(one, by_head).sum(axis=0)
         return (jnp.sqrt(sums[:, 0] / sums[:, 1]) + jnp.abs(1 - sums[:, 2] / sums[:, 3])).max()
 
 
+def _by_head(arrays: Any) -> Any:
+    """[B, K, ...] -> [B * K, ...], of each array of a pytree."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+
+
+def cases_of(options: argparse.Namespace, sparsities: Iterable[float]) -> list[tuple[str, float]]:
+    """Rules of pruning at each sparsity, then configs of codes."""
+    return [(rule, sparsity) for sparsity in sparsities for rule in options.rules] + [
+        (rule, 0.0) for rule in options.codes
+    ]
+
+
 def measure_prompts(shape: Shape, options: argparse.Namespace, bandwidth: float) -> Iterator[Row]:
     """Prune and pack all of a prompt's keys and values, at each sparsity by each rule."""
-    prompts = [
-        Prompt(shape, rule, sparsity, options.interpret) for sparsity in options.sparsities for rule in options.rules
-    ]
+    cases = cases_of(options, options.sparsities)
+    prompts = [Prompt(shape, rule, sparsity, options.interpret) for rule, sparsity in cases]
     programs = device_time.compile_all({key: job for prompt in prompts for key, job in _prompt_jobs(prompt).items()})
     for prompt in prompts:
         targets, tokens, _ = prompt.abstract()
-        moved = [*tokens, *(x for rows in targets for x in (rows.bitmap, rows.payload))]
-        nbytes = sum(x.size * x.dtype.itemsize for x in moved)
+        nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((tokens, targets)))
         fields = {"what": "prompt", "rule": prompt.rule, "implementation": "triton", "sparsity": prompt.sparsity}
         times = {"bytes": nbytes, "copy_us": nbytes / bandwidth * 1e6, "copy_bytes_per_s": bandwidth}
         yield fields | times | attempt(functools.partial(measure_prompt, prompt, programs))
@@ -196,12 +234,12 @@ class Steps:
     @property
     def config(self) -> mj.CompressionConfig:
         """The cache's."""
-        return RULES[self.rule](self.sparsity, self.sparsity)
+        return config_of(self.rule, self.sparsity)
 
     @property
     def dense(self) -> "Steps":
         """The same on a dense cache."""
-        return dataclasses.replace(self, sparsity=0.0, attention="cudnn")
+        return dataclasses.replace(self, rule="published", sparsity=0.0, attention="cudnn")
 
     @property
     def length(self) -> int:
@@ -240,10 +278,9 @@ class Steps:
 
 def measure_steps(shape: Shape, options: argparse.Namespace) -> Iterator[Row]:
     """Steps at the largest sparsity, by each rule, with each implementation of attention that runs here."""
-    sparsity = max(options.sparsities)
     rows = [
         Steps(shape, rule, sparsity, implementation, attention)
-        for rule in options.rules
+        for rule, sparsity in cases_of(options, [max(options.sparsities)])
         for implementation in options.implementations
         for attention in options.attention
     ]
@@ -268,7 +305,7 @@ def measure_step(steps: Steps, programs: dict[Steps, Any], reference: Steps) -> 
     def held(steps: Steps) -> list[jax.Array]:
         return steps.packed_last(device_time.run(programs[steps], steps.cache(), tokens, query)[0])
 
-    error = max(different(one, other) for one, other in zip(held(steps), held(reference), strict=True))
+    error = max(float(different(one, other)) for one, other in zip(held(steps), held(reference), strict=True))
     if not error < TOLERANCE:
         return {"us": None, "error": error, "reason": f"wrong: error ratio {error:.1e}"}
     clock = time_fresh(programs[steps], steps.cache, tokens, query) / steps.config.group
@@ -290,9 +327,9 @@ def time_parts(steps: Steps, program: Any) -> list[float]:
     return [seconds[scope] / steps.config.group * 1e6 for scope in SCOPES]
 
 
-def different(one: jax.Array, other: jax.Array) -> float:
+def different(one: jax.Array, other: jax.Array) -> jax.Array:
     """The share of entries that differ by more than rounding; a few may, where what to keep was nearly a tie."""
-    return float(jnp.mean(jnp.abs(one - other) > 0.02 * jnp.sqrt(jnp.mean(other**2))))
+    return jnp.mean(jnp.abs(one - other) > 0.02 * jnp.sqrt(jnp.mean(other**2)))
 
 
 def time_chain(function: Callable[..., Any], state: Any, *arguments: Any) -> tuple[Any, float]:
@@ -334,7 +371,9 @@ def print_row(row: Row) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["A", "B"], help="(%(default)s)")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES], help="of pruning (%(default)s)")
+    parser.add_argument("--rules", nargs="*", choices=RULES, default=[*RULES], help="of pruning (%(default)s)")
+    codes = "configs of codes (%(default)s)"
+    parser.add_argument("--codes", nargs="*", choices=CODES, default=["fast", "balanced", "small"], help=codes)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7], help="(%(default)s)")
     parser.add_argument(
         "--implementations", nargs="+", default=["triton"], help="of a step's pruning and packing (%(default)s)"

@@ -112,25 +112,36 @@ def _cost(row: Row | None) -> list[str]:
 
 def needles_table(results: Results) -> list[str]:
     """A line for each cache, by bits: of how many needles all tokens are the likeliest, by length and together."""
-    rows = sorted(measured(results, "needle"), key=lambda row: -mean_bits(row))
-    dense = next((row for row in rows if row["rule"] == "dense"), None)
-    lengths = np.asarray([int(group.split()[-1]) for group in results["groups"]["needle"]])
-    header = ["cache", f"bytes of dense, {_capacity(results, 'needle'):,} tokens"]
+    return _by_length(results, "needle", "exact")
+
+
+def ruler_table(results: Results) -> list[str]:
+    """A line for each cache, by bits: RULER's score, the mean over examples, by length and together."""
+    return _by_length(results, "ruler", "score")
+
+
+def _by_length(results: Results, test: str, name: str) -> list[str]:
+    """Means of a test's score; the examples' groups end in their lengths."""
+    rows = sorted(measured(results, test), key=lambda row: -mean_bits(row))
+    found = {row["name"]: np.asarray(row["tests"][test]["scores"][name]) for row in rows}
+    dense = next((found[row["name"]] for row in rows if row["rule"] == "dense"), None)
+    lengths = np.asarray([int(group.split()[-1]) for group in results["groups"][test]])
+    header = ["cache", f"bytes of dense, {_capacity(results, test):,} tokens"]
     header += [*(f"{length:,} tokens" for length in np.unique(lengths)), "all", "more than dense (paired)"]
-    return lines_of(header, [_needles(row, dense, lengths) for row in rows])
+    cells = []
+    for row in rows:
+        scores = found[row["name"]]
+        means = [f"{scores[lengths == length].mean():.3f}" for length in np.unique(lengths)]
+        line = [label(row), f"{held(row, test):.1%}", *means, interval(scores.tolist(), 3)]
+        cells.append([*line, _beside(scores, dense)])
+    return lines_of(header, cells)
 
 
-def _needles(row: Row, dense: Row | None, lengths: np.ndarray) -> list[str]:
-    exact = _exact(row)
-    cells = [label(row), f"{held(row, 'needle'):.1%}"]
-    cells += [f"{exact[lengths == length].mean():.3f}" for length in np.unique(lengths)] + [interval(exact.tolist(), 3)]
+def _beside(scores: np.ndarray, dense: np.ndarray | None) -> str:
+    """The mean difference from dense, example by example."""
     if dense is None:
-        return [*cells, "not measured"]
-    return [*cells, "" if row is dense else interval((exact - _exact(dense)).tolist(), 3)]
-
-
-def _exact(row: Row) -> np.ndarray:
-    return np.asarray(row["tests"]["needle"]["scores"]["exact"])
+        return "not measured"
+    return "" if scores is dense else interval((scores - dense).tolist(), 3)
 
 
 def preset_bytes_table() -> list[str]:

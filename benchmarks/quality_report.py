@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "both": quality_formats.both_table,
     "presets": quality_formats.presets_table,
     "needles": quality_formats.needles_table,
+    "ruler": quality_formats.ruler_table,
     "preset-bytes": quality_formats.preset_bytes_table,
 }
 """By name: what makes a table of results files, of one, several or none."""

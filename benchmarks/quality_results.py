@@ -15,10 +15,14 @@ MODELS = {"qwen2.5-coder-1.5b.gguf": "Qwen2.5-Coder-1.5B-Instruct, Q4_K_M"}
 """Names of models whose files do not tell them."""
 
 
+EXAMPLES = {"perplexity": "windows", "needle": "needles", "ruler": "examples of RULER's tasks"}
+"""What a test's examples are."""
+
+
 def conditions(results: Results) -> list[str]:
     """What was measured, on what."""
     counts = {test: len(ids) for test, ids in results["examples"].items()}
-    tested = ", ".join(f"{count} {'windows' if test == 'perplexity' else 'needles'}" for test, count in counts.items())
+    tested = ", ".join(f"{count} {EXAMPLES[test]}" for test, count in counts.items())
     where = results["where"]
     return [
         f"{model(results)}, {results['dtype']}; {tested} of {', '.join(results['data'])}; {where['device']}, "

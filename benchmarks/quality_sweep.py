@@ -3,10 +3,10 @@
     python -m benchmarks.quality_sweep --model MODEL --data FILE [FILE ...] --output FOLDER
 
 For each cache of a list in `quality_caches`, the perplexity and the needle test of `mustafar eval`: 16 windows of
-1,536 + 512 tokens of each text, and needles in the first text at 1,024, 2,048 and 4,096 tokens. A folder per cache and
-test holds the records: a sweep that was interrupted goes on where it stopped, and several may share the work (--part
-0/4 .. 3/4). With --collect, what is there is put into a JSON file, from which `python -m benchmarks.quality_report`
-makes the tables.
+1,536 + 512 tokens of each text, and needles in the first text at 1,024, 2,048 and 4,096 tokens; where asked, RULER's
+tasks at these lengths. A folder per cache and test holds the records: a sweep that was interrupted goes on where it
+stopped, and several may share the work (--part 0/4 .. 3/4). With --collect, what is there is put into a JSON file, from
+which `python -m benchmarks.quality_report` makes the tables.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 import mustafar_jax as mj
 from benchmarks.origin import where
 from benchmarks.quality_caches import CACHES, Cache, caches
-from mustafar_jax.quality import needle, perplexity
+from mustafar_jax.quality import needle, perplexity, ruler
 from mustafar_jax.quality.evaluate import Evaluator, cache_bytes
 from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.quantised import Quantised
 from mustafar_jax.quality.runs import Run, fingerprint
 
-TESTS = ["perplexity", "needle"]
+TESTS = ["perplexity", "needle", "ruler"]
 
 
 def main() -> None:
@@ -76,13 +76,18 @@ def _about(cache: Cache) -> dict[str, Any]:
 def _metrics(model: Any, cache: Cache, examples: list[Example]) -> dict[str, Any]:
     """What holds for all of a test's examples."""
     config = None if isinstance(cache.config, Quantised) else cache.config
-    longest = max(len(example.prompt) + len(example.gold) for example in examples if example.gold is not None)
+    longest = max(len(example.prompt) + _written(example) for example in examples)
     return {
         "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
         "true_sparsity": None if config is None else config.true_sparsity(model.config.head_dim),
         "bits": cache.config.entry_bits(model.config.head_dim),
         "bytes": cache_bytes(model, cache.config, longest),
     }
+
+
+def _written(example: Example) -> int:
+    """Tokens that follow the prompt, at most."""
+    return example.max_new_tokens if example.gold is None else len(example.gold)
 
 
 def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Example]]:
@@ -93,6 +98,9 @@ def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Exampl
     def make(test: str) -> list[Example]:
         if test == "perplexity":
             return perplexity.examples(tokenizer, options.data, **sizes)
+        if test == "ruler":
+            lengths, samples = options.lengths, options.samples
+            return ruler.examples(tokenizer, options.data[0], lengths=lengths, samples=samples)[0]
         return needle.needles(tokenizer, options.data[0], **where_to) + needle.passkeys(tokenizer, **where_to)
 
     return {test: make(test) for test in options.tests}
@@ -147,14 +155,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=pathlib.Path, nargs="+", default=[], help="text files")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/sweep"), help="(%(default)s)")
     parser.add_argument("--collect", type=pathlib.Path, help="write what --output holds to this file, and stop")
-    parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS, help="(%(default)s)")
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS[:2], help="(%(default)s)")
     parser.add_argument("--caches", choices=CACHES, default="rules", help="which list of them (%(default)s)")
     parser.add_argument("--only", default="", metavar="PATTERN", help="caches whose folder's name matches")
     parser.add_argument("--part", default="0/1", help="do every n-th cache, from the i-th on: i/n (%(default)s)")
     parser.add_argument("--windows", type=int, default=16, help="of each text (%(default)s)")
     parser.add_argument("--prompt", type=int, default=1536, help="tokens prefilled (%(default)s)")
     parser.add_argument("--continuation", type=int, default=512, help="tokens scored (%(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of needles (%(default)s)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="of needles, RULER (%(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=4, help="of each of RULER's tasks and lengths (%(default)s)")
     parser.add_argument("--depths", type=int, default=10, help="of needles (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="examples at once (%(default)s)")
     parser.add_argument(

@@ -181,6 +181,17 @@ def test_needles_by_length(formats):
     assert lines[3] == "| fast K+V | 25.0% | 1.000 | 0.000 | 0.500 (0.000 to 1.000) | -0.500 (-1.000 to 0.000) |"
 
 
+def test_ruler_by_length(formats):
+    formats["groups"]["ruler"] = ["vt 4096", "cwe 8192"]
+    size = {"capacity": 8200, "held": 250, "dense": 1000, "own_count": 250}
+    dense, _, _, fast, *_ = formats["rows"]
+    dense["tests"]["ruler"] = {"bytes": size | {"held": 1000}, "scores": {"score": [0.8, 0.6]}}
+    fast["tests"]["ruler"] = {"bytes": size, "scores": {"score": [0.8, 0.4]}}
+    lines = quality_formats.ruler_table(formats)
+    assert lines[2] == "| dense | 100.0% | 0.800 | 0.600 | 0.700 (0.600 to 0.800) |  |"
+    assert lines[3] == "| fast K+V | 25.0% | 0.800 | 0.400 | 0.600 (0.400 to 0.800) | -0.100 (-0.200 to 0.000) |"
+
+
 def test_bytes_of_presets_are_computed():
     lines = quality_formats.preset_bytes_table()
     assert len(lines) == 2 + len(quality_formats.NAMED)
