@@ -34,7 +34,6 @@ from mustafar_jax.cache.packing import Leaving, packing_of
 from mustafar_jax.operands import Mean, Packing
 from mustafar_jax.pallas_kernels.triton import backend as triton
 from mustafar_jax.pruning import Context, magnitude_mask, rescale_to_norm
-from mustafar_jax.rope import rotate
 from mustafar_jax.rows import Rows
 
 SHAPES = {"A": A, "B": B, "tiny": Shape("tiny", 2, 2, 2, 192, 64)}
@@ -112,10 +111,12 @@ class Prompt:
         (mean, weight), rows = ranking, tokens[0].shape[1]
         zeros = jnp.zeros(tokens[0].shape[0], jnp.int32)
         leaving = Leaving(tokens[0], tokens[1], first=zeros, start=zeros, held=zeros + rows, rows=rows, head_axis=2)
-        inv_freq, sinks = jnp.asarray(self.shape.inv_freq, jnp.float32), self.config.sink_tokens
-        taken_off = None if mean is None else Mean(mean, inv_freq, sinks)
+        taken_off = None if mean is None else self._mean(mean)
         keys, values = targets
         return packing_of(leaving, self.config, (keys, values), taken_off, weight, lambda _, valid: Context(valid))
+
+    def _mean(self, key: jax.Array) -> Mean:
+        return Mean(key, self.shape.inv_freq.astype(np.float32), self.config.sink_tokens)
 
     def error(self, packed: tuple[Rows, Rows], tokens: list[jax.Array], ranking: Ranking) -> jax.Array:
         """How wrong packed rows are, 0 if not at all: the worst of keys and values."""
@@ -141,14 +142,14 @@ class Prompt:
         what share the magnitudes that were kept fall short of the largest ones. So a mask may differ where magnitudes
         are equal but for rounding, as distances from a rotated mean are.
         """
-        inv_freq, rescale = jnp.asarray(self.shape.inv_freq, jnp.float32), self.config.rescale_values
+        rescale = self.config.rescale_values
 
         def one(arguments: Any) -> jax.Array:
             packed, (key, value), (mean, weight) = arguments
             held = key.astype(jnp.float32)
             if mean is not None:
                 positions = self.config.sink_tokens + jnp.arange(key.shape[0])
-                held -= rotate(mean[None], positions, inv_freq)
+                held -= self._mean(mean[None, None]).at(positions[None])[0, 0]
             ranked = (held if weight is None else held * weight).astype(key.dtype)
             held = held.astype(key.dtype)
             sums = []

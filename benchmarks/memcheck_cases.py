@@ -282,7 +282,7 @@ def _normal(rng: np.random.Generator, shape: Sequence[int], dtype: Any) -> jax.A
 
 def _mean(rng: np.random.Generator, batch: int, kv_heads: int, head_dim: int) -> Mean:
     frequencies = 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
-    return Mean(_normal(rng, (batch, kv_heads, head_dim), jnp.float32), jnp.asarray(frequencies, jnp.float32), SINKS)
+    return Mean(_normal(rng, (batch, kv_heads, head_dim), jnp.float32), frequencies.astype(np.float32), SINKS)
 
 
 def _rows(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu import require_gpu
+from benchmarks.synthetic import THETA
 from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
@@ -76,11 +77,14 @@ def operands(slots: int, group: int) -> tuple[jax.Array, Rows, jax.Array, jax.Ar
     )
 
 
+INV_FREQ = (THETA ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype(np.float32)
+
+
 def attend(
     query: jax.Array, rows: Rows, last: jax.Array, mean_key: jax.Array, *, warps: int, centred: bool
 ) -> list[jax.Array]:
     """The kernel by itself."""
-    mean = Mean(mean_key, jnp.ones(HEAD_DIM // 2, jnp.float32), 4) if centred else None
+    mean = Mean(mean_key, INV_FREQ, 4) if centred else None
     params = MosaicParams(splits=16, warps=warps)
     return mosaic_decode_attention.attend_rows(
         query, rows, rows, jnp.zeros_like(last), last, scale=HEAD_DIM**-0.5, mean=mean, params=params

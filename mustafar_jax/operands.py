@@ -5,35 +5,66 @@ Letters: B sequences, S tokens, N query heads, K KV heads, G = N // K, H head_di
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mustafar_jax.layout import WORD
 from mustafar_jax.pruning import Context, Method
-from mustafar_jax.rope import rotate
+from mustafar_jax.rope import rotate_by
 from mustafar_jax.rotation import turn_back
 from mustafar_jax.rows import RowFormat, Rows
 
+_SLOW = 0.65
+"""Radians that a slow pair of channels turns in half a group of tokens, at most."""
+
 
 class Mean(NamedTuple):
-    """A mean key: rows hold the distance of each key from it, rotated to the key's position.
+    """A mean key: rows hold the distance of each key from it, rotated to where the key stands.
+
+    A pair of channels that turns slowly is rotated to the middle of the row's group of 32 instead. Little of a key's
+    distance is added by that (half a percent of its energy, where keys have a large mean), and its part of a score is
+    the same for the whole group.
 
     Attributes:
         key: float32 [B, K, H], before rotation.
-        inv_freq: float32 [H / 2], RoPE's frequencies, a numpy array where they are known; channel i pairs with
-            i + H / 2.
+        inv_freq: float32 [H / 2], RoPE's frequencies; channel i pairs with i + H / 2.
         offset: the position of row 0.
     """
 
     key: jax.Array
-    inv_freq: jax.Array | np.ndarray
+    inv_freq: np.ndarray
     offset: int
 
+    @property
+    def fast_pairs(self) -> int:
+        """How many pairs, the first ones, are rotated to each row: 16, 32, ..., as kernels take them, or all."""
+        fast = np.flatnonzero(np.abs(self.inv_freq) * (WORD / 2) > _SLOW)
+        count = max(16, 1 << int(fast[-1] if fast.size else 0).bit_length())
+        return min(count, self.inv_freq.size)
+
+    def places(self, rows: Any) -> Any:
+        """What each pair of channels is rotated to for rows [...]: the row, or its group's middle; [..., H / 2].
+
+        A numpy array for one, a jax array for one.
+        """
+        return self._by_speed(rows, rows // WORD * WORD + WORD // 2)
+
+    def bases(self, rows: Any) -> Any:
+        """What `places(rows + t)` is more than `places(t)`, for t that carry nothing into their group's number."""
+        return self._by_speed(rows, rows // WORD * WORD)
+
+    def _by_speed(self, fast: Any, slow: Any) -> Any:
+        numbers = np if isinstance(fast, np.ndarray) else jnp
+        is_fast = np.arange(self.inv_freq.size) < self.fast_pairs
+        return numbers.where(is_fast, fast[..., None], slow[..., None])
+
     def at(self, positions: jax.Array) -> jax.Array:
-        """The mean rotated to positions [B or 1, n]; float32 [B, K, n, H]."""
-        return rotate(self.key[:, :, None], positions[:, None], jnp.asarray(self.inv_freq))
+        """The mean as rows at positions [B or 1, n] lack it; float32 [B, K, n, H]."""
+        places = (self.offset + self.places(positions - self.offset)).astype(jnp.float32)
+        return rotate_by(self.key[:, :, None], (places * self.inv_freq)[:, None])
 
 
 def restored(rows: Rows, *, turned: bool, mean: Mean | None = None, start: jax.Array | int = 0) -> jax.Array:

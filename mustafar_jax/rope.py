@@ -17,7 +17,19 @@ def rotate(x: jax.Array, positions: jax.Array, inv_freq: jax.Array) -> jax.Array
         float32 [..., H].
     """
     positions, inv_freq = lax.broadcast_to_rank(positions, x.ndim - 1), lax.broadcast_to_rank(inv_freq, x.ndim)
-    angles = positions[..., None].astype(jnp.float32) * inv_freq.astype(jnp.float32)
+    return rotate_by(x, positions[..., None].astype(jnp.float32) * inv_freq.astype(jnp.float32))
+
+
+def rotate_by(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotate each pair of channels by an angle of its own.
+
+    Args:
+        x: [..., H], any float dtype; computed in float32.
+        angles: float32 [..., H / 2], radians; leading axes broadcast against x's.
+
+    Returns:
+        float32 [..., H].
+    """
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -35,6 +35,16 @@ magnitude_mask = jax.jit(mj.magnitude_mask, static_argnums=1)
 pack = jax.jit(mj.pack, static_argnames=("slots", "bits"))
 unpack = jax.jit(mj.unpack)
 rotated = jax.jit(rotate)
+
+
+def mean_at(mean, rows):
+    """A `Mean` [B, K, n, H] as rows [n] lack it: slow pairs are rotated to the middle of their group of 32."""
+    positions = [mean.offset + place for place in (rows, rows // 32 * 32 + 16)]
+    of_rows, of_groups = (rotated(mean.key[:, :, None], at, mean.inv_freq) for at in positions)
+    pair = np.arange(2 * mean.inv_freq.size) % mean.inv_freq.size
+    return np.where(pair < mean.fast_pairs, of_rows, of_groups)
+
+
 to_dense = jax.jit(lambda cache: cache.to_dense())
 
 

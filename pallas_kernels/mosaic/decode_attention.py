@@ -7,6 +7,7 @@ Lanes stand for tokens while entries are scattered. In matrix products (`product
 `Warp.multiply_add` says; g and t below are these two.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 from mustafar_jax.layout import WORD
 from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.mosaic import codes, launch, lowering
-from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, turns
+from mustafar_jax.pallas_kernels.mosaic.mean import MeanKey, middles, turns
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
 from mustafar_jax.pallas_kernels.mosaic.merge_warps import merge_warps
-from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Layout, Places, Plan, State, layout
+from mustafar_jax.pallas_kernels.mosaic.plan import MOST_UNITS, TOKENS, Layout, Places, Plan, State, layout
 from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, products
 from mustafar_jax.pallas_kernels.mosaic.sides import keys_of, values_of
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
@@ -115,8 +116,8 @@ def attend_rows(
     if rows == 0:
         return []
     of_key, of_value = layout(key), layout(value)
-    centred = mean is not None and not is_dense(key)
-    params = params or _params(heads, rows, group, head_dim, (of_key, of_value), centred=centred)
+    fast_pairs = mean.fast_pairs if mean is not None and not is_dense(key) else 0
+    params = params or _params(heads, rows, group, head_dim, (of_key, of_value), centred=fast_pairs > 0)
     plan = Plan(
         head_dim=head_dim,
         group=group,
@@ -127,7 +128,7 @@ def attend_rows(
         splits=params.splits,
         warps=params.warps,
         scale=scale * math.log2(math.e),
-        centred=centred,
+        fast_pairs=fast_pairs,
         turned_keys=turned_keys,
     )
     arrays = [first.astype(jnp.int32), last.astype(jnp.int32), query]
@@ -135,6 +136,7 @@ def attend_rows(
     if plan.centred:
         assert mean is not None
         arrays += [mean.key.astype(jnp.float32), turns(mean, plan)]
+        arrays += [middles(mean, plan)] if plan.slow_pairs else []
     shapes = [(head_dim,), (), ()]
     return lowering.kernel_call(
         functools.partial(attend_split, plan=plan),
@@ -152,20 +154,26 @@ def attend_rows(
 def _params(
     heads: int, rows: int, group: int, head_dim: int, sides: tuple[Layout, Layout], *, centred: bool
 ) -> launch.MosaicParams:
-    """A heuristic's."""
+    """A heuristic's; where keys are centred, with no more units in a block than memory has room for."""
     if any(side.bits for side in sides):
         direct = all(side.is_direct for side in sides)
         words = sum(side.bits for side in sides) * head_dim // WORD if direct else None
-        return launch.coded_params(heads=heads, rows=rows, group=group, head_dim=head_dim, words=words, centred=centred)
-    slots = sum(side.slots or 2 * head_dim for side in sides)
-    return launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
+        params = launch.coded_params(
+            heads=heads, rows=rows, group=group, head_dim=head_dim, words=words, centred=centred
+        )
+    else:
+        slots = sum(side.slots or 2 * head_dim for side in sides)
+        params = launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
+    fewest = -(-rows // (TOKENS * MOST_UNITS)) if centred else 1
+    return dataclasses.replace(params, splits=max(params.splits, fewest))
 
 
 def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """One split of one KV head: a block, whose warps take every `warps`-th unit.
 
     refs: first and last int32 [B], query [B, K, G, H], bitmap and values of keys, of values, or either's dense rows;
-    where keys are centred mean [B, K, H] and its turns; out [heads, splits, G, H], m and l [heads, splits, G].
+    where keys are centred mean [B, K, H], its `turns` and `middles`;
+    out [heads, splits, G, H], m and l [heads, splits, G].
     """
     firsts, lasts, query, *inputs, out, m, l = refs  # noqa: E741
     block = w.block()
@@ -180,8 +188,9 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     # in flight while the rest is made ready
     loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
     multiply = products(w, at, plan)
-    mean = MeanKey(w, inputs[0], inputs[1], at, plan) if plan.centred else None
-    keys, values = keys_of(key, query, head, multiply, mean, w, at, plan), values_of(value, multiply, w, at, plan)
+    mean = MeanKey(w, inputs, at, plan) if plan.centred else None
+    keys = keys_of(key, query, head, multiply, mean, end, w, at, plan)
+    values = values_of(value, multiply, w, at, plan)
     if plan.has_tile:
         clear_tile(w, at, plan)
     state = State.empty(w, LOWEST, plan)
@@ -199,7 +208,7 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
         if mean:
             mean.turn_queries(turn)
         w.sync_warp()
-        scores = keys.scores(taken)
+        scores = keys.scores(taken, unit)
         w.sync_warp()
         weights = multiply.weigh(state, scores, unit, seen_of, values.scales(of_value))
         values.take(of_value, state, weights, unit, seen)

@@ -8,6 +8,8 @@ from mustafar_jax.rows import Rows
 
 TOKENS = LANES
 """Tokens of a unit, one per lane."""
+MOST_UNITS = 256
+"""Units of a block whose scores of a mean's slow pairs are held: 8 KB of them for up to 8 query heads."""
 ROW = 4 * TOKENS
 """Bytes of a pair of channels in a tile: a word for each token."""
 
@@ -56,8 +58,18 @@ class Plan:
     splits: int
     warps: int
     scale: float
-    centred: bool = False
+    fast_pairs: int = 0
     turned_keys: bool = False
+
+    @property
+    def centred(self) -> bool:
+        """Whether keys are distances from a mean, of which at least some pairs are fast: see `mean`."""
+        return self.fast_pairs > 0
+
+    @property
+    def slow_pairs(self) -> int:
+        """Pairs of a mean that are rotated to the middle of a unit."""
+        return self.pairs - self.fast_pairs if self.centred else 0
 
     @property
     def pairs(self) -> int:
@@ -134,38 +146,59 @@ class Plan:
 
     @property
     def pieces(self) -> int:
-        """Pieces of a head's channels, of 4 pairs each: see `mean`."""
-        return self.pairs // 4
+        """Pieces of a head's fast pairs, 4 pairs each: see `mean`."""
+        return self.fast_pairs // 4
+
+    @property
+    def column_heads(self) -> int:
+        """Query heads that columns of the mean's product repeat: a power of two."""
+        return 1 << (self.group - 1).bit_length()
 
     @property
     def turned_heads(self) -> int:
         """Query heads that a warp turns where keys are centred, a power of two: a piece per lane at a time."""
-        return max(LANES // self.pieces, 1 << (self.group - 1).bit_length())
+        return max(LANES // self.pieces, self.column_heads)
 
     @property
     def turned_stride(self) -> int:
-        """Bytes from one turned query to the next: half of the banks more, so that neighbours meet in none."""
-        return self.pairs * 4 + 64
+        """Bytes from one turned query to the next: an odd number of halves of all banks, so neighbours meet in none."""
+        return self.fast_pairs * 4 | 64
 
     @property
     def turned_bytes(self) -> int:
         """Of a warp's turned queries."""
-        return self.centred * self.turned_heads * self.turned_stride
+        return self.turned_heads * self.turned_stride if self.centred else 0
 
     @property
     def table_bytes(self) -> int:
-        """Of the mean key, rotated to each token of a unit, which a block's warps share."""
-        return self.centred * self.pairs * ROW
+        """Of the mean key's fast pairs, rotated to each token of a unit, which a block's warps share."""
+        return self.fast_pairs * ROW
 
     @property
     def queries_bytes(self) -> int:
-        """Of the queries in float32, which a block's warps share: all low channels of pairs, then all high ones."""
-        return self.centred * 8 * self.octets * self.head_dim * 4
+        """Of the queries' fast pairs in float32, which a block's warps share: all low channels, then all high ones."""
+        return 8 * self.octets * self.fast_pairs * 8
+
+    @property
+    def slow_rows(self) -> int:
+        """Units of a block, in whole products of 16."""
+        return -(-self.units_per_split // 16) * 16
+
+    @property
+    def slow_stride(self) -> int:
+        """Bytes of a unit's scores of slow pairs, one for each query head."""
+        return 32 * self.octets
+
+    @property
+    def slow_bytes(self) -> int:
+        """Of the scores of slow pairs, which a block's warps share."""
+        return (self.slow_pairs > 0) * self.slow_rows * self.slow_stride
 
     @property
     def shared_bytes(self) -> int:
         """Of a block: its warps' shares, then what they share."""
-        return self.warps * self.warp_bytes + self.table_bytes + self.queries_bytes + self.coded_queries_bytes
+        of_mean = self.table_bytes + self.queries_bytes + self.slow_bytes
+        return self.warps * self.warp_bytes + of_mean + self.coded_queries_bytes
 
     @property
     def coded_query_stride(self) -> int:
@@ -184,7 +217,8 @@ class Places:
 
     Attributes:
         tile, scores, weights, turned: where its parts of shared memory begin: see `Plan.warp_bytes`.
-        table, queries, coded_queries: where what the block's warps share begins: see `Plan.shared_bytes`.
+        table, queries, slow, coded_queries: where what the block's warps share begins: see `Plan.shared_bytes`.
+        first_unit: of the block.
         token: of a unit, that this lane stands for, in the order of `layout.to_lanes`: quad g holds tokens 8 i + g.
         lane, g, t: numbers of this lane.
     """
@@ -195,7 +229,9 @@ class Places:
     turned: Register
     table: Register
     queries: Register
+    slow: Register
     coded_queries: Register
+    first_unit: Register
     token: Register
     lane: Register
     g: Register
@@ -211,9 +247,13 @@ class Places:
         turned = weights + plan.weights_bytes
         table = shared + plan.warps * plan.warp_bytes
         queries = table + plan.table_bytes
-        coded = queries + plan.queries_bytes
+        slow = queries + plan.queries_bytes
+        coded = slow + plan.slow_bytes
+        first = w.block() % plan.splits * plan.units_per_split
         token = ((lane & 3) << 3) + (lane >> 2)
-        return Places(tile, scores, weights, turned, table, queries, coded, token, lane, lane >> 2, lane & 3)
+        return Places(
+            tile, scores, weights, turned, table, queries, slow, coded, first, token, lane, lane >> 2, lane & 3
+        )
 
 
 @dataclasses.dataclass

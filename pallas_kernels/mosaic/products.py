@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mustafar_jax.pallas_kernels.mosaic import codes
-from mustafar_jax.pallas_kernels.mosaic.mean import read_table, read_turned
+from mustafar_jax.pallas_kernels.mosaic.mean import read_slow, read_table, read_turned
 from mustafar_jax.pallas_kernels.mosaic.plan import ROW, TOKENS, Places, Plan, State
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
 
@@ -35,8 +35,8 @@ class Products(Protocol):
     def load_query(self, query: Any, head: Register) -> list[Register]:
         """The queries of a KV head, as `multiply_keys` wants them: of each of `heads`, of each 8 pairs two words."""
 
-    def multiply_keys(self, query: list[Register]) -> list[Register]:
-        """Multiply the queries with the tile of keys, and empty it; what `weigh` wants.
+    def multiply_keys(self, query: list[Register], unit: Register) -> list[Register]:
+        """Multiply the queries with a unit's tile of keys, and empty it; what `weigh` wants.
 
         Where keys are centred, the mean's part of the scores, of the turned queries, is where the sums begin.
         """
@@ -57,8 +57,11 @@ class Products(Protocol):
     def add_values(self, state: State, weights: list[Register]) -> None:
         """Add weights times the tile of values to the sums, and empty the tile."""
 
-    def mean_sums(self, octet: int = 0) -> list[list[Register]]:
-        """The mean's products with an octet's turned queries, not scaled."""
+    def mean_sums(self, unit: Register, octet: int = 0) -> list[list[Register]]:
+        """The mean's products with an octet's queries, not scaled."""
+
+    def load_columns(self, query: Any, head: Register) -> list[Register]:
+        """Words of query g of each octet, as `load_query_head` gives them."""
 
     def publish(self, state: State) -> None:
         """Leave the result in shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
@@ -80,21 +83,31 @@ class _Common(Products):
         of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in self.heads()]
         return [x for words in of_heads for x in words]
 
-    def mean_sums(self, octet: int = 0) -> list[list[Register]]:
+    def load_columns(self, query: Any, head: Register) -> list[Register]:
+        """See `Products`."""
+        numbers = [self.at.g + 8 * octet for octet in range(self.plan.octets)]
+        of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in numbers]
+        return [x for words in of_heads for x in words]
+
+    def mean_sums(self, unit: Register, octet: int = 0) -> list[list[Register]]:
         """The mean's products [2][4]: tokens 0 and 1 of quad g in rows g and g + 8, then 2 and 3.
 
-        Columns are the octet's query heads; those that there are none of repeat others. Sums are of two halves, so that
-        a product waits for every other one only.
+        Columns are the octet's query heads; those that there are none of repeat others. Of more than 16 fast pairs,
+        sums are of two halves, so that a product waits for every other one only.
         """
         w, at, plan = self.w, self.at, self.plan
-        number = (at.g + 8 * octet) & (plan.turned_heads - 1)
-        halves = [[[w.number(0)] * 4] * 2] * 2
+        number = (at.g + 8 * octet) & (plan.column_heads - 1)
+        chains = [[read_slow(w, unit, octet, at, plan) * 2] * 2]
+        chains += [[[w.number(0)] * 4] * 2] * (plan.pieces > 4)
         for k in range(plan.pieces // 4):
             query = read_turned(w, number, k, at, plan)
             for i in range(2):
-                rows, columns = read_table(w, 2 * k + i, at), query[2 * i : 2 * i + 2]
-                halves[i] = [w.multiply_add(a, columns, c) for a, c in zip(rows, halves[i], strict=True)]
-        return [[x + y for x, y in zip(*parts, strict=True)] for parts in zip(*halves, strict=True)]
+                rows, columns, own = read_table(w, 2 * k + i, at), query[2 * i : 2 * i + 2], i % len(chains)
+                chains[own] = [w.multiply_add(a, columns, c) for a, c in zip(rows, chains[own], strict=True)]
+        first, *rest = chains
+        for other in rest:
+            first = [[x + y for x, y in zip(*parts, strict=True)] for parts in zip(first, other, strict=True)]
+        return first
 
     def read_values(self, block: int) -> list[list[Register]]:
         """Quads 2 t and 2 t + 1 of pair g, the odd one first where g is odd, so that a phase meets all banks."""
@@ -131,10 +144,10 @@ class FewHeads(_Common):
         """Head g % 2 where column g is of class t, else one that there is not: its words are zero."""
         return [(((self.at.t + 4 - (self.at.g >> 1)) & 3) << 1) + (self.at.g & 1)]
 
-    def multiply_keys(self, query: list[Register]) -> list[Register]:
+    def multiply_keys(self, query: list[Register], unit: Register) -> list[Register]:
         """Leaves parts of scores in shared memory: of (head, class t) for quad n in word 4 n of scores[head][t]."""
         w, at, plan = self.w, self.at, self.plan
-        sums = self._mean_scores() if plan.centred else [[w.number(0)] * 4] * 2
+        sums = self._mean_scores(unit) if plan.centred else [[w.number(0)] * 4] * 2
         for step in range(plan.pairs // 8):
             columns = query[2 * step : 2 * step + 2]
             sums = [w.multiply_add(a, columns, c) for a, c in zip(self._read_rows(step), sums, strict=True)]
@@ -159,10 +172,10 @@ class FewHeads(_Common):
             w.store_shared(quad, [w.integer(0)] * 4, start)
         return rows
 
-    def _mean_scores(self) -> list[list[Register]]:
+    def _mean_scores(self, unit: Register) -> list[list[Register]]:
         """The mean's part of scores [2][4]: class 0 has quad g in row g, as the mean's product, in columns 0 and 1."""
         w, at = self.w, self.at
-        return [[w.select(at.t == 0, x, w.number(0)) for x in part] for part in self.mean_sums()]
+        return [[w.select(at.t == 0, x, w.number(0)) for x in part] for part in self.mean_sums(unit)]
 
     def weigh(
         self, state: State, scores: list[Register], unit: Register, seen_of: SeenOf, value_scales: list[Register]
@@ -243,12 +256,12 @@ class ManyHeads(_Common):
         """Head g of each octet."""
         return [self.at.g + 8 * octet for octet in range(self.plan.octets)]
 
-    def multiply_keys(self, query: list[Register]) -> list[Register]:
+    def multiply_keys(self, query: list[Register], unit: Register) -> list[Register]:
         """Scores [octets][4 tokens of quad g][heads 2 t and 2 t + 1]; where keys are codes, products alone."""
         w, at, plan = self.w, self.at, self.plan
         coded = plan.key.bits > 0
         size, first_class, zero = len(query) // plan.octets, at.t < 2, w.integer(0)
-        sums = [self._first_sums(octet) for octet in range(plan.octets)]
+        sums = [self._first_sums(unit, octet) for octet in range(plan.octets)]
         for step in range(plan.pairs // 8):
             rows = self._read_rows(step)
             for octet, of_classes in enumerate(sums):
@@ -264,10 +277,10 @@ class ManyHeads(_Common):
         products = [x for of_classes in sums for x in self._hand_on(of_classes)]
         return products if coded else [x * plan.scale for x in products]
 
-    def _first_sums(self, octet: int) -> list[list[list[Register]]]:
+    def _first_sums(self, unit: Register, octet: int) -> list[list[list[Register]]]:
         """Where the sums [2 classes][2][4] of an octet begin: class 0 has quad g in row g, as the mean's product."""
         zeros = [[self.w.number(0)] * 4] * 2
-        return [self.mean_sums(octet) if self.plan.centred and not self.plan.key.bits else zeros, zeros]
+        return [self.mean_sums(unit, octet) if self.plan.centred and not self.plan.key.bits else zeros, zeros]
 
     def _read_rows(self, step: int) -> list[list[Register]]:
         """Tokens 0 and 1 of a quad of pairs t and 4 + t of 8, then 2 and 3, as rows.

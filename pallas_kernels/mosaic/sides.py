@@ -20,7 +20,7 @@ class Keys(Protocol):
     def take(self, registers: list[Register], unit: Register, seen: Register) -> list[Register]:
         """Use what was loaded; what `scores` wants."""
 
-    def scores(self, taken: list[Register]) -> list[Register]:
+    def scores(self, taken: list[Register], unit: Register) -> list[Register]:
         """What `Products.weigh` wants. Other lanes' shared memory has been waited for."""
 
 
@@ -52,9 +52,9 @@ class TileKeys(Keys):
         self.source.unpack(self.w, registers, unit, seen, self.at, self.plan)
         return []
 
-    def scores(self, taken: list[Register]) -> list[Register]:
+    def scores(self, taken: list[Register], unit: Register) -> list[Register]:
         """See `Keys`."""
-        return self.multiply.multiply_keys(self.query)
+        return self.multiply.multiply_keys(self.query, unit)
 
 
 class CodedKeys(Keys):
@@ -73,16 +73,16 @@ class CodedKeys(Keys):
         self.source.unpack(self.w, words, unit, seen, self.at, self.plan)
         return [low, high]
 
-    def scores(self, taken: list[Register]) -> list[Register]:
+    def scores(self, taken: list[Register], unit: Register) -> list[Register]:
         """See `Keys`."""
         w, plan = self.w, self.plan
         *products, low, high = taken
-        products = products or self.multiply.multiply_keys(self.fragments)
+        products = products or self.multiply.multiply_keys(self.fragments, unit)
         found = codes.scores(w, products, codes.row_scales(w, [low, high]), self.factors, plan)
         if not plan.centred:
             return found
         scale = w.number(plan.scale)
-        of_mean = [x for octet in range(plan.octets) for part in self.multiply.mean_sums(octet) for x in part]
+        of_mean = [x for octet in range(plan.octets) for part in self.multiply.mean_sums(unit, octet) for x in part]
         return [w.fused(x, scale, y) for x, y in zip(of_mean, found, strict=True)]
 
 
@@ -133,14 +133,16 @@ def keys_of(
     head: Register,
     multiply: Products,
     mean: MeanKey | None,
+    end: Register,
     w: Warp,
     at: Places,
     plan: Plan,
 ) -> Keys:
-    """The keys of a KV head; the block's warps share what they need of the queries."""
+    """The keys of a KV head, of units before `end`; the block's warps share what they need of the queries."""
     words = multiply.load_query(query, head) if mean or not plan.key.bits else []
     if mean:
-        mean.share(head, words, multiply.heads())
+        columns = words if plan.many_heads else multiply.load_columns(query, head)
+        mean.share(head, words, multiply.heads(), columns, end)
     if not plan.key.bits:
         assert not isinstance(source, CodedSource)
         return TileKeys(source, words, multiply, w, at, plan)

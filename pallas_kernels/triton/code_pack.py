@@ -57,6 +57,7 @@ class _Plan:
         format, rows: of the target.
         kept, turn: see `Code`.
         offset: the position of the target's row 0, where keys are centred, else None.
+        fast_pairs: of the mean.
         weighed: whether there is a weight.
     """
 
@@ -65,14 +66,15 @@ class _Plan:
     kept: int
     turn: bool
     offset: int | None
+    fast_pairs: int
     weighed: bool
 
     @classmethod
     def of(cls, code: Code) -> "_Plan":
         """The plan of one source and target."""
-        offset = None if code.mean is None else code.mean.offset
-        target = code.target
-        return cls(target.format, target.padded_length, code.kept, code.turn, offset, code.weight is not None)
+        offset, fast_pairs = (None, 0) if code.mean is None else (code.mean.offset, code.mean.fast_pairs)
+        target, weighed = code.target, code.weight is not None
+        return cls(target.format, target.padded_length, code.kept, code.turn, offset, fast_pairs, weighed)
 
     @property
     def codec(self) -> ScaledCodec:
@@ -177,13 +179,12 @@ def _step(plans: Sequence[_Plan]) -> int:
 def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
     """What is read of a mean: keys [H], the frequencies [H / 2], and cos and sin [2, 16, H / 2] of a tile's angles.
 
-    Of frequencies that are known the last is a constant, which a decode step need not compute.
+    The last is a constant, which a decode step need not compute.
     """
     if mean is None:
         return []
-    numbers: Any = np if isinstance(mean.inv_freq, np.ndarray) else jnp
-    angle = numbers.arange(TILE, dtype=np.float32)[:, None] * mean.inv_freq
-    whole = [jnp.asarray(x) for x in (mean.inv_freq, numbers.stack([numbers.cos(angle), numbers.sin(angle)]))]
+    angle = mean.places(np.arange(TILE)).astype(np.float32) * mean.inv_freq
+    whole = [jnp.asarray(x) for x in (mean.inv_freq, np.stack([np.cos(angle), np.sin(angle)]))]
     return [of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in whole)]
 
 
@@ -243,17 +244,19 @@ def _load(ref: tl.Ref, first: jax.Array, plan: _Plan) -> jax.Array:
 
 
 def _mean(refs: tuple[tl.Ref, ...], row: jax.Array, plan: _Plan) -> jax.Array:
-    """The mean key, rotated to the position of each of a tile's tokens; of `plan.shape`.
+    """The mean key, rotated as each of a tile's tokens lacks it; of `plan.shape`.
 
-    R_{s + j} m = R_j R_s m: a program rotates the mean to the position s of its first token; a table holds the turn
-    from there to token j. A channel and its partner are rotated alike, so no thread needs another's.
+    R_{s + j} m = R_j R_s m: a program rotates the mean to the position s of its first token, slow pairs to that of its
+    group; a table holds the turn from there to token j, for slow pairs to the group's middle. A channel and its partner
+    are rotated alike, so no thread needs another's.
     """
     mean_ref, inv_freq_ref, turn_ref = refs
     assert plan.offset is not None
     half, channel = plan.format.head_dim // 2, plan.channel
     is_second = channel >= half
     pair = jnp.where(is_second, channel - half, channel)
-    angle = (row + plan.offset).astype(jnp.float32) * tl.load(inv_freq_ref.at[pair])
+    base = jnp.where(pair < plan.fast_pairs, row, row // WORD * WORD)
+    angle = (base + plan.offset).astype(jnp.float32) * tl.load(inv_freq_ref.at[pair])
     own = tl.load(mean_ref.at[channel])
     other = tl.load(mean_ref.at[jnp.where(is_second, pair, pair + half)])
     cos, sin = jnp.cos(angle), jnp.where(is_second, -1.0, 1.0) * jnp.sin(angle)

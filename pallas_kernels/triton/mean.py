@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -40,12 +41,14 @@ class Centre:
             Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
             `TileReader.times_table`, of H rows, a pair's cosine and its sine after each other, times _UNIT.
         """
-        starts = jnp.arange(splits)[:, None] * (self.tiles_per_split * TOKENS) + self.rotations.tokens[None]
-        angle = (mean.offset + starts)[..., None].astype(jnp.float32) * mean.inv_freq[None, None]
+        starts = np.arange(splits)[:, None] * (self.tiles_per_split * TOKENS) + self.rotations.tokens[None]
+        angle = (mean.offset + jnp.asarray(mean.bases(starts))).astype(jnp.float32) * mean.inv_freq
         of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
         row, token = self.reader.table_order(self.rotations)
-        tokens = jnp.arange(self.tiles_per_split)[:, None] * TOKENS + token[None]
-        angle = tokens.astype(jnp.float32) * mean.inv_freq[row >> 1][None]
+        pair = row >> 1
+        in_tile = mean.places(token)[np.arange(token.size), pair]
+        tokens = jnp.arange(self.tiles_per_split)[:, None] * TOKENS + in_tile[None]
+        angle = tokens.astype(jnp.float32) * mean.inv_freq[pair][None]
         of_token = _UNIT * jnp.where(row[None] & 1, jnp.sin(angle), jnp.cos(angle))
         words = lax.bitcast_convert_type(of_token.astype(self.reader.dtype).reshape(-1, 2), jnp.int32)
         return of_rotation.reshape(-1), words

@@ -24,8 +24,9 @@ from mustafar_jax import (
 )
 from mustafar_jax.cache import DenseCache, PackedCache
 from mustafar_jax.layout import from_lanes
+from mustafar_jax.operands import Mean
 from mustafar_jax.pruning import KEY_METHODS, VALUE_METHODS, Context, query_norm, rescale_to_norm
-from tests.helpers import CONFIGS, DTYPES, exhaustive, magnitude_mask, rope_frequencies, rotated, to_dense
+from tests.helpers import CONFIGS, DTYPES, exhaustive, magnitude_mask, mean_at, rope_frequencies, rotated, to_dense
 from tests.quick import HLO_AS_USERS
 
 BATCH, KV_HEADS, HEAD_DIM, CAPACITY, PROMPT = 2, 2, 64, 256, 150
@@ -72,7 +73,8 @@ def expected_tokens(config, query, key, value, prompt, length):
     shift, weight, mask = np.zeros_like(key), None, None
     k_sparsity, v_sparsity = config.removed(HEAD_DIM)
     if config.center_keys and (config.k_sparsity or config.k_bits < 16):
-        shift = np.asarray(rotated(mean_before_rope(config, key, prompt), position[:, None], INV_FREQ))
+        mean = Mean(mean_before_rope(config, key, prompt)[None], INV_FREQ, first)
+        shift = mean_at(mean, position - first)[0].swapaxes(0, 1)
     if config.k_sparsity:
         weight = weight_by_queries(config, query, prompt)[None] if config.weigh_keys else None
         mask = magnitude_mask((key - shift) * (1 if weight is None else weight), k_sparsity)

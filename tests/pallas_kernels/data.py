@@ -13,7 +13,7 @@ from mustafar_jax.codecs import codec_of
 from mustafar_jax.operands import restored
 from mustafar_jax.rotation import turn
 from mustafar_jax.rows import RowFormat, Rows
-from tests.helpers import magnitude_mask, pack, rotated, unpack
+from tests.helpers import magnitude_mask, mean_at, pack, unpack
 from tests.quick import QUICK
 
 TOLERANCE = {jnp.dtype(jnp.bfloat16): 5e-3, jnp.dtype(jnp.float16): 1e-3}
@@ -98,9 +98,7 @@ def pack_rows(x, mask):
 
 def with_mean(dense, mean):
     """Keys [B, K, S, H] as attention sees them, float32, of what packed ones hold and a `Mean`."""
-    return dense.astype(np.float32) + rotated(
-        mean.key[:, :, None], mean.offset + np.arange(dense.shape[2]), mean.inv_freq
-    )
+    return dense.astype(np.float32) + mean_at(mean, np.arange(dense.shape[2]))
 
 
 @jax.jit

@@ -104,6 +104,11 @@ class Case(NamedTuple):
     warps: int = 4
 
     @property
+    def inv_freq(self):
+        """Of which half the pairs are fast at head_dim 64, a fourth at 128."""
+        return rope_frequencies(self.head_dim, 1e4 if self.head_dim == 64 else 5e5)
+
+    @property
     def is_coded(self):
         return self.k_bits < 16 or self.v_bits < 16
 
@@ -190,8 +195,7 @@ def data(name):
     value, dense_value = rows(case.v_sparsity, case.v_bits, "tokens", False)
     mean = None
     if case.centred:
-        mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], case.head_dim)), jnp.float32), None, 4)
-        mean = mean._replace(inv_freq=jnp.asarray(rope_frequencies(case.head_dim)))
+        mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], case.head_dim)), jnp.float32), case.inv_freq, 4)
         dense_key = with_mean(dense_key, mean)
     expected = attend(query, dense_key, dense_value, first, last, case.head_dim**-0.5)
     key, value = (poison(x, outside(x, first, last)) for x in (key, value))
@@ -214,8 +218,8 @@ def compiled(name, kernel, interpret):
         if kernel == MOSAIC:
             options["params"] = MosaicParams(case.splits, case.warps)
 
-    def call(query, key, value, first, last, mean_key, inv_freq):
-        mean = Mean(mean_key, inv_freq, 4) if case.centred else None
+    def call(query, key, value, first, last, mean_key):
+        mean = Mean(mean_key, case.inv_freq, 4) if case.centred else None
         parts = kernel.module.attend_rows(query, key, value, first, last, mean=mean, **options)
         return merge_splits(query, *parts)
 
@@ -223,8 +227,8 @@ def compiled(name, kernel, interpret):
 
 
 def run(name, kernel, interpret, arguments):
-    mean = data(name).mean or Mean(None, None, 4)
-    return jax.block_until_ready(compiled(name, kernel, interpret)(*arguments, mean.key, mean.inv_freq))
+    mean = data(name).mean
+    return jax.block_until_ready(compiled(name, kernel, interpret)(*arguments, mean and mean.key))
 
 
 def check(actual, expected, dtype):
@@ -263,7 +267,7 @@ def test_agrees_with_dense_attention(name, kernel, interpret):
 def test_a_large_mean_overflows_no_float16(kernel, interpret):
     """A channel's product of query and mean is beyond 65504; the score of a token far above those of the others."""
     query, mean_key = (jnp.zeros((1, 1, 1, 64), dtype).at[..., 0].set(300) for dtype in (F16, jnp.float32))
-    mean = Mean(mean_key[:, :, 0], jnp.asarray(rope_frequencies(64)), 4)
+    mean = Mean(mean_key[:, :, 0], rope_frequencies(64), 4)
     (key, dense_key), (value, dense_value) = (
         rows_of(np.random.default_rng(seed), (1, 1, 32, 64), F16, 0.7) for seed in (1, 2)
     )
@@ -490,12 +494,12 @@ def abstract_call(
     k_slots, v_slots = ((SLOTS | CODES | PRUNED_CODES)[slots](head_dim) for slots in (k_slots, v_slots))
     query, key, value = specs(2, 2, group, rows, head_dim, k_slots, v_slots, dtype)
     dense = jax.ShapeDtypeStruct((2, 2, 64 + sinks, head_dim), dtype)
-    mean = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 2, head_dim), (head_dim // 2,))]
+    mean = jax.ShapeDtypeStruct((2, 2, head_dim), jnp.float32)
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
     params = None if splits is None else kernel.params(splits, **{"teams": teams} if teams else {})
 
     def call(query, key, value, dense, mean, lengths):
-        tail, mean = Tail(dense, dense, sinks), Mean(*mean, sinks) if centred else None
+        tail, mean = Tail(dense, dense, sinks), Mean(mean, rope_frequencies(head_dim), sinks) if centred else None
         flags = {"scale": 0.1, "window": window, "turned_keys": turned, "turned_values": turned}
         operands = PackedAttention(query, key, value, tail, lengths, lengths, mean, **flags)
         return kernel.module.decode_attention(operands, params=params)

@@ -1,7 +1,6 @@
 """The mean key, rotated to each token's position and taken off its entries."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +19,13 @@ def mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
     """What is read of a mean: keys [H], the frequencies [H / 2], and cos and sin of a block's angles.
 
     The last, which `_turns` reads, is [2, 8, threads, 4], so that threads side by side read what stands side by side.
-    Of frequencies that are known it is a constant, which a decode step need not compute.
+    It is a constant, which a decode step need not compute.
     """
     if mean is None:
         return []
-    numbers: Any = np if isinstance(mean.inv_freq, np.ndarray) else jnp
-    by_part = mean.inv_freq.reshape(-1, 8, 4).swapaxes(0, 1)
-    angle = (numbers.arange(BLOCK, dtype=np.float32)[None, :, None, None] * by_part[:, None]).reshape(8, -1, 4)
-    whole = [jnp.asarray(x) for x in (mean.inv_freq, numbers.stack([numbers.cos(angle), numbers.sin(angle)]))]
+    angle = mean.places(np.arange(BLOCK)).astype(np.float32) * mean.inv_freq  # [tokens, pairs]
+    angle = angle.reshape(BLOCK, -1, 8, 4).transpose(2, 0, 1, 3).reshape(8, -1, 4)
+    whole = [jnp.asarray(x) for x in (mean.inv_freq, np.stack([np.cos(angle), np.sin(angle)]))]
     return [of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in whole)]
 
 

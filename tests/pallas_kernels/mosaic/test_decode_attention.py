@@ -87,8 +87,7 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, bits, centr
         )
     mean = None
     if centred:
-        inv_freq = jnp.asarray(rope_frequencies(head_dim))
-        mean = Mean(jnp.asarray(rng.standard_normal((1, 1, head_dim)), jnp.float32), inv_freq, 4)
+        mean = Mean(jnp.asarray(rng.standard_normal((1, 1, head_dim)), jnp.float32), rope_frequencies(head_dim), 4)
         dense_key = with_mean(np.asarray(dense_key), mean)
     options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(splits=1), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))
@@ -98,20 +97,23 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, bits, centr
 
 @pytest.mark.parametrize("interpret", WHERE)
 @pytest.mark.parametrize(
-    ("group", "warps", "head_dim"),
+    ("group", "warps", "head_dim", "theta"),
     [
-        *[(1, 4, 128), (1, 12, 64), (4, 4, 128), (8, 12, 128), (16, 4, 128)],
-        *exhaustive((2, 4, 128), (3, 12, 64), (9, 4, 64)),
+        *[(1, 4, 128, 5e5), (1, 12, 64, 1e4), (4, 4, 128, 5e5), (8, 12, 128, 1e4), (16, 4, 128, 5e5)],
+        *exhaustive((2, 4, 128, 1e4), (3, 12, 64, 1e4), (9, 4, 64, 10)),
     ],
 )
-def test_centred_keys_far_into_a_sequence(group, warps, head_dim, interpret):
-    """Warps share 9 units of one sequence, and 3 of another, so that some have none."""
+def test_centred_keys_far_into_a_sequence(group, warps, head_dim, theta, interpret):
+    """Warps share 9 units of one sequence, and 3 of another, so that some have none.
+
+    A fourth of a mean's pairs are fast, or half of them; of the last, all.
+    """
     rng = np.random.default_rng(group)
     shape = (2, 1, 320, head_dim)
     query = jnp.asarray(rng.standard_normal((*shape[:2], group, head_dim)), F16)
     first, last = jnp.array([37, 70], jnp.int32), jnp.array([300, 130], jnp.int32)
     (key, dense_key), (value, dense_value) = (rows_of(rng, shape, F16, 0.7) for _ in range(2))
-    inv_freq = jnp.asarray(rope_frequencies(head_dim))
+    inv_freq = rope_frequencies(head_dim, theta)
     mean = Mean(jnp.asarray(rng.standard_normal((*shape[:2], head_dim)), jnp.float32), inv_freq, 3000)
     options = {"scale": head_dim**-0.5, "mean": mean, "params": MosaicParams(1, warps), "interpret": interpret}
     call = jax.jit(functools.partial(kernels.attend_rows, **options))

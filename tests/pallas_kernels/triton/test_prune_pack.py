@@ -21,10 +21,10 @@ from tests.helpers import (
     bits,
     exhaustive,
     magnitude_mask,
+    mean_at,
     pack,
     replace_backend,
     rope_frequencies,
-    rotated,
     unpack,
 )
 from tests.pallas_kernels.data import WHERE, jit, rows_of_words
@@ -179,13 +179,13 @@ def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, weighed, inter
     rng = np.random.default_rng(7)
     x = jnp.asarray(rng.standard_normal((2, 1, 72, head_dim)) + 1, dtype)
     key = jnp.asarray(rng.standard_normal((2, 1, head_dim)), jnp.float32)
-    mean = Mean(key, jnp.asarray(rope_frequencies(head_dim)), 4)
+    mean = Mean(key, rope_frequencies(head_dim), 4)
     weight = jnp.asarray(rng.uniform(0.1, 1, (2, 1, head_dim)), jnp.float32) if weighed else None
     target = poisoned(rng, 2, 1, 96, head_dim, head_dim // 4, dtype)
 
     actual = pruned(x, target, mean=mean, weight=weight, interpret=interpret)
-    position = jnp.arange(72) + (START - FIRST + 4)[:, None]
-    centred = x.astype(jnp.float32) - rotated(mean.key[:, :, None], position[:, None], mean.inv_freq)
+    rows = np.arange(72) + (START - FIRST)[:, None]
+    centred = x.astype(jnp.float32) - jnp.asarray(mean_at(mean, rows[:, None]))
     ranked = (centred if weight is None else centred * weight[:, :, None]).astype(dtype)
     entries, kept = unpacked(actual)
     masked = written(target, centred.astype(dtype), magnitude_mask(ranked, 0.75), FIRST, START, HELD, 64)
@@ -306,11 +306,12 @@ def test_lowers_for_cuda(case):
     """Any two choices occur together."""
     head_dim = case["head_dim"]
     prune = specs(2, 4, 128, head_dim, KEPT[case["kept"]](head_dim), case["dtype"], case["head_axis"])
-    mean = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 4, head_dim), (head_dim // 2,))]
+    mean = jax.ShapeDtypeStruct((2, 4, head_dim), jnp.float32)
     ranges = [jax.ShapeDtypeStruct((2,), jnp.int32)] * 3
 
     def call(source, target, mean, ranges):
-        taken_off, weight = Mean(*mean, 4) if case["centred"] else None, mean[0] if case["weighed"] else None
+        taken_off = Mean(mean, rope_frequencies(head_dim), 4) if case["centred"] else None
+        weight = mean if case["weighed"] else None
         keys = Prune(source, target, taken_off, weight=weight)
         values = Prune(source, target, rescale=case["rescale"])
         chosen = {"keys": [keys], "values": [values], "both": [keys, values]}[case["sides"]]
