@@ -89,16 +89,32 @@ class ScaledCodec(Codec):
         grow = _power_of_two(largest)
         largest, x = largest * grow, x * grow[..., None]
         size = jnp.abs(x)
-        best = self._trial(size, counts, largest * (self.fractions[0] / self.top))
-        for fraction in self.fractions[1:]:
-            other = self._trial(size, counts, largest * (fraction / self.top))
-            is_better = other.fit > best.fit
-            best = _Trial(*(jnp.where(is_better, y, x) for x, y in zip(best, other, strict=True)))
+        best = self._best(size, counts, largest)
         energy = jnp.sum(counts * size**2, axis=-1)
         along_itself = energy / jnp.where(best.product > 0, best.product, 1)
         scale = jnp.minimum(along_itself, 2 * best.least_squares) / grow
         level = self.nearest(_over(size, best.step))
         return jnp.where(x < 0, -level, level), jnp.minimum(scale, self._largest_scale)
+
+    def _best(self, size: jax.Array, counts: jax.Array, largest: jax.Array) -> "_Trial":
+        """The trial whose levels point most nearly where the row does; the first of those that are level.
+
+        A loop, not one trial after the other: the code of a GPU kernel would outgrow its cache (docs/kernels.md).
+        """
+        starts = [jnp.float32(fraction / self.top) for fraction in self.fractions]
+        if len(starts) == 1:
+            return self._trial(size, counts, largest * starts[0])
+
+        def better(i: jax.Array, best: _Trial) -> _Trial:
+            start = starts[0]
+            for j, other in enumerate(starts[1:], start=1):
+                start = jnp.where(i == j, other, start)
+            trial = self._trial(size, counts, largest * start)
+            is_better = trial.fit > best.fit
+            return _Trial(*(jnp.where(is_better, y, x) for x, y in zip(best, trial, strict=True)))
+
+        zero = jnp.zeros_like(largest)
+        return lax.fori_loop(0, len(starts), better, _Trial(zero, zero, zero, fit=zero - 1))
 
     def _trial(self, size: jax.Array, counts: jax.Array, start: jax.Array) -> "_Trial":
         """Levels found from a first scale, for the magnitudes of entries."""

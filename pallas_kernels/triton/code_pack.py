@@ -56,8 +56,7 @@ class _Plan:
     Attributes:
         format, rows: of the target.
         kept, turn: see `Code`.
-        offset: the position of the target's row 0, where keys are centred, else None.
-        fast_pairs: of the mean.
+        centred: whether there is a mean.
         weighed: whether there is a weight.
     """
 
@@ -65,16 +64,14 @@ class _Plan:
     rows: int
     kept: int
     turn: bool
-    offset: int | None
-    fast_pairs: int
+    centred: bool
     weighed: bool
 
     @classmethod
     def of(cls, code: Code) -> "_Plan":
         """The plan of one source and target."""
-        offset, fast_pairs = (None, 0) if code.mean is None else (code.mean.offset, code.mean.fast_pairs)
-        target, weighed = code.target, code.weight is not None
-        return cls(target.format, target.padded_length, code.kept, code.turn, offset, fast_pairs, weighed)
+        target, centred, weighed = code.target, code.mean is not None, code.weight is not None
+        return cls(target.format, target.padded_length, code.kept, code.turn, centred, weighed)
 
     @property
     def codec(self) -> ScaledCodec:
@@ -141,7 +138,7 @@ def code_pack(
     operands = [(x.astype(jnp.int32)[:, None], of_sequence) for x in (first, start, held)]
     targets: list[tuple[jax.Array, pl.BlockSpec]] = []
     for code in codes:
-        operands += [of_head(code.source, head_axis), *_mean_operands(code.mean)]
+        operands += [of_head(code.source, head_axis), *_mean_operands(code)]
         operands += [] if code.weight is None else [of_head(code.weight)]
         targets += [of_head(x.reshape(*code.target.leading, -1)) for x in _arrays(code.target).values()]
     outs = tl.pallas_call(
@@ -176,16 +173,22 @@ def _step(plans: Sequence[_Plan]) -> int:
     return min(plan.tokens for plan in plans)
 
 
-def _mean_operands(mean: Mean | None) -> list[tuple[jax.Array, pl.BlockSpec]]:
-    """What is read of a mean: keys [H], the frequencies [H / 2], and cos and sin [2, 16, H / 2] of a tile's angles.
+def _mean_operands(code: Code) -> list[tuple[jax.Array, pl.BlockSpec]]:
+    """What is read of a mean: keys [H], and cos and sin of turns, to the target's groups and from there to each token.
 
-    The last is a constant, which a decode step need not compute.
+    R_{s + j} m = R_j R_s m. Float32 [groups, 2, H / 2], which are the same for every layer of a model, whose compiler
+    keeps one; and [2, 32, H / 2], a constant.
     """
-    if mean is None:
+    if code.mean is None:
         return []
-    angle = mean.places(np.arange(TILE)).astype(np.float32) * mean.inv_freq
-    whole = [jnp.asarray(x) for x in (mean.inv_freq, np.stack([np.cos(angle), np.sin(angle)]))]
-    return [of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in whole)]
+    mean, groups = code.mean, np.arange(code.target.padded_length // WORD)
+    to_group = jnp.asarray(mean.offset + groups * WORD, jnp.float32)[:, None] * mean.inv_freq
+    to_token = mean.places(np.arange(WORD)).astype(np.float32) * mean.inv_freq
+    tables = (
+        jnp.stack([jnp.cos(to_group), jnp.sin(to_group)], axis=1),
+        jnp.asarray([np.cos(to_token), np.sin(to_token)]),
+    )
+    return [of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in tables)]
 
 
 def _kernel(
@@ -207,7 +210,7 @@ def _kernel(
     inputs, outputs = iter(refs), iter(refs[len(refs) - sum(counts) :])
     for side, (plan, count) in enumerate(zip(plans, counts, strict=True)):
         source_ref = next(inputs)
-        mean_refs = tuple(next(inputs) for _ in range(0 if plan.offset is None else 3))
+        mean_refs = tuple(next(inputs) for _ in range(3 if plan.centred else 0))
         weight_ref = next(inputs) if plan.weighed else None
         targets = tuple(next(outputs) for _ in range(count))
         is_meant = (pl.program_id(3) == side) & (row < plan.rows) & (offset % plan.tokens == 0)
@@ -246,25 +249,21 @@ def _load(ref: tl.Ref, first: jax.Array, plan: _Plan) -> jax.Array:
 def _mean(refs: tuple[tl.Ref, ...], row: jax.Array, plan: _Plan) -> jax.Array:
     """The mean key, rotated as each of a tile's tokens lacks it; of `plan.shape`.
 
-    R_{s + j} m = R_j R_s m: a program rotates the mean to the position s of its first token, slow pairs to that of its
-    group; a table holds the turn from there to token j, for slow pairs to the group's middle. A channel and its partner
-    are rotated alike, so no thread needs another's.
+    A channel and its partner are rotated alike, so no thread needs another's.
     """
-    mean_ref, inv_freq_ref, turn_ref = refs
-    assert plan.offset is not None
+    mean_ref, to_group_ref, to_token_ref = refs
     half, channel = plan.format.head_dim // 2, plan.channel
     is_second = channel >= half
     pair = jnp.where(is_second, channel - half, channel)
-    base = jnp.where(pair < plan.fast_pairs, row, row // WORD * WORD)
-    angle = (base + plan.offset).astype(jnp.float32) * tl.load(inv_freq_ref.at[pair])
     own = tl.load(mean_ref.at[channel])
     other = tl.load(mean_ref.at[jnp.where(is_second, pair, pair + half)])
-    cos, sin = jnp.cos(angle), jnp.where(is_second, -1.0, 1.0) * jnp.sin(angle)
+    cos, sin = (tl.load(to_group_ref.at[row // WORD, i, pair]) for i in range(2))
+    sin = jnp.where(is_second, -sin, sin)
     own, other = own * cos - other * sin, other * cos + own * sin
-    token = lax.broadcasted_iota(jnp.int32, plan.shape, 1)
+    token = row % WORD + lax.broadcasted_iota(jnp.int32, plan.shape, 1)
     pair = jnp.broadcast_to(pair, plan.shape)
-    table = [tl.load(turn_ref.at[i, token, pair]) for i in range(2)]
-    return own * table[0] - jnp.where(is_second, -other, other) * table[1]
+    cos, sin = (tl.load(to_token_ref.at[i, token, pair]) for i in range(2))
+    return own * cos - jnp.where(is_second, -other, other) * sin
 
 
 def _code_whole(x: jax.Array, outputs: tuple[tl.Ref, ...], row: jax.Array, plan: _Plan) -> None:
