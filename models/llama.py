@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from mustafar_jax.attention import decode_attention, prefill_attention
 from mustafar_jax.backends.registry import Implementation, packers
-from mustafar_jax.blocks import extend
+from mustafar_jax.blocks import attend
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
@@ -71,11 +71,16 @@ class Attention(nnx.Module):
         attended = decode_attention(query, cache, sliding_window=window, implementation=implementation)
         return self.o_proj(attended), cache
 
-    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        """Append a few tokens to each sequence, and attend from each: hidden [B, n, D] -> [B, n, D]."""
+    def extend(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, implementation: Implementation
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attend from any number of new tokens of each sequence, and add them: hidden [B, n, D] -> [B, n, D]."""
         positions = cache.lengths[:, None] + jnp.arange(hidden.shape[1])[None]
         query, key, value = self._project(hidden, positions[..., None])
-        attended, cache = extend(cache, query, key, value, sliding_window=self.config.sliding_window)
+        window = self.config.sliding_window
+        attended, cache = attend(
+            cache, query, key, value, lengths, sliding_window=window, implementation=implementation
+        )
         return self.o_proj(attended), cache
 
     def _project(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -164,19 +169,22 @@ class Layer(nnx.Module):
         attended, cache = self.self_attn.decode(self.input_layernorm(hidden), cache, implementation)
         return self._feed_forward(hidden + attended), cache
 
-    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        """Run a few given tokens of each sequence at once, as `decode` would one after the other.
+    def extend(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, *, implementation: Implementation = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Run any number of given tokens of each sequence after those that the cache holds: see `mustafar_jax.attend`.
 
         Args:
-            hidden: [B, n, D], the tokens at the positions after those that the cache holds; n at most the group of the
-                cache's config.
-            cache: this layer's cache, with room for them.
+            hidden: [B, n, D], padded on the right.
+            cache: this layer's cache, empty or filled, with room for the tokens.
+            lengths: int32 [B], how many of the n tokens there are of each sequence.
+            implementation: as `attend` takes it.
 
         Returns:
-            The layer's output [B, n, D] and the cache with n more tokens.
+            The layer's output [B, n, D], meaningless from `lengths` on, and the cache with the tokens.
         """
-        attended, cache = self.self_attn.extend(self.input_layernorm(hidden), cache)
-        return self._feed_forward(hidden + attended), cache
+        attended, cache = self.self_attn.extend(self.input_layernorm(hidden), cache, lengths, implementation)
+        return self._feed_forward_in_chunks(hidden + attended), cache
 
     def _feed_forward_in_chunks(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, D], some tokens at a time, each chunk in the place of its input."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mustafar_jax import interop
 from mustafar_jax.attention import decode_attention, prefill_attention
+from mustafar_jax.blocks import attend
 from mustafar_jax.cache import LayerCache, append, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.explain import Explanation, explain
@@ -25,6 +26,7 @@ __all__ = [
     "LayerCache",
     "Rows",
     "append",
+    "attend",
     "decode_attention",
     "explain",
     "generate",

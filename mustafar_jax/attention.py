@@ -2,14 +2,14 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mustafar_jax.backend import OperationName
+from mustafar_jax.backend import Attended, OperationName
 from mustafar_jax.backends import registry
 from mustafar_jax.backends.registry import Candidates, Implementation, candidates
 from mustafar_jax.backends.xla.prompt import CHUNK
@@ -18,14 +18,58 @@ from mustafar_jax.cache.base import check_cache
 from mustafar_jax.operands import DenseAttention, PackedAttention, PromptAttention
 
 
+class Scores(NamedTuple):
+    """What a score is besides query . key. Hashable: static under `jax.jit`.
+
+    Attributes:
+        scale: factor on it.
+        window: the query at position p sees positions s with p - s < window; all if None.
+        soft_cap: a score x counts as soft_cap * tanh(x / soft_cap); as it is if None.
+    """
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+    @classmethod
+    def of(cls, head_dim: int, scale: float | None, sliding_window: Any, logits_soft_cap: Any) -> "Scores":
+        """From the arguments of `decode_attention`; ValueError for a window or a cap out of its range."""
+        check_window(sliding_window)
+        soft_cap = check_soft_cap(logits_soft_cap)
+        return cls(1 / math.sqrt(head_dim) if scale is None else float(scale), sliding_window, soft_cap)
+
+
+class Options(TypedDict, total=False):
+    """What functions that attend take besides, to a type checker."""
+
+    scale: float | None
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    implementation: Implementation
+
+
+@overload
+def decode_attention(
+    query: jax.Array, cache: LayerCache, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> jax.Array: ...
+
+
+@overload
+def decode_attention(
+    query: jax.Array, cache: LayerCache, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[jax.Array, jax.Array]: ...
+
+
 def decode_attention(
     query: jax.Array,
     cache: LayerCache,
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    return_lse: bool = False,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> Attended:
     """Attend the last token of each sequence to its cache, in which it already is.
 
     Args:
@@ -33,27 +77,58 @@ def decode_attention(
         cache: the cache, with the query's own token appended; a sequence of length 0 yields zeros.
         scale: factor on the scores, 1 / sqrt(H) if None.
         sliding_window: the query at position p sees positions s with p - s < sliding_window; all if None.
+        logits_soft_cap: a score x, scaled, counts as cap * tanh(x / cap), as in Gemma 2 (arXiv 2408.00118, section 2);
+            as it is if None.
+        return_lse: whether to give the log-sum-exp of the scores, too, by which attention to several sets of tokens can
+            be merged.
         implementation: "mosaic_gpu", "triton", "cudnn" or "xla", a sequence of names (the first that can run this is
             taken), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn" for dense
-            caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), else "triton".
-            `mustafar_jax.explain` says what is taken, and why not another.
+            caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), else "triton"; with a cap or
+            the log-sum-exp "xla". `mustafar_jax.explain` says what is taken, and why not another.
 
     Returns:
-        [B, N, H] in the query's dtype.
+        [B, N, H] in the query's dtype; with `return_lse` that and float32 [B, N], -inf for a sequence of length 0.
 
     Raises:
-        ValueError: shapes that do not fit, sliding_window < 1, an unknown implementation.
+        ValueError: shapes that do not fit, sliding_window < 1, a cap that is no positive number, an unknown
+            implementation.
         TypeError: a query that is not floating-point.
         NotImplementedError: no implementation that was named can run this.
     """
-    _check_decode(query, cache, sliding_window)
-    batch, num_heads, head_dim = query.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    grouped = query.reshape(batch, cache.num_kv_heads, num_heads // cache.num_kv_heads, head_dim)
-    chosen = candidates(_operation(cache), implementation)
+    check_cache(cache)
+    check_query(query, cache, (cache.batch,), "[{}, N, {}]")
+    scores = Scores.of(cache.head_dim, scale, sliding_window, logits_soft_cap)
+    grouped = query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim)
+    chosen = candidates(operation_of(cache), implementation)
     with jax.named_scope("decode_attention"):  # a profile shows it by this name
-        out = _decode(grouped, cache, scale, sliding_window, chosen)
-    return out.reshape(query.shape).astype(query.dtype)
+        out = _decode(grouped, cache, scores, return_lse, chosen)
+    if not return_lse:
+        return out.reshape(query.shape).astype(query.dtype)
+    return out[0].reshape(query.shape).astype(query.dtype), out[1].reshape(query.shape[:2])
+
+
+@overload
+def prefill_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> jax.Array: ...
+
+
+@overload
+def prefill_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def prefill_attention(
@@ -64,8 +139,10 @@ def prefill_attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    return_lse: bool = False,
     implementation: Implementation = None,
-) -> jax.Array:
+) -> Attended:
     """Causal attention over a prompt, padded on the right; dense.
 
     Args:
@@ -73,55 +150,76 @@ def prefill_attention(
         key, value: [B, S, K, H].
         lengths: int32 [B], valid tokens; the keys and values of what follows them, NaN too, have no effect.
         scale: factor on the scores, 1 / sqrt(H) if None.
-        sliding_window: as in `decode_attention`.
-        implementation: "cudnn" (NVIDIA GPUs, bfloat16 and float16), "xla", a sequence of names (the first that can run
-            this is taken), or None for the best that works here.
+        sliding_window, logits_soft_cap, return_lse: as in `decode_attention`.
+        implementation: "cudnn" (NVIDIA GPUs, bfloat16 and float16, no cap, no log-sum-exp), "xla", a sequence of names
+            (the first that can run this is taken), or None for the best that works here.
 
     Returns:
-        [B, S, N, H] in the query's dtype; rows of padding hold nothing of use.
+        [B, S, N, H] in the query's dtype; with `return_lse` that and float32 [B, S, N]. Rows of padding hold nothing of
+        use.
 
     Raises:
-        ValueError: sliding_window < 1, an unknown implementation.
+        ValueError: sliding_window < 1, a cap that is no positive number, an unknown implementation.
         NotImplementedError: no implementation that was named can run this.
     """
-    check_window(sliding_window)
-    chosen = candidates("attend_prompt", implementation)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    return _prefill(query, key, value, lengths, scale, sliding_window, chosen)
+    scores = Scores.of(query.shape[-1], scale, sliding_window, logits_soft_cap)
+    out = _prefill(query, key, value, lengths, scores, return_lse, candidates("attend_prompt", implementation))
+    return (out[0].astype(query.dtype), out[1]) if return_lse else out.astype(query.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "chosen"))
+@functools.partial(jax.jit, static_argnames=("scores", "return_lse", "chosen"))
 def _prefill(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     lengths: jax.Array,
-    scale: float,
-    window: int | None,
+    scores: Scores,
+    return_lse: bool,
     chosen: Candidates,
-) -> jax.Array:
+) -> Any:
+    return attend_prompt(query, key, value, lengths, scores, return_lse, chosen)
+
+
+def attend_prompt(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    scores: Scores,
+    return_lse: bool,
+    chosen: Candidates,
+) -> Any:
+    """See `prefill_attention`, whose arguments have been checked; float32 where a backend gives that."""
     valid = jnp.arange(query.shape[1])[None] < lengths[:, None]
     value = jnp.where(valid[..., None, None], value, 0)  # a weight of 0 does not silence padding that is NaN
-    out: jax.Array = registry.run("attend_prompt", PromptAttention(query, key, value, scale, window), chosen)
-    return out
+    operands = PromptAttention(query, key, value, scores.scale, scores.window, scores.soft_cap, return_lse)
+    return registry.run("attend_prompt", operands, chosen)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "chosen"))
-def _decode(query: jax.Array, cache: LayerCache, scale: float, window: int | None, chosen: Candidates) -> jax.Array:
-    out: jax.Array = registry.run(_operation(cache), decode_operands(query, cache, scale, window), chosen)
-    return out
+@functools.partial(jax.jit, static_argnames=("scores", "return_lse", "chosen"))
+def _decode(query: jax.Array, cache: LayerCache, scores: Scores, return_lse: bool, chosen: Candidates) -> Any:
+    return registry.run(operation_of(cache), decode_operands(query, cache, *scores, return_lse=return_lse), chosen)
 
 
-def _operation(cache: LayerCache) -> OperationName:
+def operation_of(cache: LayerCache) -> OperationName:
+    """What a backend does to attend to such a cache."""
     return "attend_dense" if isinstance(cache, DenseCache) else "attend_packed"
 
 
 def decode_operands(
-    query: jax.Array, cache: LayerCache, scale: float, window: int | None
+    query: jax.Array,
+    cache: LayerCache,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    *,
+    return_lse: bool = False,
+    new: int = 0,
 ) -> DenseAttention | PackedAttention:
-    """What a backend is given to attend queries [B, K, G, H] to a cache."""
+    """What a backend is given to attend queries [B, K, Q, H] to a cache; see `DenseAttention` for `new`."""
+    how: dict[str, Any] = {"soft_cap": soft_cap, "return_lse": return_lse, "new": new}
     if isinstance(cache, DenseCache):
-        return DenseAttention(query, cache.key, cache.value, cache.lengths, scale, window)
+        return DenseAttention(query, cache.key, cache.value, cache.lengths, scale, window, **how)
     assert isinstance(cache, PackedCache)
     return PackedAttention(
         query,
@@ -135,24 +233,34 @@ def decode_operands(
         window,
         cache.config.rotate_keys,
         cache.config.rotate_values,
+        **how,
     )
 
 
-def _check_decode(query: jax.Array, cache: LayerCache, sliding_window: int | None) -> None:
-    check_cache(cache)
-    if query.ndim != 3 or query.shape[0] != cache.batch or query.shape[2] != cache.head_dim:
-        raise ValueError(f"query has shape {query.shape}; the cache wants [{cache.batch}, N, {cache.head_dim}]")
-    if query.shape[1] % cache.num_kv_heads or query.shape[1] == 0:
-        raise ValueError(f"query has {query.shape[1]} heads; wanted a multiple of the cache's {cache.num_kv_heads}")
+def check_query(query: jax.Array, cache: LayerCache, leading: tuple[int, ...], letters: str) -> None:
+    """Raise ValueError unless a query is [*leading, N, H] for a cache, in words `letters`; TypeError for integers."""
+    if query.shape[:-2] != leading or query.ndim != len(leading) + 2 or query.shape[-1] != cache.head_dim:
+        wanted = letters.format(*leading, cache.head_dim)
+        raise ValueError(f"query has shape {query.shape}; the cache wants {wanted}")
+    if query.shape[-2] % cache.num_kv_heads or query.shape[-2] == 0:
+        raise ValueError(f"query has {query.shape[-2]} heads; wanted a multiple of the cache's {cache.num_kv_heads}")
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise TypeError(f"query has dtype {query.dtype}; wanted a floating-point one")
-    check_window(sliding_window)
 
 
 def check_window(sliding_window: Any) -> None:
     """Raise ValueError unless it is an integer of at least 1, or None."""
     if sliding_window is not None and (not isinstance(sliding_window, int | np.integer) or sliding_window < 1):
         raise ValueError(f"{sliding_window=} must be an integer of at least 1, or None")
+
+
+def check_soft_cap(logits_soft_cap: Any) -> float | None:
+    """The argument as a float, or None; ValueError unless it is a positive number, or None."""
+    if logits_soft_cap is None:
+        return None
+    if not isinstance(logits_soft_cap, int | float | np.number) or not 0 < logits_soft_cap < math.inf:
+        raise ValueError(f"{logits_soft_cap=} must be a positive number, or None")
+    return float(logits_soft_cap)
 
 
 def prefill_attention_nbytes(

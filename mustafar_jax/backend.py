@@ -13,6 +13,9 @@ from mustafar_jax.rows import Rows
 Operands = TypeVar("Operands")
 Result = TypeVar("Result")
 
+Attended = jax.Array | tuple[jax.Array, jax.Array]
+"""What attention gives, or that and the log-sum-exp of its scores."""
+
 OperationName = Literal["attend_prompt", "attend_dense", "attend_packed", "pack", "multiply"]
 
 
@@ -41,17 +44,18 @@ class Backend:
     Attributes:
         name: as `implementation` takes it.
         needs_cuda: whether it wants an NVIDIA GPU.
-        attend_prompt: -> [B, S, N, H] of the query's dtype.
-        attend_dense, attend_packed: -> [B, K, G, H], zeros where a sequence has no token.
+        attend_prompt: -> [B, S, N, H]; if wanted with the log-sum-exp of the scores, float32 [B, S, N].
+        attend_dense, attend_packed: -> what the query is shaped as, zeros where it sees no token; if wanted with the
+            log-sum-exp, float32 [B, K, ..], -inf where it sees none.
         pack: -> the targets of keys and of values with the tokens in them.
         multiply: -> float32 [..., G, S] or [..., G, H].
     """
 
     name: str
     needs_cuda: bool = False
-    attend_prompt: Operation[PromptAttention, jax.Array] | None = None
-    attend_dense: Operation[DenseAttention, jax.Array] | None = None
-    attend_packed: Operation[PackedAttention, jax.Array] | None = None
+    attend_prompt: Operation[PromptAttention, Attended] | None = None
+    attend_dense: Operation[DenseAttention, Attended] | None = None
+    attend_packed: Operation[PackedAttention, Attended] | None = None
     pack: Operation[Packing, tuple[Rows, Rows]] | None = None
     multiply: Operation[Product, jax.Array] | None = None
 

@@ -110,6 +110,8 @@ class PromptAttention:
         key, value: [B, S, K, H].
         scale: factor on the scores.
         window: the query at position p sees positions s with p - s < window; all if None.
+        soft_cap: a score x counts as soft_cap * tanh(x / soft_cap); as it is if None.
+        return_lse: whether the log-sum-exp of the scores is wanted, too.
     """
 
     query: jax.Array
@@ -117,17 +119,21 @@ class PromptAttention:
     value: jax.Array
     scale: float
     window: int | None
+    soft_cap: float | None = None
+    return_lse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseAttention:
-    """Attention of the last token of each sequence to a dense cache.
+    """Attention of the last token of each sequence, or of several that follow it, to a dense cache.
 
     Attributes:
-        query: [B, K, G, H].
+        query: [B, K, G, H]; of `new` tokens [B, K, new * G, H], token after token.
         key, value: [B, capacity, K, H].
         lengths: int32 [B]; what stands from there on may be anything.
-        scale, window: as in `PromptAttention`.
+        scale, window, soft_cap, return_lse: as in `PromptAttention`.
+        new: 0 where queries are those of the last tokens, at positions lengths - 1. Else of how many tokens at the
+            positions from `lengths` on they are; these are not in the cache.
     """
 
     query: jax.Array
@@ -136,14 +142,17 @@ class DenseAttention:
     lengths: jax.Array
     scale: float
     window: int | None
+    soft_cap: float | None = None
+    return_lse: bool = False
+    new: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedAttention:
-    """Attention of the last token of each sequence to a packed cache.
+    """Attention of the last token of each sequence, or of several that follow it, to a packed cache.
 
     Attributes:
-        query: [B, K, G, H].
+        query: [B, K, G, H]; of `new` tokens [B, K, new * G, H], token after token.
         key, value: rows [B, K, S, H]; row r holds position tail.sinks + r. What is not visible may be anything.
         tail: the tokens before and behind them.
         lengths: int32 [B], tokens of each sequence.
@@ -151,6 +160,8 @@ class PackedAttention:
         mean: where keys are centred, what they are distances from.
         scale, window: as in `PromptAttention`.
         turned_keys, turned_values: whether rows are held as `rotation.turn` gives them; the mean and the tail are not.
+        soft_cap, return_lse: as in `PromptAttention`.
+        new: as in `DenseAttention`.
     """
 
     query: jax.Array
@@ -164,6 +175,9 @@ class PackedAttention:
     window: int | None
     turned_keys: bool = False
     turned_values: bool = False
+    soft_cap: float | None = None
+    return_lse: bool = False
+    new: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +220,9 @@ class Packing:
         key, value: the two sides.
         first: int32 [B], the first token's row in the sources.
         start: int32 [B], the target row that it gets; at the end or beyond, the sequence is left alone.
-        held: int32 [B], how many tokens there are; of rows with a bitmap, what follows them is made empty.
+        held: int32 [B], how many tokens there are; of rows with a bitmap, what follows them is made empty, as far as
+            the target goes.
+        bounded: whether all `rows` have a place in the target, wherever they start; static.
         rows: how many rows are written; a multiple of 32, as `start` and `held` are.
         head_axis: the axis of the sources' heads, 1 or 2.
         offset: the position of target row 0.
@@ -223,6 +239,12 @@ class Packing:
     head_axis: int
     offset: int
     context: Callable[[jax.Array, jax.Array], Context]
+    bounded: bool = True
+
+    @property
+    def count(self) -> jax.Array | None:
+        """int32 [B], the rows to write where there may be no place for all; else None."""
+        return None if self.bounded else self.held
 
     @property
     def sides(self) -> tuple[Side, Side]:

@@ -234,17 +234,22 @@ class Rows:
         taken: dict[str, Any] = {name: cut(getattr(self, name), unit) for name, unit in self._units().items()}
         return dataclasses.replace(self, **taken, length=length)
 
-    def put(self, update: "Rows", start: jax.Array) -> "Rows":
+    def put(self, update: "Rows", start: jax.Array, count: jax.Array | None = None) -> "Rows":
         """Overwrite whole groups of rows, which must be [B, K, S, H], at another place in each sequence.
 
         Args:
             update: [B, K, n, H] of the same format, n a multiple of 32.
             start: int32 [B], multiples of 32; a sequence whose start is S or more is left as it is.
+            count: int32 [B], multiples of 32: how many rows are written, for which there must be room; all n if None.
         """
-        written: dict[str, Any] = {
-            name: write_rows(getattr(self, name), getattr(update, name), start // unit, axis=2)
-            for name, unit in self._units().items()
-        }
+
+        def write(name: str, unit: int) -> jax.Array:
+            units = None if count is None else count // unit
+            return write_rows(
+                getattr(self, name), getattr(update, name), start // unit, units, axis=2, block=WORD // unit
+            )
+
+        written: dict[str, Any] = {name: write(name, unit) for name, unit in self._units().items()}
         overflow = self.overflow
         if overflow is not None:
             assert update.overflow is not None

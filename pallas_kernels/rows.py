@@ -48,6 +48,12 @@ def why_not_attend(
 ) -> str | None:
     """Why kernels cannot attend, in words, or None; `why_not` says so of a dtype, a head_dim and query heads."""
     query = operands.query
+    if operands.soft_cap is not None:
+        return f"the kernels have no soft cap; got logits_soft_cap={operands.soft_cap}"
+    if operands.return_lse:
+        return "the kernels do not give the log-sum-exp of scores"
+    if operands.new:
+        return "the kernels attend one token of each sequence"
     reasons = [
         why_not(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2]),
         why_not_rows(operands.key, query.dtype, key_codes),

@@ -45,16 +45,23 @@ def _attend_dense(operands: DenseAttention) -> jax.Array:
 
 
 def _why_not_prompt(operands: PromptAttention) -> str | None:
-    return _why_not(operands.query, operands.key)
+    return _why_not(operands)
 
 
 def _why_not_dense(operands: DenseAttention) -> str | None:
     if operands.window is not None:
         return f"cuDNN decoding has no sliding window; got sliding_window={operands.window}"
-    return _why_not(operands.query, operands.key)
+    if operands.new:
+        return "cuDNN decoding attends one token of each sequence"
+    return _why_not(operands)
 
 
-def _why_not(query: jax.Array, key: jax.Array) -> str | None:
+def _why_not(operands: PromptAttention | DenseAttention) -> str | None:
+    query, key = operands.query, operands.key
+    if operands.soft_cap is not None:
+        return f"jax's cuDNN attention has no soft cap; got logits_soft_cap={operands.soft_cap}"
+    if operands.return_lse:
+        return "jax rounds the log-sum-exp of cuDNN's attention to the query's dtype; wanted float32"
     if query.dtype not in DTYPES or query.dtype != key.dtype:
         return f"cuDNN wants bfloat16 or float16; query is {query.dtype}, keys are {key.dtype}"
     capability, head_dim = cuda.compute_capability(), query.shape[-1]

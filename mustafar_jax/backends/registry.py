@@ -79,6 +79,22 @@ def candidates(operation: OperationName, implementation: Implementation) -> Cand
     return Candidates(present, tuple(absent.items()))
 
 
+def preferring(operation: OperationName, implementation: Implementation) -> Candidates:
+    """What to try for a part of a larger work: those that are named and do such a thing, then the others here.
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    names = check_implementation(implementation)
+    named = (names,) if isinstance(names, str) else names or ()
+    able = _able(operation)
+    absent = {name: reason for name in able if name not in named and (reason := _why_absent(BACKENDS[name]))}
+    order = [name for name in named if name in able] + [name for name in able if name not in named]
+    if names == "xla":
+        return Candidates(("xla",))
+    return Candidates(tuple(name for name in order if name not in absent), tuple(absent.items()))
+
+
 def run(operation: OperationName, operands: Any, chosen: Candidates) -> Any:
     """Compute by the first candidate that can.
 

@@ -155,7 +155,21 @@ class LayerCache:
     ) -> Self:
         raise NotImplementedError
 
-    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, packers: Candidates) -> Self:
+    def _append(
+        self,
+        key: jax.Array,
+        value: jax.Array,
+        query: jax.Array | None,
+        packers: Candidates,
+        there: jax.Array | None = None,
+    ) -> Self:
+        """See `append`; `there`, bool [B], says which sequences get their token, all if None."""
+        raise NotImplementedError
+
+    def _extend(
+        self, key: jax.Array, value: jax.Array, count: jax.Array, query: jax.Array | None, packers: Candidates
+    ) -> Self:
+        """The cache with the first `count` [B] of tokens [B, n, ..], and what leaves the dense part packed."""
         raise NotImplementedError
 
 
@@ -169,7 +183,9 @@ def prefill(
     rows: ArrayLike | Sequence[int] | None = None,
     implementation: Implementation = None,
 ) -> LayerCache:
-    """Fill a cache with a prompt's keys and values, pruning and packing what leaves the dense window.
+    """Replace what a cache holds by a prompt's keys and values, pruning and packing what leaves the dense window.
+
+    `attend` adds to what a cache holds.
 
     Args:
         cache: the cache; what its sequences (those in `rows`) held is replaced.

@@ -49,13 +49,35 @@ class DenseCache(LayerCache):
             overflow=jnp.zeros_like(self.overflow),
         )
 
-    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, packers: Candidates) -> Self:
+    def _append(
+        self,
+        key: jax.Array,
+        value: jax.Array,
+        query: jax.Array | None,
+        packers: Candidates,
+        there: jax.Array | None = None,
+    ) -> Self:
+        one = jnp.ones_like(self.lengths) if there is None else there.astype(jnp.int32)
+        start = self.lengths if there is None else jnp.where(there, self.lengths, self.capacity)
         return dataclasses.replace(  # a sequence at its capacity has no row to write
             self,
-            key=write_rows(self.key, key[:, None], self.lengths, axis=1),
-            value=write_rows(self.value, value[:, None], self.lengths, axis=1),
-            lengths=jnp.minimum(self.lengths + 1, self.capacity),
-            overflow=self.overflow | (self.lengths >= self.capacity),
+            key=write_rows(self.key, key[:, None], start, axis=1),
+            value=write_rows(self.value, value[:, None], start, axis=1),
+            lengths=jnp.minimum(self.lengths + one, self.capacity),
+            overflow=self.overflow | (self.lengths + one > self.capacity),
+        )
+
+    def _extend(
+        self, key: jax.Array, value: jax.Array, count: jax.Array, query: jax.Array | None, packers: Candidates
+    ) -> Self:
+        lengths = jnp.minimum(self.lengths + count, self.capacity)
+        write = functools.partial(write_rows, start=self.lengths, count=lengths - self.lengths, axis=1)
+        return dataclasses.replace(
+            self,
+            key=write(self.key, key),
+            value=write(self.value, value),
+            lengths=lengths,
+            overflow=self.overflow | (self.lengths + count > self.capacity),
         )
 
 

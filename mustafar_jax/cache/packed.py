@@ -126,7 +126,9 @@ class PackedCache(LayerCache):
         """What a backend is asked to do with tokens that leave the dense part."""
 
         def all_keys() -> jax.Array:
-            """[B, S, K, H]: the prompt's, or those that a step found."""
+            """[B, S, K, H]: those that are given, the prompt's, or those that a step found."""
+            if leaving.all_keys is not None:
+                return leaving.all_keys
             return leaving.key if leaving.head_axis == 2 else self._to_dense(leaving.start)[0]
 
         context = functools.partial(
@@ -144,47 +146,11 @@ class PackedCache(LayerCache):
         start = jnp.where(self.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
         return self._pack(self.oldest(packed, start), packers or candidates("pack", None))
 
-    def oldest_group(self, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What stands in the oldest group of the rings of sequences of which `packed` [B] tokens are packed.
-
-        Keys and values [B, K, group, H].
-        """
-        group = self.packing(self.oldest(packed, packed))
-        return group.taken(group.key.source), group.taken(group.value.source)
-
     def oldest(self, packed: jax.Array, start: jax.Array) -> Leaving:
         """The oldest groups of the rings, where `packed` [B] tokens are packed, on their way to rows `start` [B]."""
         first = self.ring.slot(self.config.sink_tokens + packed)
         held, rows = jnp.full_like(first, self.config.group), self.config.group
         return Leaving(self.keys.dense, self.values.dense, first, start, held, rows=rows, head_axis=1)
-
-    def write_tokens(
-        self, key: jax.Array, value: jax.Array, query: jax.Array, first: jax.Array, lengths: jax.Array
-    ) -> Self:
-        """Add tokens without packing any: those at the positions from each sequence's length up to `lengths` [B].
-
-        Args:
-            key, value: [B, n, K, H], n at most `config.group`, the first ones at the positions `first` [B].
-            query: [B, n, N, H], read where a method scores with queries, or keys are weighed by them.
-            first, lengths: see above; the ring must have room for the tokens.
-        """
-        fits = jnp.minimum(lengths, self.capacity)
-        place = functools.partial(place_new, first=first, lengths=self.lengths)
-        positions = self.ring.newest(fits)
-        queries = self.queries
-        if queries is not None:
-            queries = place(queries, query.astype(self.dtype), statistics.query_positions(fits))
-        position = first[:, None] + jnp.arange(key.shape[1])[None]
-        new = (position >= self.lengths[:, None]) & (position < fits[:, None])
-        return dataclasses.replace(
-            self,
-            **self._statistics_with(key, query, position, new),
-            keys=Store(place(self.keys.dense, key, positions), self.keys.packed),
-            values=Store(place(self.values.dense, value, positions), self.values.packed),
-            queries=queries,
-            lengths=fits,
-            overflow=self.overflow | (lengths > self.capacity),
-        )
 
     @staticmethod
     def _holds(config: CompressionConfig) -> bool:
@@ -232,61 +198,105 @@ class PackedCache(LayerCache):
     def _prefill(
         self, key: jax.Array, value: jax.Array, lengths: jax.Array, query: jax.Array | None, packers: Candidates
     ) -> Self:
+        nothing = jnp.zeros_like(lengths)
         cache = dataclasses.replace(self, lengths=lengths, overflow=jnp.zeros_like(self.overflow))
-        cache = cache._with_statistics(key, query)
         positions = self.ring.positions(cache.packed_lengths)
+        recent = None
+        if self.queries is not None:
+            assert query is not None
+            recent = statistics.recent_queries(query, lengths, self.dtype)
         cache = dataclasses.replace(
             cache,
+            **self._statistics_with(key, query, nothing, lengths),
+            queries=recent,
             keys=Store(place_prompt(key, positions, lengths), self.keys.packed.without_overflow()),
             values=Store(place_prompt(value, positions, lengths), self.values.packed.without_overflow()),
         )
-        first, start = jnp.full_like(lengths, self.config.sink_tokens), jnp.zeros_like(lengths)
-        rows = self.config.packed_tokens(key.shape[1])
-        return cache._pack(Leaving(key, value, first, start, cache.packed_lengths, rows, head_axis=2), packers)
+        first, rows = jnp.full_like(lengths, self.config.sink_tokens), self.config.packed_tokens(key.shape[1])
+        return cache._pack(Leaving(key, value, first, nothing, cache.packed_lengths, rows, head_axis=2), packers)
 
-    def _with_statistics(self, key: jax.Array, query: jax.Array | None) -> Self:
-        """The cache with what a prompt tells: its mean key, the keys' weights, its recent queries."""
-        found: dict[str, Any] = {}
-        if self.key_mean is not None:
-            assert self.inv_freq is not None
-            found["key_mean"] = statistics.mean_key(self.config, key, self.lengths, self.inv_freq)
-        if self.queries is not None:
+    def _extend(
+        self, key: jax.Array, value: jax.Array, count: jax.Array, query: jax.Array | None, packers: Candidates
+    ) -> Self:
+        fits = jnp.minimum(self.lengths + count, self.capacity)
+        positions, queries = self.ring.newest(fits), self.queries
+        if queries is not None:
             assert query is not None
-            found["queries"] = statistics.recent_queries(query, self.lengths, self.dtype)
-        if self.query_norm is not None:
-            assert query is not None
-            found["query_norm"] = statistics.prompt_norm(self.config, query, self.lengths, self.num_kv_heads)
-        return dataclasses.replace(self, **found)
+            recent = statistics.query_positions(fits)
+            queries = place_new(queries, query.astype(self.dtype), recent, self.lengths)
+        written = dataclasses.replace(
+            self,
+            **self._statistics_with(key, query, self.lengths, fits - self.lengths),
+            keys=Store(place_new(self.keys.dense, key, positions, self.lengths), self.keys.packed),
+            values=Store(place_new(self.values.dense, value, positions, self.lengths), self.values.packed),
+            queries=queries,
+            lengths=fits,
+            overflow=self.overflow | (self.lengths + count > self.capacity),
+        )
+        return written._pack(self._leaving(key, value, fits), packers)
+
+    def _leaving(self, key: jax.Array, value: jax.Array, lengths: jax.Array) -> Leaving:
+        """What leaves the dense part when tokens [B, n, K, H] bring sequences to other lengths [B].
+
+        The oldest of it stands in the ring, where the tokens are not yet; what the ring has no room for is among these.
+        """
+        packed, most = self.packed_lengths, self.config.packed_tokens(self.capacity)
+        rows = min(-(-key.shape[1] // self.config.group) * self.config.group, most)
+        position = self.config.sink_tokens + packed[:, None] + jnp.arange(rows)[None]
+
+        def source(dense: jax.Array, new: jax.Array) -> jax.Array:
+            held = jnp.take_along_axis(dense, self.ring.slot(position)[:, None, :, None], axis=2, mode="clip")
+            return place_new(held, new, position, self.lengths)
+
+        held = self.config.packed_tokens(lengths) - packed
+        start = jnp.where(held > 0, packed, most)
+        sources = source(self.keys.dense, key), source(self.values.dense, value)
+        all_keys = None
+        if self.config.needs_attention:
+            everywhere = jnp.broadcast_to(jnp.arange(self.capacity)[None], (self.batch, self.capacity))
+            before = self.to_dense()[0].swapaxes(1, 2)
+            all_keys = place_new(before, key.astype(before.dtype), everywhere, self.lengths).swapaxes(1, 2)
+        return Leaving(
+            *sources, jnp.zeros_like(start), start, held, rows=rows, head_axis=1, bounded=False, all_keys=all_keys
+        )
 
     def _statistics_with(
-        self, key: jax.Array, query: jax.Array | None, position: jax.Array, new: jax.Array
+        self, key: jax.Array, query: jax.Array | None, lengths: jax.Array, count: jax.Array
     ) -> dict[str, Any]:
-        """The mean key and the queries' norm with tokens [B, n, ..] at positions [B, n], of which there are the `new`.
+        """The mean key and the queries' norm with the first `count` [B] of tokens [B, n, ..], from `lengths` [B] on.
 
         Without queries, the norm stays as it is.
         """
         mean, norm = self.key_mean, self.query_norm
         if mean is not None:
             assert self.inv_freq is not None
-            mean = statistics.mean_with(self.config, mean, key, position, new, self.inv_freq)
+            mean = statistics.mean_with(self.config, mean, key, lengths, count, self.inv_freq)
         if norm is not None and query is not None:
-            norm = statistics.norm_with(self.config, norm, query, position, new)
+            norm = statistics.norm_with(self.config, norm, query, lengths, count)
         return {"key_mean": mean, "query_norm": norm}
 
-    def _append(self, key: jax.Array, value: jax.Array, query: jax.Array | None, packers: Candidates) -> Self:
-        fits = self.lengths < self.capacity
+    def _append(
+        self,
+        key: jax.Array,
+        value: jax.Array,
+        query: jax.Array | None,
+        packers: Candidates,
+        there: jax.Array | None = None,
+    ) -> Self:
+        room = self.lengths < self.capacity
+        fits = room if there is None else room & there
         slot = jnp.where(fits, self.ring.slot(self.lengths), self.ring.slots)
         stores = (self.keys, key), (self.values, value)
         dense = [write_rows(store.dense, token[:, :, None], slot, axis=2) for store, token in stores]
         asked = None if query is None else query[:, None]
         written = dataclasses.replace(
             self,
-            **self._statistics_with(key[:, None], asked, self.lengths[:, None], fits[:, None]),
+            **self._statistics_with(key[:, None], asked, self.lengths, fits.astype(jnp.int32)),
             queries=self._with_query(query, fits),
             keys=Store(dense[0], self.keys.packed),
             values=Store(dense[1], self.values.packed),
             lengths=self.lengths + fits.astype(jnp.int32),
-            overflow=self.overflow | ~fits,
+            overflow=self.overflow | (~room if there is None else ~room & there),
         )
         return written.pack_oldest(self.packed_lengths, packers)
 

@@ -17,8 +17,8 @@ from mustafar_jax.rows import Rows
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["key", "value", "first", "start", "held"],
-    meta_fields=["rows", "head_axis"],
+    data_fields=["key", "value", "first", "start", "held", "all_keys"],
+    meta_fields=["rows", "head_axis", "bounded"],
 )
 @dataclasses.dataclass(frozen=True)
 class Leaving:
@@ -26,7 +26,9 @@ class Leaving:
 
     Attributes:
         key, value: what they are taken from, [B, S, K, H] or [B, K, S, H].
-        first, start, held, rows, head_axis: as in `Packing`.
+        first, start, held, rows, head_axis, bounded: as in `Packing`.
+        all_keys: [B, S, K, H] from position 0 on, where a rule scores with the attention that tokens receive and they
+            are not those of a prompt, or of a cache.
     """
 
     key: jax.Array
@@ -36,6 +38,8 @@ class Leaving:
     held: jax.Array
     rows: int
     head_axis: int
+    bounded: bool = True
+    all_keys: jax.Array | None = None
 
 
 def packing_of(
@@ -86,6 +90,7 @@ def packing_of(
         head_axis=leaving.head_axis,
         offset=config.sink_tokens,
         context=context,
+        bounded=leaving.bounded,
     )
 
 

@@ -64,17 +64,15 @@ def place_prompt(x: jax.Array, positions: jax.Array, lengths: jax.Array) -> jax.
     return jnp.where((positions < lengths[:, None])[:, None, :, None], tokens, 0)
 
 
-def place_new(
-    slots: jax.Array, tokens: jax.Array, positions: jax.Array, first: jax.Array, lengths: jax.Array
-) -> jax.Array:
+def place_new(slots: jax.Array, tokens: jax.Array, positions: jax.Array, lengths: jax.Array) -> jax.Array:
     """Slots [B, K, s, H] with the new ones of tokens [B, n, K, H] in them.
 
     Args:
-        slots, tokens: see above.
+        slots: see above.
+        tokens: at the positions from `lengths` on.
         positions: int32 [B, s], of the token that each slot holds afterwards.
-        first: int32 [B], the position of tokens[:, 0].
         lengths: int32 [B], before; a token is new from there on.
     """
-    index = (positions - first[:, None])[:, None, :, None]
+    index = (positions - lengths[:, None])[:, None, :, None]
     new = jnp.take_along_axis(tokens.swapaxes(1, 2), index, axis=2, mode="clip")
-    return jnp.where((positions >= lengths[:, None])[:, None, :, None], new, slots)
+    return jnp.where(index >= 0, new, slots)

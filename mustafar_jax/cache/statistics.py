@@ -33,78 +33,68 @@ def frequencies(config: CompressionConfig, inv_freq: ArrayLike | None, head_dim:
     return tuple(np.asarray(inv_freq, np.float32).tolist())
 
 
-def mean_key(config: CompressionConfig, key: jax.Array, lengths: jax.Array, inv_freq: tuple[float, ...]) -> jax.Array:
-    """float32 [B, K, H]: the mean, before RoPE, of a prompt's keys [B, S, K, H] but for the sinks and the window.
-
-    Of a prompt too short to be packed, with the window.
-    """
-    position = jnp.arange(key.shape[1])[None]
-    last = jnp.where(lengths < config.shortest_packed, lengths, lengths - config.residual_length)[:, None]
-    counted = (position >= config.sink_tokens) & (position < last)
-    total = _total_before_rope(key, position, counted, inv_freq)
-    return total / jnp.maximum(counted.sum(axis=1), 1).astype(jnp.float32)[:, None, None]
-
-
 def mean_with(
     config: CompressionConfig,
     mean: jax.Array,
     key: jax.Array,
-    position: jax.Array,
-    new: jax.Array,
+    lengths: jax.Array,
+    count: jax.Array,
     inv_freq: tuple[float, ...],
 ) -> jax.Array:
-    """The mean key with tokens that come before anything is packed; as it was after that.
+    """The mean key, before RoPE, with tokens that come before anything is packed; as it was after that.
+
+    It is that of the first `config.shortest_packed` keys but for the sinks; of a prompt that is as long as that, of all
+    but for the sinks and the window.
 
     Args:
         config: of the cache.
         mean: float32 [B, K, H], of the tokens before.
-        key: [B, n, K, H], at positions [B, n] that follow each other.
-        position: see above.
-        new: bool [B, n], which of them there are.
+        key: [B, n, K, H], at the positions from `lengths` on.
+        lengths: int32 [B], the tokens before.
+        count: int32 [B], how many of the keys there are.
         inv_freq: the RoPE frequencies.
     """
-    counted = new & (position >= config.sink_tokens) & (position < config.shortest_packed)
-    before = jnp.maximum(jnp.min(position, axis=1, where=counted, initial=config.shortest_packed), config.sink_tokens)
-    before = (before - config.sink_tokens).astype(jnp.float32)[:, None, None]
-    more = counted.sum(axis=1).astype(jnp.float32)[:, None, None]
-    total = _total_before_rope(key, position, counted, inv_freq)
+    position = lengths[:, None] + jnp.arange(key.shape[1])[None]
+    short = jnp.minimum(lengths + count, config.shortest_packed)
+    last = jnp.where(_packs_at_once(config, lengths, count), count - config.residual_length, short)
+    counted = (position >= config.sink_tokens) & (position < last[:, None])
+    before = jnp.clip(lengths, config.sink_tokens, config.shortest_packed) - config.sink_tokens
+    mean = jnp.where((before > 0)[:, None, None], mean, 0)
+    before_rope = rotate(key, -position[..., None], jnp.asarray(inv_freq))
+    total = jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
+    before, more = (tokens.astype(jnp.float32)[:, None, None] for tokens in (before, counted.sum(axis=1)))
     return mean + (total - mean * more) / jnp.maximum(before + more, 1)
 
 
-def _total_before_rope(
-    key: jax.Array, position: jax.Array, counted: jax.Array, inv_freq: tuple[float, ...]
-) -> jax.Array:
-    """float32 [B, K, H]: the sum of the counted ones of keys [B, n, K, H], turned back to position 0."""
-    before_rope = rotate(key, -position[..., None], jnp.asarray(inv_freq))
-    return jnp.sum(jnp.where(counted[..., None, None], before_rope, 0), axis=1)
-
-
-def prompt_norm(config: CompressionConfig, query: jax.Array, lengths: jax.Array, num_kv_heads: int) -> jax.Array:
-    """float32 [B, K, H]: `pruning.query_norm` of a prompt's last queries of [B, S, N, H].
-
-    Of a prompt too short to be packed all of them, to which those of later calls are added.
-    """
-    recent = min(max(WEIGHING, config.shortest_packed), query.shape[1])
-    position = lengths[:, None] - recent + jnp.arange(recent)[None]
-    first = jnp.where(lengths < config.shortest_packed, 0, jnp.maximum(lengths - WEIGHING, 0))[:, None]
-    last = jnp.take_along_axis(query, position[:, :, None, None], axis=1, mode="clip")
-    return query_norm(last, position >= first, num_kv_heads)
-
-
 def norm_with(
-    config: CompressionConfig, norm: jax.Array, query: jax.Array, position: jax.Array, new: jax.Array
+    config: CompressionConfig, norm: jax.Array, query: jax.Array, lengths: jax.Array, count: jax.Array
 ) -> jax.Array:
     """The queries' norm with those of tokens that come before anything is packed; as it was after that.
+
+    It is `pruning.query_norm` of the first `config.shortest_packed` queries; of a prompt that is as long as that, of
+    the last 512.
 
     Args:
         config: of the cache.
         norm: float32 [B, K, H], of the queries before.
-        query: [B, n, N, H], at positions [B, n].
-        position: see above.
-        new: bool [B, n], which of them there are.
+        query: [B, n, N, H], at the positions from `lengths` on.
+        lengths: int32 [B], the tokens before.
+        count: int32 [B], how many of the queries there are.
     """
-    counted = new & (position < config.shortest_packed)
-    return jnp.hypot(norm, query_norm(query, counted, norm.shape[1]))
+    whole = _packs_at_once(config, lengths, count)[:, None]
+    size = min(max(WEIGHING, config.shortest_packed), query.shape[1])
+    index = jnp.arange(size)[None]
+    if size < query.shape[1]:  # those that count are gathered
+        index = jnp.where(whole, count[:, None] - size, 0) + index
+        query = jnp.take_along_axis(query, index[:, :, None, None], axis=1, mode="clip")
+    early = jnp.where(whole, index >= count[:, None] - WEIGHING, lengths[:, None] + index < config.shortest_packed)
+    norm = jnp.where((lengths > 0)[:, None, None], norm, 0)
+    return jnp.hypot(norm, query_norm(query, early & (index >= 0) & (index < count[:, None]), norm.shape[1]))
+
+
+def _packs_at_once(config: CompressionConfig, lengths: jax.Array, count: jax.Array) -> jax.Array:
+    """bool [B]: whether these are a sequence's first tokens, and as many as have a group packed."""
+    return (lengths == 0) & (count >= config.shortest_packed)
 
 
 def query_positions(lengths: jax.Array) -> jax.Array:

@@ -36,8 +36,8 @@ class BlockLayer(Layer, Protocol):
     def run_prompt(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Right-padded prompts, without a cache: hidden [B, S, D], int32 [B] -> hidden, and query, key and value."""
 
-    def extend(self, hidden: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        """A few tokens per sequence: hidden [B, n, D] -> hidden and the cache with these tokens."""
+    def extend(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """Right-padded tokens after those of the cache: hidden [B, n, D], int32 [B] -> hidden and the grown cache."""
 
 
 class Model(Protocol):

@@ -21,7 +21,7 @@ from mustafar_jax.generation.protocols import BlockLayer, Layer, Model, Progress
 from mustafar_jax.generation.request import Texts, check_caches, check_texts
 
 BLOCK = 32
-"""Tokens that `by_blocks` takes at once; at most the group of a cache's config."""
+"""Tokens that `by_blocks` takes at a time; the groups of caches are multiples of it."""
 
 LOGITS = 64
 """Tokens of each text whose logits over the whole vocabulary are held at once."""
@@ -229,7 +229,7 @@ def by_blocks(
     caches: Iterable[LayerCache],
     given: Sequence[jax.Array],
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """A `PassLayer` of layers that can `run_prompt` and `extend`: `BLOCK` tokens at a time, by XLA.
+    """A `PassLayer` of layers that can `run_prompt` and `extend`: `BLOCK` tokens at a time, as if one by one.
 
     The prompts pass the layer once for all caches: attention over a prompt is dense, whatever it is held in.
     """
@@ -251,23 +251,37 @@ def _extend(
 ) -> tuple[jax.Array, jax.Array]:
     """Fill a cache with prompts' query, key and value, and run [B, n, D] after them; and whether it overflowed, [B]."""
     query, key, value = entries
-    cache = prefill(cache, key, value, lengths, query=query)
-    batch, count, channels = given.shape
-    whole, rest = divmod(count, BLOCK)
+    cache, count = prefill(cache, key, value, lengths, query=query), given.shape[1]
+    if not count:
+        return given, cache.overflow
+    before = _until_packing(cache)
 
-    def step(cache: LayerCache, block: jax.Array) -> tuple[LayerCache, jax.Array]:
-        out, cache = layer.extend(block, cache)
-        return cache, out
+    def step(cache: LayerCache, start: jax.Array) -> tuple[LayerCache, jax.Array]:
+        one, cache = layer.extend(_taken(given, start, 1), cache, ((start >= 0) & (start < count)).astype(jnp.int32))
+        first, end = (jnp.clip(start + ahead, 0, count) for ahead in (1, BLOCK))
+        others, cache = layer.extend(_taken(given, first, BLOCK - 1), cache, end - first)
+        return cache, jnp.concatenate([one, others], axis=1)
 
-    outs = []
-    if whole:
-        blocks = given[:, : whole * BLOCK].reshape(batch, whole, BLOCK, channels)
-        cache, out = lax.scan(step, cache, blocks.swapaxes(0, 1))
-        outs.append(out.swapaxes(0, 1).reshape(batch, whole * BLOCK, channels))
-    if rest:
-        cache, out = step(cache, given[:, whole * BLOCK :])
-        outs.append(out)
-    return jnp.concatenate(outs, axis=1) if outs else given, cache.overflow
+    steps = jnp.arange(-1, -(-count // BLOCK))
+    cache, outs = lax.scan(step, cache, before[None] + BLOCK * steps[:, None])  # [steps, B, BLOCK, D]
+    token = jnp.arange(count)[None] - before[:, None]
+    # Of the first block, which may lack tokens at its beginning, the others stand first.
+    place = jnp.where(token < 0, 1 + jnp.arange(count)[None], token % BLOCK)
+    return outs[token // BLOCK + 1, jnp.arange(len(given))[:, None], place], cache.overflow
+
+
+def _until_packing(cache: LayerCache) -> jax.Array:
+    """int32 [B], how many tokens come before one that may have a group packed: below `BLOCK`, for groups are multiples.
+
+    Such a token sees the group packed, and those before it as it was. So it goes alone, and the others together.
+    """
+    config = cache.config
+    return (config.sink_tokens + config.residual_length - 1 - cache.lengths) % BLOCK
+
+
+def _taken(given: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    """[B, n, D] -> [B, count, D], of each sequence from another token on; anything where there is none."""
+    return jnp.take_along_axis(given, (first[:, None] + jnp.arange(count)[None])[..., None], axis=1, mode="clip")
 
 
 @last_programs()

@@ -20,7 +20,8 @@ def pack(packing: Packing) -> tuple[Rows, Rows]:
         valid = offset < packing.held[:, None]
         context = packing.context(positions, valid)
         key, value = (_compress(side, packing.taken(side.source), positions, context) for side in packing.sides)
-        return targets[0].put(key, packing.start), targets[1].put(value, packing.start)
+        start, count = packing.start, packing.count
+        return targets[0].put(key, start, count), targets[1].put(value, start, count)
 
     return lax.cond((packing.start < targets[0].length).any(), compress, lambda: targets)
 
