@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mustafar_jax import interop
 from mustafar_jax.attention import decode_attention, prefill_attention
 from mustafar_jax.blocks import attend
-from mustafar_jax.cache import LayerCache, append, prefill
+from mustafar_jax.cache import LayerCache, append, load_cache, prefill, repeat, save, truncate
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.explain import Explanation, explain
 from mustafar_jax.generation import Generation, generate, log_likelihoods, stream
@@ -33,13 +33,17 @@ __all__ = [
     "interop",
     "keep_count",
     "key_spmv",
+    "load_cache",
     "log_likelihoods",
     "magnitude_mask",
     "models",
     "pack",
     "prefill",
     "prefill_attention",
+    "repeat",
+    "save",
     "stream",
+    "truncate",
     "unpack",
     "value_spmv",
 ]

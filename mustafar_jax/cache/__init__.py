@@ -1,7 +1,20 @@
 """The KV cache of one attention layer: dense, or a packed part between sinks and a ring of recent tokens."""
 
 from mustafar_jax.cache.base import LayerCache, append, prefill
+from mustafar_jax.cache.copies import repeat, truncate
 from mustafar_jax.cache.dense import DenseCache
+from mustafar_jax.cache.files import load_cache, save
 from mustafar_jax.cache.packed import PackedCache, Store
 
-__all__ = ["DenseCache", "LayerCache", "PackedCache", "Store", "append", "prefill"]
+__all__ = [
+    "DenseCache",
+    "LayerCache",
+    "PackedCache",
+    "Store",
+    "append",
+    "load_cache",
+    "prefill",
+    "repeat",
+    "save",
+    "truncate",
+]

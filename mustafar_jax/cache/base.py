@@ -166,6 +166,10 @@ class LayerCache:
         """See `append`; `there`, bool [B], says which sequences get their token, all if None."""
         raise NotImplementedError
 
+    def _truncated(self, lengths: jax.Array) -> Self:
+        """The cache with its first tokens alone, int32 [B]; see `copies.truncate`, which has checked that it can be."""
+        raise NotImplementedError
+
     def _extend(
         self, key: jax.Array, value: jax.Array, count: jax.Array, query: jax.Array | None, packers: Candidates
     ) -> Self:

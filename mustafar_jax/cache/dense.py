@@ -67,6 +67,9 @@ class DenseCache(LayerCache):
             overflow=self.overflow | (self.lengths + one > self.capacity),
         )
 
+    def _truncated(self, lengths: jax.Array) -> Self:
+        return dataclasses.replace(self, lengths=lengths)
+
     def _extend(
         self, key: jax.Array, value: jax.Array, count: jax.Array, query: jax.Array | None, packers: Candidates
     ) -> Self:

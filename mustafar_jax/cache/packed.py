@@ -215,6 +215,9 @@ class PackedCache(LayerCache):
         first, rows = jnp.full_like(lengths, self.config.sink_tokens), self.config.packed_tokens(key.shape[1])
         return cache._pack(Leaving(key, value, first, nothing, cache.packed_lengths, rows, head_axis=2), packers)
 
+    def _truncated(self, lengths: jax.Array) -> Self:
+        return _truncated(self, lengths)
+
     def _extend(
         self, key: jax.Array, value: jax.Array, count: jax.Array, query: jax.Array | None, packers: Candidates
     ) -> Self:
@@ -329,6 +332,28 @@ def _pack_leaving(cache: PackedCache, leaving: Leaving, packers: Candidates) -> 
     """The packed keys and values with the leaving tokens in them."""
     packed: tuple[Rows, Rows] = registry.run("pack", cache.packing(leaving), packers)
     return packed
+
+
+@jax.jit
+def _truncated(cache: PackedCache, lengths: jax.Array) -> PackedCache:
+    """See `LayerCache._truncated`. What is packed stays, or goes with all but the sinks."""
+    mean, norm, queries = cache.key_mean, cache.query_norm, cache.queries
+    unpacked = cache.config.packed_tokens(lengths) == 0
+    if mean is not None:
+        assert cache.inv_freq is not None
+        position = jnp.arange(min(cache.capacity, cache.config.shortest_packed))[None]
+        slots = jnp.broadcast_to(cache.ring.slot(position), (cache.batch, position.shape[1]))
+        held = jnp.take_along_axis(cache.keys.dense, slots[:, None, :, None], axis=2).swapaxes(1, 2)
+        nothing = jnp.zeros_like(lengths)
+        anew = statistics.mean_with(cache.config, jnp.zeros_like(mean), held, nothing, lengths, cache.inv_freq)
+        mean = jnp.where((unpacked & (lengths < cache.lengths))[:, None, None], anew, mean)
+    if norm is not None:
+        gone = (lengths == 0) | (unpacked & (cache.packed_lengths > 0))
+        norm = jnp.where(gone[:, None, None], 0, norm)
+    if queries is not None:
+        kept = statistics.query_positions(cache.lengths) < lengths[:, None]
+        queries = jnp.where(kept[:, None, :, None], queries, 0)
+    return dataclasses.replace(cache, lengths=lengths, key_mean=mean, query_norm=norm, queries=queries)
 
 
 def packing_nbytes(cache: LayerCache, tokens: int) -> int:

@@ -118,5 +118,7 @@ def rule_context(
     by_kv_head = queries.astype(jnp.float32).reshape(queries.shape[0], num_kv_heads, -1, queries.shape[-1])
     if all_keys is None:
         return Context(valid, by_kv_head)
-    attention = attention_received(by_kv_head, query_positions(lengths), all_keys())
+    # A query that is zero everywhere went when a sequence was cut.
+    position = jnp.where((queries != 0).any(axis=(1, 3)), query_positions(lengths), -1)
+    attention = attention_received(by_kv_head, position, all_keys())
     return Context(valid, by_kv_head, jnp.take_along_axis(attention, positions[:, None], axis=2))

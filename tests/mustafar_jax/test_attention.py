@@ -234,6 +234,73 @@ def test_prefill_attention_in_every_dtype(dtype, exact_products):
     assert rms_error_ratio(out[:, -1], expected) < TOLERANCE[dtype]
 
 
+@functools.partial(jax.jit, static_argnames=("soft_cap", "window"))
+def capped_on_dense(query, key, value, lengths, soft_cap, window=None):
+    """Attention of query [B, N, H] at position lengths - 1, with a soft cap on its scores, and their log-sum-exp."""
+    position, grouped = jnp.arange(key.shape[1])[None], query.reshape(len(query), key.shape[2], -1, query.shape[-1])
+    visible = (position < lengths[:, None]) & (lengths[:, None] - position <= (1 << 30 if window is None else window))
+    scores = jnp.einsum("bkgh,bskh->bkgs", grouped, key, precision="highest") / query.shape[-1] ** 0.5
+    scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jnp.where(visible.any(axis=1)[:, None, None, None], jax.nn.softmax(scores, axis=-1), 0)
+    out = jnp.einsum("bkgs,bskh->bkgh", weights, value, precision="highest")
+    return out.reshape(query.shape), jax.nn.logsumexp(scores, axis=-1).reshape(query.shape[:2])
+
+
+@pytest.mark.parametrize("name", ["dense", "recommended", *exhaustive("fast", "small", "published")])
+@pytest.mark.parametrize(("soft_cap", "window"), [(3.0, None), *exhaustive((None, 48), (50.0, 48))])
+def test_a_soft_cap_and_the_log_sum_exp(name, soft_cap, window):
+    rng = np.random.default_rng(12)
+    cache, query = filled(CONFIGS[name], [300, 63, 0], rng), normal(rng, BATCH, 6, HEAD_DIM)
+    run = jax.jit(decode_attention, static_argnames=("logits_soft_cap", "return_lse", "sliding_window"))
+    out, lse = run(query, cache, logits_soft_cap=soft_cap, return_lse=True, sliding_window=window)
+    expected = capped_on_dense(query, *to_dense(cache), soft_cap, window)
+    assert_close(out, expected[0])
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-5, atol=1e-5)
+    assert np.isneginf(lse[2]).all()
+    np.testing.assert_array_equal(run(query, cache, logits_soft_cap=soft_cap, sliding_window=window), out)
+
+
+@pytest.mark.parametrize(("soft_cap", "window"), [(3.0, 48), *exhaustive((None, None), (3.0, None))])
+@pytest.mark.parametrize("length", [130, *exhaustive(1, 700, 1024)])
+def test_prompts_with_a_soft_cap_and_the_log_sum_exp(length, soft_cap, window):
+    rng = np.random.default_rng(13)
+    query, key, value = (normal(rng, 2, length, heads, 32) for heads in (4, 2, 2))
+    lengths = jnp.array([length, (length + 1) // 2])
+    broken = [x.at[1, (length + 1) // 2 :].set(jnp.nan) for x in (query, key, value)]
+    run = jax.jit(prefill_attention, static_argnames=("logits_soft_cap", "return_lse", "sliding_window"))
+    out, lse = run(*broken, lengths, logits_soft_cap=soft_cap, return_lse=True, sliding_window=window)
+    for row in {0, length // 3, length // 2, length - 1}:
+        valid = np.asarray(lengths) > row
+        expected = capped_on_dense(query[:, row], key, value, jnp.minimum(lengths, row + 1), soft_cap, window)
+        assert_close(out[valid, row], expected[0][valid])
+        np.testing.assert_allclose(lse[valid, row], expected[1][valid], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft_cap", [0, -1.0, float("inf"), float("nan"), "50"])
+def test_soft_caps_that_are_none(soft_cap):
+    query, cache = jnp.ones((BATCH, 6, HEAD_DIM)), empty(CONFIGS["dense"])
+    with pytest.raises(ValueError, match=r"logits_soft_cap=.* must be a positive number, or None"):
+        decode_attention(query, cache, logits_soft_cap=soft_cap)
+    with pytest.raises(ValueError, match=r"logits_soft_cap=.* must be a positive number, or None"):
+        prefill_attention(*[query[:, None]] * 3, jnp.ones(BATCH, jnp.int32), logits_soft_cap=soft_cap)
+
+
+def test_what_kernels_cannot_do_they_say():
+    """A cap, the log-sum-exp."""
+    query, cache = jnp.ones((BATCH, 6, HEAD_DIM), jnp.bfloat16), empty(CONFIGS["recommended"], jnp.bfloat16)
+    for name in ("triton", "mosaic_gpu"):
+        with pytest.raises(NotImplementedError, match=r"the kernels have no soft cap; got logits_soft_cap=50\.0"):
+            decode_attention(query, cache, logits_soft_cap=50, implementation=name)
+        with pytest.raises(NotImplementedError, match="the kernels do not give the log-sum-exp of scores"):
+            decode_attention(query, cache, return_lse=True, implementation=name)
+    lengths, prompt = jnp.ones(BATCH, jnp.int32), jnp.ones((BATCH, 8, 2, HEAD_DIM), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="jax's cuDNN attention has no soft cap"):
+        prefill_attention(prompt, prompt, prompt, lengths, logits_soft_cap=50, implementation="cudnn")
+    with pytest.raises(NotImplementedError, match="jax rounds the log-sum-exp of cuDNN's attention"):
+        prefill_attention(prompt, prompt, prompt, lengths, return_lse=True, implementation="cudnn")
+
+
 def test_implementations_fall_through():
     rng = np.random.default_rng(10)
     cache, query = filled(CONFIGS["recommended"], [300, 100, 40], rng), normal(rng, BATCH, 6, HEAD_DIM)
