@@ -240,14 +240,12 @@ class Rows:
         Args:
             update: [B, K, n, H] of the same format, n a multiple of 32.
             start: int32 [B], multiples of 32; a sequence whose start is S or more is left as it is.
-            count: int32 [B], multiples of 32: how many rows are written, for which there must be room; all n if None.
+            count: int32 [B], multiples of 32: how many of the n rows there are; see `write_rows`. All if None.
         """
 
         def write(name: str, unit: int) -> jax.Array:
             units = None if count is None else count // unit
-            return write_rows(
-                getattr(self, name), getattr(update, name), start // unit, units, axis=2, block=WORD // unit
-            )
+            return write_rows(getattr(self, name), getattr(update, name), start // unit, units, axis=2)
 
         written: dict[str, Any] = {name: write(name, unit) for name, unit in self._units().items()}
         overflow = self.overflow

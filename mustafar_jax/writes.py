@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "block"))
+@functools.partial(jax.jit, static_argnames="axis")
 def write_rows(
     array: jax.Array,
     update: jax.Array,
@@ -15,7 +15,6 @@ def write_rows(
     count: jax.Array | None = None,
     *,
     axis: int,
-    block: int = 1,
 ) -> jax.Array:
     """Overwrite consecutive rows along `axis`, from another start in each sequence.
 
@@ -23,35 +22,52 @@ def write_rows(
         array: [B, ...].
         update: of array's shape but for `axis`.
         start: int32 [B]; a sequence whose start is at the end of the axis or beyond is left as it is.
-        count: int32 [B], multiples of `block`: how many of the update's rows are written; all if None. They must fit.
+        count: int32 [B], how many of the update's rows there are, for which there must be room; others may be written,
+            too, where there is. All if None.
         axis: the axis of the rows, not the batch's.
-        block: rows of each sequence that may be written at once, a divisor of the update's; it matters for speed alone.
     """
     # XLA for CPUs has no 16-bit scatter: it would convert the whole array to float32 and back. A slice update stays in
     # place there; on GPUs one scatter is one kernel, a loop of updates would be one kernel per sequence.
-    by_slices, by_scatter = functools.partial(_by_slices, axis, block), functools.partial(_by_scatter, axis)
+    by_slices, by_scatter = functools.partial(_by_slices, axis), functools.partial(_by_scatter, axis)
     return lax.platform_dependent(array, update, start, count, cpu=by_slices, default=by_scatter)
 
 
-def _by_slices(
-    axis: int, block: int, array: jax.Array, update: jax.Array, start: jax.Array, count: jax.Array | None
-) -> jax.Array:
-    block = update.shape[axis] if count is None else block
-    blocks = 1 if count is None else count // block
-    # Only blocks that are written are visited: to write back what was read would cost a copy.
-    last = jnp.cumsum(jnp.where(start < array.shape[axis], blocks, 0))
+def _by_slices(axis: int, array: jax.Array, update: jax.Array, start: jax.Array, count: jax.Array | None) -> jax.Array:
+    written = start < array.shape[axis]
+    if count is not None:
+        written &= count > 0
+        start, update = _moved_back(axis, array, update, start)
+    first_written = jnp.argsort(~written)  # only these are visited: to write back what was read would cost a copy
 
     def write_one(i: jax.Array, array: jax.Array) -> jax.Array:
-        b = jnp.sum(i >= last, dtype=jnp.int32)  # of 32 bits as the others are, also where integers are of 64
-        row = (i - jnp.where(b > 0, last[b - 1], 0)) * block
-        taken, place = ([jnp.int32(0)] * array.ndim for _ in range(2))
-        taken[0] = place[0] = b
-        taken[axis], place[axis] = row.astype(jnp.int32), (start[b] + row).astype(jnp.int32)
-        sizes = [1, *update.shape[1:]]
-        sizes[axis] = block
-        return lax.dynamic_update_slice(array, lax.dynamic_slice(update, taken, sizes), place)
+        b = first_written[i].astype(jnp.int32)  # as the others are, also where integers are of 64 bits
+        origin = [jnp.int32(0)] * array.ndim
+        origin[0], origin[axis] = b, start[b].astype(jnp.int32)
+        return lax.dynamic_update_slice(array, lax.dynamic_index_in_dim(update, b), origin)
 
-    return lax.fori_loop(0, last[-1], write_one, array)
+    return lax.fori_loop(0, written.sum(), write_one, array)
+
+
+def _moved_back(axis: int, array: jax.Array, update: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same update from where it ends with the array at the latest, with what stands there before its first row.
+
+    One slice a sequence: in 16-bit floating point XLA goes through the whole array at each slice update.
+    """
+    rows = min(update.shape[axis], array.shape[axis])
+    first = jnp.minimum(start, array.shape[axis] - rows)
+    offset = jnp.arange(rows)[None]
+    over = offset - (start - first)[:, None]  # the row of the update
+
+    def take(x: jax.Array, row: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, _along(axis, row, x.ndim), axis=axis, mode="clip")
+
+    kept = take(array, first[:, None] + offset)
+    return first, jnp.where(_along(axis, over, array.ndim) >= 0, take(update, over), kept)
+
+
+def _along(axis: int, rows: jax.Array, ndim: int) -> jax.Array:
+    """[B, n] as [B, 1, .., n, .., 1] that broadcasts against arrays whose rows stand along `axis`."""
+    return rows.reshape(rows.shape[0], *(1,) * (axis - 1), rows.shape[1], *(1,) * (ndim - axis - 1))
 
 
 def _by_scatter(axis: int, array: jax.Array, update: jax.Array, start: jax.Array, count: jax.Array | None) -> jax.Array:

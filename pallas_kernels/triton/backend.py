@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from mustafar_jax.backend import Backend, Operation, missing_from_jax
 from mustafar_jax.codecs import ScaledCodec
-from mustafar_jax.layout import WORD
 from mustafar_jax.operands import PackedAttention, Packing, Product, Side
 from mustafar_jax.pruning import keep_count, magnitude
 from mustafar_jax.rows import Rows
@@ -90,9 +89,7 @@ def pack(packing: Packing, *, interpret: bool = False) -> tuple[Rows, Rows]:
     def place(side: Side) -> Rows:
         if not _is_array(side.target):
             return next(pruned if side.target.is_plain else coded)
-        payload = write_rows(
-            side.target.payload, packing.taken(side.source), packing.start, packing.count, axis=2, block=WORD
-        )
+        payload = write_rows(side.target.payload, packing.taken(side.source), packing.start, packing.count, axis=2)
         return dataclasses.replace(side.target, payload=payload)
 
     return place(packing.key), place(packing.value)

@@ -1,6 +1,7 @@
 """Attention on caches in plain JAX, a tile of tokens at a time."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +43,15 @@ def _attend_packed(operands: PackedAttention, queries: Queries) -> Partial:
 
 def _attend_rows(operands: PackedAttention, queries: Queries) -> Partial:
     """Attention over the packed rows."""
-    rows, query = operands.key.length, _for_rows(operands, queries.array)
-    tile = min(queries.tile, rows)
+    rows = operands.key.length
+    tile, (query, seen_keys) = min(queries.tile, rows), _as_rows_are(operands, queries)
 
     def see(row: jax.Array) -> jax.Array:
         held = row < operands.packed_lengths[:, None]
         return held[:, None] & _visible(operands, queries, operands.tail.sinks + row)
 
     def attend(start: jax.Array, visible: jax.Array) -> Partial:
-        key = _seen_keys(operands, operands.key.take(start, tile), start)
+        key = seen_keys(operands.key.take(start, tile), start)
         value = operands.value.take(start, tile)
         return attend_tile(query, key, value.to_array(), visible, _scoring(operands))
 
@@ -58,24 +59,32 @@ def _attend_rows(operands: PackedAttention, queries: Queries) -> Partial:
     return found._replace(out=turn_back(found.out)) if operands.turned_values else found
 
 
-def _for_rows(operands: PackedAttention, query: jax.Array) -> jax.Array:
-    """The queries as `_seen_keys` wants them. A rotation keeps products, and to turn queries is less work than keys."""
-    if not operands.turned_keys:
-        return query
-    turned = turn(query)
-    both = [turned, query.astype(jnp.float32)]
-    return turned if operands.mean is None else jnp.concatenate(both, axis=-1)
+SeenKeys = Callable[[Rows, jax.Array], jax.Array]
+"""Rows that begin at a row of their cache -> the keys that queries are multiplied with."""
 
 
-def _seen_keys(operands: PackedAttention, keys: Rows, start: jax.Array) -> jax.Array:
-    """The keys of rows [B, K, n, H] that begin at row `start`; turned ones [B, K, n, 2H] with the mean beside them."""
+def _as_rows_are(operands: PackedAttention, queries: Queries) -> tuple[jax.Array, SeenKeys]:
+    """Queries and keys whose products are those of the queries with the keys that rows stand for.
+
+    A rotation keeps products, so queries are turned in place of keys. For several tokens the mean is turned, too, which
+    is little work beside theirs; for one it stands beside the keys, as the queries do beside themselves.
+    """
+    mean = operands.mean
     if not operands.turned_keys:
-        return restored(keys, turned=False, mean=operands.mean, start=start)
-    if operands.mean is None:
-        return keys.to_array()
-    positions = operands.mean.offset + start + jnp.arange(keys.length)
-    mean = operands.mean.at(positions[None])
-    return jnp.concatenate([keys.to_array(), jnp.broadcast_to(mean, keys.shape)], axis=-1)
+        return queries.array, lambda rows, start: restored(rows, turned=False, mean=mean, start=start)
+    turned = turn(queries.array)
+    if mean is None:
+        return turned, lambda rows, start: rows.to_array()
+
+    def mean_at(rows: Rows, start: jax.Array) -> jax.Array:
+        return mean.at((mean.offset + start + jnp.arange(rows.length))[None])
+
+    def beside(rows: Rows, start: jax.Array) -> jax.Array:
+        return jnp.concatenate([rows.to_array(), jnp.broadcast_to(mean_at(rows, start), rows.shape)], axis=-1)
+
+    if queries.tokens > 1:
+        return turned, lambda rows, start: rows.to_array() + turn(mean_at(rows, start))
+    return jnp.concatenate([turned, queries.array.astype(jnp.float32)], axis=-1), beside
 
 
 def attend_dense(operands: DenseAttention) -> Attended:
