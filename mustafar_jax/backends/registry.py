@@ -80,19 +80,21 @@ def candidates(operation: OperationName, implementation: Implementation) -> Cand
 
 
 def preferring(operation: OperationName, implementation: Implementation) -> Candidates:
-    """What to try for a part of a larger work: those that are named and do such a thing, then the others here.
+    """What to try for a part of a larger work: what is named and does such a thing, then the others that are present.
+
+    "xla" alone is nothing but that.
 
     Raises:
         ValueError: an unknown implementation.
     """
     names = check_implementation(implementation)
-    named = (names,) if isinstance(names, str) else names or ()
-    able = _able(operation)
-    absent = {name: reason for name in able if name not in named and (reason := _why_absent(BACKENDS[name]))}
-    order = [name for name in named if name in able] + [name for name in able if name not in named]
     if names == "xla":
         return Candidates(("xla",))
-    return Candidates(tuple(name for name in order if name not in absent), tuple(absent.items()))
+    named, able = (names,) if isinstance(names, str) else names or (), _able(operation)
+    others = [name for name in able if name not in named]
+    absent = {name: reason for name in others if (reason := _why_absent(BACKENDS[name]))}
+    order = [name for name in named if name in able] + [name for name in others if name not in absent]
+    return Candidates(tuple(order), tuple(absent.items()))
 
 
 def run(operation: OperationName, operands: Any, chosen: Candidates) -> Any:
