@@ -10,6 +10,7 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.backend import Operation
+from mustafar_jax.backends.xla.packing import pack as xla_pack
 from mustafar_jax.cache import packed as packed_cache
 from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.triton import backend
@@ -17,6 +18,7 @@ from mustafar_jax.pallas_kernels.triton.prune_pack import Prune, prune_pack
 from mustafar_jax.pruning import rescale_to_norm
 from mustafar_jax.rows import RowFormat
 from tests.helpers import (
+    CONFIGS,
     adversarial,
     bits,
     exhaustive,
@@ -347,3 +349,27 @@ def test_says_what_it_cannot_run(head_dim, dtype, message):
     ranges = [jax.ShapeDtypeStruct((1,), jnp.int32)] * 3
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(lambda s, t, r: prune_pack([Prune(s, t)], *r, rows=32, head_axis=2), *prune[:2], ranges)
+
+
+@pytest.mark.parametrize("name", ["fast", *exhaustive("published", "dense keys", "small")])
+def test_groups_that_leave_at_once_near_the_end_of_a_cache(name):
+    """More rows than there is room for, of which each sequence has its own number: the others stay as they are."""
+    sizes = {"batch": 3, "capacity": 128, "num_kv_heads": 1, "head_dim": 64, "dtype": jnp.bfloat16}
+    cache = mj.LayerCache.init(CONFIGS[name], **sizes, inv_freq=rope_frequencies(64))
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((3, 100, 1, 64)), jnp.bfloat16) for _ in range(3))
+    cache = jax.jit(mj.prefill)(cache, key, value, jnp.array([100, 70, 40]), query=query)
+    lengths, packed = jnp.array([128, 128, 90]), cache.config.packed_tokens(128)
+
+    @jax.jit
+    def both(cache):
+        leaving = cache._leaving(key[:, :64], value[:, :64], lengths)
+        packing = dataclasses.replace(cache, lengths=lengths).packing(leaving)
+        assert packing.rows == 64
+        return backend.pack(packing, interpret=True), xla_pack(packing)
+
+    for kernels, xla in zip(*both(cache), strict=True):
+        for row, length in enumerate(lengths.tolist()):
+            there = np.arange(packed) < cache.config.packed_tokens(length)
+            actual, expected = (np.asarray(unpack(rows), np.float32)[row][:, there] for rows in (kernels, xla))
+            np.testing.assert_allclose(actual, expected, atol=0.02)
