@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mustafar_jax.cache.base import STATIC, LayerCache, check_cache
 from mustafar_jax.config import CompressionConfig
@@ -34,6 +32,8 @@ def save(caches: Saved, path: str | os.PathLike[str]) -> None:
         ValueError: a config of another class than `CompressionConfig`; caches that are traced.
         OSError: as writing does.
     """
+    from safetensors.numpy import save_file  # here, for few who import the library save caches
+
     each = _each(caches)
     for cache in each:
         if type(cache.config) is not CompressionConfig:
@@ -109,6 +109,8 @@ def _about(cache: LayerCache) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What a file says of its caches, and its arrays."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
