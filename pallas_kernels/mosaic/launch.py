@@ -68,8 +68,8 @@ def coded_params(*, heads: int, rows: int, group: int, head_dim: int, words: int
         words: of a unit's keys and values that a lane loads; None where one side is no codes.
         centred: whether keys are.
     """
-    teams = _TEAMS if words is not None and words <= 32 else _TEAMS - 1
-    if group > 8:
+    teams = 2 if words is None else _TEAMS if words <= 32 else _TEAMS - 1
+    if group > 8 and words is not None:
         teams = 2 if centred and head_dim > 64 else 3
     tiles = max(1, -(-rows // launch.TILE))
     at_once = launch.cores() * teams

@@ -115,7 +115,7 @@ def _kernel(
     query = _Query.of(q_ref, mean_refs, plan)
     column = jnp.arange(COLUMNS, dtype=jnp.int32)
     halves = (0, 1, 0, 1)  # of a tile of codes, by product
-    ones = 1 / codes.spread(plan.value, jnp.arange(TOKENS, dtype=jnp.int32))
+    ones = 1 / codes.spread(plan.value, codes.place_of(jnp.arange(TOKENS, dtype=jnp.int32)))
     ones = jnp.broadcast_to(ones[:, None], (TOKENS, COLUMNS)).astype(codes.DTYPE)
 
     def attend(i: jax.Array, carry: tuple) -> tuple:  # type: ignore[type-arg]
@@ -186,7 +186,7 @@ class _Query:
     @classmethod
     def of(cls, q_ref: tl.Ref, mean_refs: list[tl.Ref], plan: _Plan) -> "_Query":
         """Those in `q_ref`, turned where keys are; those of the mean's refs are not."""
-        head, channel = jnp.arange(ROWS)[:, None], jnp.arange(plan.key.head_dim)[None, :]
+        head, channel = jnp.arange(ROWS)[:, None], codes.place_of(jnp.arange(plan.key.head_dim))[None, :]
         mask = jnp.broadcast_to(head < plan.group, (ROWS, plan.key.head_dim))
         query, unit = codes.into_range(tl.load(q_ref.at[head, channel], mask=mask, other=0).astype(jnp.float32))
         unit = unit * np.float32(plan.scale)
@@ -196,7 +196,8 @@ class _Query:
         operand = (query * codes.spread(plan.key, channel)).astype(codes.DTYPE)
         if plan.centre is None:
             return cls(operand, factors, offset, operand, unit)
-        of_mean, unit = codes.into_range(plan.centre.query(*mean_refs[:3]))
+        asked_ref, mean_ref, turns_ref, _ = mean_refs
+        of_mean, unit = codes.into_range(plan.centre.query(asked_ref, mean_ref, turns_ref, codes.place_of))
         of_mean, unit = of_mean.astype(codes.DTYPE), unit * np.float32(plan.scale)
         if plan.centre.rotations.rows < ROWS:
             is_mean = head >= ROWS - plan.centre.rotations.rows

@@ -17,7 +17,7 @@ import numpy as np
 
 from mustafar_jax.layout import TILE, WORD, coded_shape
 from mustafar_jax.pallas_kernels.triton import language as tl
-from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Order, Rotations
+from mustafar_jax.pallas_kernels.triton.tile import COLUMNS, ROWS, TOKENS, Order, Rotations, pick
 from mustafar_jax.rows import Rows
 
 WHOLE = frozenset({(False, 8), (False, 4), (False, 2)})
@@ -86,8 +86,17 @@ class Codes:
         return self.head_dim // COLUMNS
 
 
+def place_of(index: jax.Array) -> jax.Array:
+    """The place of codes that stands at an index of a product's inner axis, 16 of them permuted.
+
+    A thread has the places 8 i + 2 t + h of 16. Where an operand is stacked from pairs, the compiler gives a thread the
+    indices 4 t + 2 i + h: so that no code moves, each stands at another index than its own, and what multiplies it too.
+    """
+    return index & ~15 | (index & 2) << 2 | index >> 1 & 6 | index & 1
+
+
 def spread(codes: Codes, place: jax.Array) -> jax.Array:
-    """What numbers at these places of a product's inner axis are to be multiplied by, float32."""
+    """What numbers at these places of codes on a product's inner axis are to be multiplied by, float32."""
     return jnp.where(place & 8, np.float32(codes.inner), np.float32(1))
 
 
@@ -128,7 +137,7 @@ def load_values(ref: tl.Ref, index: jax.Array, codes: Codes) -> list[jax.Array]:
         chunk = (group * (count * lanes) + (first >> 2) * lanes + lane) * (vector // words) + (first & 3) // words
         place = (chunk * words)[:, None] + jnp.arange(words, dtype=jnp.int32)[None, :]
         loaded.append(tl.load(ref.at[place]))
-    found = tl.unstack(tl.stack(loaded).swapaxes(1, 2))
+    found = [tl.stack(list(steps)) for steps in zip(*map(tl.unstack, loaded), strict=True)]
     if eighths < 16:  # one of two words
         found = [jnp.where((own & 1)[:, None] == 1, found[1], found[0])]
     if eighths < 8:  # half of it
@@ -159,12 +168,13 @@ def _registers(words: list[jax.Array], codes: Codes) -> list[list[jax.Array]]:
 def _operand(registers: jax.Array) -> jax.Array:
     """The [16 * steps, COLUMNS] operand of registers int32 [TOKENS, steps, 2].
 
-    A thread's are those of `tile.TileReader`'s operands in the order "tokens", so no data moves. Words are masked and
-    halved many at a time: compiling takes a time that grows with the square of the number of operations (`fusion`).
+    A thread's are those of `tile.TileReader`'s operands in the order "columns", so no data moves: see `place_of`. Words
+    are masked and halved many at a time: compiling takes a time that grows with the square of the number of operations
+    (`fusion`).
     """
     stacked = jnp.stack(tl.as_dtype_pairs(registers, DTYPE), axis=-1)
     stacked = stacked.reshape(COLUMNS, 4, -1, 2, 2)  # column, place; step, i, half
-    return stacked.transpose(2, 3, 1, 4, 0).reshape(-1, COLUMNS)
+    return stacked.transpose(2, 1, 3, 4, 0).reshape(-1, COLUMNS)
 
 
 def times_keys(query: jax.Array, words: list[jax.Array], codes: Codes) -> list[jax.Array]:
@@ -219,15 +229,15 @@ def heads(x: jax.Array, rows: int) -> jax.Array:
     """The first 8 or 16 rows of [ROWS, n]."""
     if rows == ROWS:
         return x
-    return tl.split(x.reshape(2, rows, x.shape[1]).transpose(1, 2, 0))[0]
+    return pick(x.reshape(ROWS // rows, rows, x.shape[1]), 0)
 
 
 def join(parts: list[jax.Array]) -> jax.Array:
-    """The products' columns [8 or ROWS, COLUMNS] in the order of their tokens, [ROWS, TOKENS]; rows may be repeated."""
+    """The products' columns [8 or ROWS, COLUMNS], as `place_of` has their tokens; rows of [ROWS, TOKENS] may repeat."""
     rows = parts[0].shape[0]
     stacked = jnp.stack([jnp.stack(parts[0::2], axis=-1), jnp.stack(parts[1::2], axis=-1)], axis=-1)
-    stacked = stacked.reshape(rows, COLUMNS // 8, 8, 2, 2)  # [.., product // 2, product % 2]
-    joined = stacked.transpose(0, 1, 3, 4, 2).reshape(rows, TOKENS)
+    stacked = stacked.reshape(rows, COLUMNS // 8, 4, 2, 2, 2)  # [.., j, h, product // 2, product % 2]
+    joined = stacked.transpose(0, 1, 4, 2, 5, 3).reshape(rows, TOKENS)
     return jnp.broadcast_to(joined[None], (ROWS // rows, rows, TOKENS)).reshape(ROWS, TOKENS)
 
 

@@ -1,6 +1,7 @@
 """The scores of queries with the mean of centred keys: a product with a table that all heads share."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,13 @@ class Centre:
         words = lax.bitcast_convert_type(of_token.astype(self.reader.dtype).reshape(-1, 2), jnp.int32)
         return of_rotation.reshape(-1), words
 
-    def query(self, q_ref: tl.Ref, mean_ref: tl.Ref, turns_ref: tl.Ref) -> jax.Array:
+    def query(
+        self,
+        q_ref: tl.Ref,
+        mean_ref: tl.Ref,
+        turns_ref: tl.Ref,
+        place_of: Callable[[jax.Array], jax.Array] = lambda index: index,
+    ) -> jax.Array:
         """What multiplies the table for the mean's scores, float32 [ROWS, H], in rows as `Rotations` has them.
 
         With pairs of channels as complex numbers, the score of a query q with a mean m, rotated to some token and then
@@ -64,9 +71,10 @@ class Centre:
             q_ref: [G, H].
             mean_ref: [H].
             turns_ref: the first of `tables`.
+            place_of: which of the table's rows a column of the result multiplies.
         """
         pairs = self.reader.pairs
-        row, column = jnp.arange(ROWS)[:, None], jnp.arange(2 * pairs)[None, :]
+        row, column = jnp.arange(ROWS)[:, None], place_of(jnp.arange(2 * pairs))[None, :]
         pair = column >> 1
         head, rotation = self.rotations.place(row)
         turns = (pl.program_id(0) * self.rotations.count + rotation) * (2 * pairs)

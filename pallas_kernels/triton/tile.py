@@ -105,9 +105,9 @@ class Rotations:
     def of_rows(self, x: jax.Array) -> list[jax.Array]:
         """Of [ROWS, COLUMNS] each rotation's rows, in the first rows of ROWS; anything of x behind them."""
         parts, heads = ROWS // self.rows, self.rows // self.count
-        last = _pick(x.reshape(parts, self.rows, COLUMNS), parts - 1)  # the first rotation's rows are its first ones
+        last = pick(x.reshape(parts, self.rows, COLUMNS), parts - 1)  # the first rotation's rows are its first ones
         each = last.reshape(self.count, heads, COLUMNS)
-        return [_repeat(part) for part in (last, *(_pick(each, i) for i in range(1, self.count)))]
+        return [_repeat(part) for part in (last, *(pick(each, i) for i in range(1, self.count)))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ def token_of_column(column: Any, order: Inner = "columns") -> Any:
     return (column & ~31) | j | (h << 2) | (k << 3) | (i << 4)
 
 
-def _pick(x: jax.Array, index: int) -> jax.Array:
+def pick(x: jax.Array, index: int) -> jax.Array:
     """x[index] of three axes.
 
     By a sum with zeros: the compiler exchanges registers of a warp for it, where slices go through shared memory.

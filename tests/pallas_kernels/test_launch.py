@@ -97,7 +97,7 @@ def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
         ({"heads": 8, "rows": 4096}, mosaic.MosaicParams(32, 4, 2)),  # all multiprocessors have a block
         ({"heads": 8, "rows": 0}, mosaic.MosaicParams(1, 4, 1)),
         ({"heads": 64, "rows": 16384, "words": 64}, mosaic.MosaicParams(6, 4, 3)),
-        ({"heads": 64, "rows": 16384, "words": None}, mosaic.MosaicParams(6, 4, 3)),
+        ({"heads": 64, "rows": 16384, "words": None}, mosaic.MosaicParams(4, 4, 2)),
         ({"heads": 64, "rows": 16384, "group": 16}, mosaic.MosaicParams(6, 4, 3)),
         ({"heads": 64, "rows": 16384, "group": 16, "centred": True}, mosaic.MosaicParams(4, 4, 2)),
     ],
