@@ -45,11 +45,10 @@ TRACING: dict[str, Switch] = {
 }
 """What they look at shows in tracing, so that nothing is compiled."""
 
+NANS = "debug_nans, debug_infs"
 RUNNING: dict[str, Switch] = {
     "disable_jit": jax.disable_jit,
-    "debug_nans, debug_infs": together(
-        functools.partial(jax.debug_nans, True), functools.partial(jax.debug_infs, True)
-    ),
+    NANS: together(functools.partial(jax.debug_nans, True), functools.partial(jax.debug_infs, True)),
     "x64": functools.partial(jax.enable_x64, True),
 }
 
@@ -142,11 +141,18 @@ def _model_is_made_under_no_switch() -> None:
 
 
 WITHOUT_CACHE = (rows, prompts, model)
+PROGRAMS = {use: jax.jit(use, static_argnums=0) for use in (rows, caches, prompts, model)}
+"""As one program each: outside jit, every operation would be compiled by itself."""
+
+
+def computed(use: Any, name: str, switch: str | None = None) -> Any:
+    """What a use gives; operation by operation where the switch looks at each."""
+    return (use if switch in ("disable_jit", NANS) else PROGRAMS.get(use, use))(CONFIGS[name])
 
 
 @functools.cache
 def usual(use: Any, name: str) -> Any:
-    return jax.tree.map(np.asarray, use(CONFIGS[name]))
+    return jax.tree.map(np.asarray, computed(use, name))
 
 
 def check_usual(result: Any, wanted: Any) -> None:
@@ -177,14 +183,14 @@ def test_what_needs_no_cache_is_traced_under_it(switch, use):
         assert traced(lambda: use(None)) == wanted
 
 
-RUN = [("debug_nans, debug_infs", "coded")]
-RUN += exhaustive(*[(switch, "recommended") for switch in RUNNING], ("disable_jit", "coded"), ("x64", "coded"))
+RUN = exhaustive(*[(switch, name) for switch in RUNNING for name in ("recommended", "coded")])
+"""What generation does with a cache, for which operations are compiled one by one."""
 
 
 @pytest.mark.parametrize(("switch", "name"), RUN)
 def test_caches_hold_the_usual_under_it(switch, name):
     with RUNNING[switch]():
-        result = caches(CONFIGS[name])
+        result = computed(caches, name, switch)
     check_usual(result, usual(caches, name))
 
 
@@ -195,12 +201,13 @@ COMPUTED += [("disable_jit", rows), *exhaustive(("disable_jit", prompts), ("disa
 @pytest.mark.parametrize(("switch", "use"), COMPUTED)
 def test_what_needs_no_cache_is_the_usual_under_it(switch, use):
     with RUNNING[switch]():
-        result = use(CONFIGS["dense"])
+        result = computed(use, "dense", switch)
     check_usual(result, usual(use, "dense"))
 
 
-GENERATED = [(switch, "dense") for switch in GENERATING if switch != "disable_jit"]  # which drawing has
-GENERATED += exhaustive(("disable_jit", "dense"), *[(switch, "recommended") for switch in RUNNING])
+GENERATED = [(switch, "dense") for switch in GENERATING if switch not in ("disable_jit", NANS)]
+GENERATED += [(NANS, "recommended"), *exhaustive((NANS, "dense"), ("disable_jit", "dense"))]
+GENERATED += exhaustive(("disable_jit", "recommended"), ("x64", "recommended"))
 
 
 @pytest.mark.parametrize(("switch", "name"), GENERATED)
@@ -210,7 +217,10 @@ def test_tokens_and_likelihoods_are_the_usual_ones_under_it(switch, name):
     check_usual(result, usual(generation, name))
 
 
-@pytest.mark.parametrize("switch", [*GENERATING, "rbg", *exhaustive("unsafe_rbg")])
+DRAWN = [switch for switch in (*GENERATING, "rbg") if switch != "disable_jit"]
+
+
+@pytest.mark.parametrize("switch", [*DRAWN, *exhaustive("disable_jit", "unsafe_rbg")])
 def test_tokens_are_drawn_under_it(switch):
     with DRAWING[switch]():
         result = drawing(CONFIGS["dense"])
