@@ -86,7 +86,7 @@ def pruned_codes(rng, shape, dtype, sparsity, kinds):
     slots = mj.keep_count(shape[-1], sparsity)
     counts = {kind: slots if kind == "magnitude" else -(-slots // 8) * 8 for kind in kinds}
     mask = [masks(rng, x[b : b + 1], counts[kind], [kind]) for b, kind in enumerate(kinds)]
-    rows = mj.pack(x, np.concatenate(mask), slots=slots, bits=4)
+    rows = pack(x, np.concatenate(mask), slots=slots, bits=4)
     return rows, np.pad(unpack(rows), [(0, 0), (0, 0), (0, rows.padded_length - shape[2]), (0, 0)])
 
 
