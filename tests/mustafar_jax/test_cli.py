@@ -33,31 +33,32 @@ NEW = 40
 SHORT = "w3 w1 w4"
 CAPACITY = 70 + NEW
 RECOMMENDED = CompressionConfig.recommended(0.7, 0.7)
-LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 32
+KV_HEADS, HEAD_DIM = 1, 32
 GENERATE = ["generate", "--model", "tiny", "--max-new-tokens", str(NEW)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the model `tiny`: random weights, and a tokenizer whose tokens are words, without a template."""
+    """A folder with the models `tiny` and `deep`, of one layer and of two; tokens are words, without a template."""
     folder = tmp_path_factory.mktemp("cli")
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder / "tiny")
+    for name, layers in (("tiny", 1), ("deep", 2)):  # what is compiled for each layer takes its time
+        config = LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder / name)
     return folder
 
 
@@ -92,11 +93,11 @@ def written(tiny, prompt=PROMPT, **options):
     return tokenizer.decode(mj.generate(model, tokens, max_new_tokens=NEW, **options).tokens[0])
 
 
-def statistics(config, tiny):
+def statistics(config, model):
     """The line about the cache, from caches that are really allocated."""
-    caches = tiny[0].init_cache(config, batch=1, capacity=CAPACITY)
+    caches = model.init_cache(config, batch=1, capacity=CAPACITY)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-    dense = 2 * LAYERS * CAPACITY * KV_HEADS * HEAD_DIM * 4
+    dense = 2 * model.config.num_layers * CAPACITY * KV_HEADS * HEAD_DIM * 4
     return rf"\d+\.\d tokens/s · cache {held / 1e3:.4g} kB, dense {dense / 1e3:.4g} kB \({held / dense:.1%}\)"
 
 
@@ -120,7 +121,7 @@ def test_generate_prints_the_text_and_one_line_of_statistics(run, tiny):
     assert out == written(tiny, config=config) + "\n"
     # 12 of 32 entries are kept, the smallest multiple of 4 that is at least 9.6.
     sparsity = r"bits of a packed entry: keys 13 \(0.625 removed\), values 13 \(0.625 removed\)"
-    assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
+    assert re.fullmatch(rf"{statistics(config, tiny[0])} · {sparsity}\n", err)
 
 
 def test_the_options_reach_the_cache(run, tiny):
@@ -129,15 +130,16 @@ def test_the_options_reach_the_cache(run, tiny):
     config = CompressionConfig(k_sparsity=0.5, v_sparsity=0.25, residual_length=8)
     assert (status, out) == (0, written(tiny, config=config) + "\n")
     sparsity = r"bits of a packed entry: keys 17 \(0.5 removed\), values 25 \(0.25 removed\)"
-    assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
+    assert re.fullmatch(rf"{statistics(config, tiny[0])} · {sparsity}\n", err)
 
 
-def test_sparsities_of_0_are_a_dense_cache(run, tiny):
-    status, out, err = run(*GENERATE, "--prompt", PROMPT, "--k-sparsity", "0", "--v-sparsity", "0")
-    assert (status, out) == (0, written(tiny) + "\n")
+def test_sparsities_of_0_are_a_dense_cache(run, folder):
+    deep, none = models.load(folder / "deep"), ["--k-sparsity", "0", "--v-sparsity", "0"]
+    status, out, err = run("generate", "--model", "deep", "--max-new-tokens", str(NEW), "--prompt", PROMPT, *none)
+    assert (status, out) == (0, written(deep) + "\n")
     config = CompressionConfig(k_sparsity=0, v_sparsity=0)
     sparsity = "bits of a packed entry: keys 32, values 32"
-    assert re.fullmatch(rf"{statistics(config, tiny)} · {sparsity}\n", err)
+    assert re.fullmatch(rf"{statistics(config, deep[0])} · {sparsity}\n", err)
     assert "(100.0%)" in err
 
 
@@ -788,7 +790,7 @@ def test_methods_reach_the_cache(run, tiny):
     status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)
     config = CompressionConfig.recommended(0.7, 0.5, k_method="think", v_method="channel_magnitude", v_slots=28)
     assert (status, out) == (0, written(tiny, config=config) + "\n")
-    assert re.match(statistics(config, tiny), err)
+    assert re.match(statistics(config, tiny[0]), err)
 
 
 def write_rows(file, *rows):

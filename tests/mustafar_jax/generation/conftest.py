@@ -1,4 +1,4 @@
-"""Small models of random weights."""
+"""Small models of random weights. Each layer is compiled: two are for what may take one for another."""
 
 import dataclasses
 
@@ -14,5 +14,10 @@ def llama() -> Llama:
 
 
 @pytest.fixture(scope="module")
+def one_layer() -> Llama:
+    return random_model(Llama, dataclasses.replace(TINY, num_layers=1))
+
+
+@pytest.fixture(scope="module")
 def mistral() -> Llama:
-    return random_model(Mistral, dataclasses.replace(TINY, sliding_window=48))
+    return random_model(Mistral, dataclasses.replace(TINY, num_layers=1, sliding_window=48))

@@ -65,9 +65,9 @@ def test_what_has_stopped_is_not_looked_at():
 
 
 @pytest.fixture(scope="module")
-def poisoned(llama) -> Llama:
+def poisoned(one_layer) -> Llama:
     """A model for which token 60 is NaN, and which never writes it."""
-    model = nnx.clone(llama)
+    model = nnx.clone(one_layer)
     model.embed_tokens.embedding[...] = model.embed_tokens.embedding[...].at[60].set(jnp.nan)
     model.lm_head.kernel[...] = model.lm_head.kernel[...].at[60].set(0)
     return model

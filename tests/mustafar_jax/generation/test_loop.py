@@ -139,7 +139,7 @@ class Sampled(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def sampled(llama) -> Sampled:
+def sampled(one_layer) -> Sampled:
     """One sampled generation, and the functions that repeat it with other arguments."""
     options: dict[str, Any] = {
         "lengths": LENGTHS,
@@ -151,12 +151,12 @@ def sampled(llama) -> Sampled:
         "key": jax.random.key(3),
         "eos_id": VOCABULARY,  # never drawn
     }
-    generate: Any = functools.partial(mj.generate, llama, **options)
+    generate: Any = functools.partial(mj.generate, one_layer, **options)
     with Compilations() as compiled:
         result = generate(PROMPTS)
     assert compiled.count("_decode_loop") == 1
     assert compiled.count("_prefill_rows") == 1
-    return Sampled(generate, functools.partial(mj.stream, llama, **options), result)
+    return Sampled(generate, functools.partial(mj.stream, one_layer, **options), result)
 
 
 def test_a_sampled_stream_yields_the_tokens_of_generate_and_compiles_one_step(sampled):

@@ -35,12 +35,12 @@ def test_lengths_are_padded_to_powers_of_two_and_what_lies_between():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_leaves_no_mark_on_tokens(llama, name):
+def test_padding_leaves_no_mark_on_tokens(one_layer, name):
     config = COMPRESSED[name]
     options: dict[str, Any] = {"lengths": LENGTHS, "max_new_tokens": NEW, "config": config, "eos_id": 3}
-    wanted = mj.generate(llama, PROMPTS, **options, padding=False)
-    jax.tree.map(np.testing.assert_array_equal, mj.generate(llama, PROMPTS, **options), wanted)
-    steps = np.stack(list(mj.stream(llama, PROMPTS, **options)), axis=1)
+    wanted = mj.generate(one_layer, PROMPTS, **options, padding=False)
+    jax.tree.map(np.testing.assert_array_equal, mj.generate(one_layer, PROMPTS, **options), wanted)
+    steps = np.stack(list(mj.stream(one_layer, PROMPTS, **options)), axis=1)
     np.testing.assert_array_equal(steps, wanted.tokens[:, : steps.shape[1]])
 
 
@@ -53,14 +53,14 @@ def test_padding_leaves_no_mark_on_draws_and_on_a_window(mistral):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, name):
+def test_padding_leaves_no_mark_on_what_a_prompt_tells(one_layer, name):
     """Means, weights and queries, entries that are kept, and the logits after it."""
     config = COMPRESSED[name]
 
     def filled(length: int, capacity: int) -> Any:
-        caches = llama.init_cache(config, batch=4, capacity=capacity)
+        caches = one_layer.init_cache(config, batch=4, capacity=capacity)
         tokens = jnp.asarray(np.pad(PROMPTS, ((0, 0), (0, length - PROMPTS.shape[1]))))
-        return prefill_prompt(llama, tokens, jnp.asarray(LENGTHS, jnp.int32), caches)
+        return prefill_prompt(one_layer, tokens, jnp.asarray(LENGTHS, jnp.int32), caches)
 
     (logits, caches), (wanted, exact) = filled(96, 128), filled(70, 110)
     close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
@@ -75,26 +75,26 @@ def test_padding_leaves_no_mark_on_what_a_prompt_tells(llama, name):
                 )
 
 
-def test_a_growing_chat_compiles_few_programs(llama):
+def test_a_growing_chat_compiles_few_programs(one_layer):
     lengths, tokens = range(60, 180, 10), np.random.default_rng(0).integers(1, VOCABULARY, (1, 180))
     options: dict[str, Any] = {"max_new_tokens": 24, "config": CONFIGS["published"]}
     with Compilations() as compiled:
         for length in lengths:
-            mj.generate(llama, tokens[:, :length], **options)
-            next(mj.stream(llama, tokens[:, :length], **options))
+            mj.generate(one_layer, tokens[:, :length], **options)
+            next(mj.stream(one_layer, tokens[:, :length], **options))
     # Of 12 lengths: prompts of 64, 96, 128 and 192, caches of 96, 128, 192 and 256.
     assert compiled.count("_decode_loop") == 4
     assert compiled.count("_prefill_rows") <= 7
     with Compilations() as compiled:
-        mj.generate(llama, tokens[:, :133], **options)
+        mj.generate(one_layer, tokens[:, :133], **options)
     assert compiled == []
 
 
-def test_padding_stays_within_the_context(llama):
+def test_padding_stays_within_the_context(one_layer):
     context = TINY.max_position_embeddings
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, (1, context - 3))
-    wanted = mj.generate(llama, tokens, max_new_tokens=3, padding=False)
-    np.testing.assert_array_equal(mj.generate(llama, tokens, max_new_tokens=3).tokens, wanted.tokens)
+    wanted = mj.generate(one_layer, tokens, max_new_tokens=3, padding=False)
+    np.testing.assert_array_equal(mj.generate(one_layer, tokens, max_new_tokens=3).tokens, wanted.tokens)
     assert len(list(mj.stream(counting(20), [[1, 2]], max_new_tokens=18))) == 18
 
 
@@ -140,31 +140,31 @@ def test_the_number_that_is_kept_is_only_raised(monkeypatch):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_leaves_no_mark_on_likelihoods(llama, name):
+def test_padding_leaves_no_mark_on_likelihoods(one_layer, name):
     tokens, config = np.random.default_rng(1).integers(0, VOCABULARY, (2, 111)), COMPRESSED[name]
     options: dict[str, Any] = {"prompt_length": 70, "config": config}
-    wanted = mj.log_likelihoods(llama, tokens, **options, padding=False)
-    np.testing.assert_allclose(mj.log_likelihoods(llama, tokens, **options), wanted, atol=1e-5, rtol=1e-5)
+    wanted = mj.log_likelihoods(one_layer, tokens, **options, padding=False)
+    np.testing.assert_allclose(mj.log_likelihoods(one_layer, tokens, **options), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_what_pads_a_text_overflows_no_cache(llama):
+def test_what_pads_a_text_overflows_no_cache(one_layer):
     """Its 31 tokens that go into the cache fill no group; what pads them would, and so does one more."""
     config = CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=4, residual_length=0)
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, 41))
-    wanted = mj.log_likelihoods(llama, tokens[:, :32], prompt_length=20, config=config, padding=False)
+    wanted = mj.log_likelihoods(one_layer, tokens[:, :32], prompt_length=20, config=config, padding=False)
     np.testing.assert_allclose(
-        mj.log_likelihoods(llama, tokens[:, :32], prompt_length=20, config=config), wanted, atol=1e-5, rtol=1e-5
+        mj.log_likelihoods(one_layer, tokens[:, :32], prompt_length=20, config=config), wanted, atol=1e-5, rtol=1e-5
     )
     with pytest.raises(ValueError, match=r"v_slots=4 holds fewer entries than values of texts \[0, 1\] need"):
-        mj.log_likelihoods(llama, tokens[:, :33], prompt_length=20, config=config)
+        mj.log_likelihoods(one_layer, tokens[:, :33], prompt_length=20, config=config)
 
 
 @pytest.mark.exhaustive
-def test_texts_of_many_lengths_compile_few_programs(llama):
+def test_texts_of_many_lengths_compile_few_programs(one_layer):
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, 120))
     with Compilations() as compiled:
         for length in range(70, 120, 7):
-            mj.log_likelihoods(llama, tokens[:, :length], prompt_length=length - 30)
+            mj.log_likelihoods(one_layer, tokens[:, :length], prompt_length=length - 30)
     # Of 8 lengths: caches of 96 and 128, prompts of 64 and 96, what follows of 64.
     assert compiled.count("_decode_given") == 2
     assert compiled.count("_prefill_rows") == 2

@@ -56,18 +56,18 @@ def test_log_likelihoods_equal_a_full_forward_pass(llama, prompt_length):
     np.testing.assert_allclose(scores, wanted[:, prompt_length - 1 :], atol=1e-4, rtol=0)
 
 
-def test_log_likelihoods_see_the_compressed_cache(llama):
+def test_log_likelihoods_see_the_compressed_cache(one_layer):
     tokens = np.random.default_rng(2).integers(0, VOCABULARY, (4, CAPACITY))
     config, start = CONFIGS["recommended"], PROMPTS.shape[1]
-    scores = mj.log_likelihoods(llama, tokens, prompt_length=start, config=config)
-    caches = llama.init_cache(config, batch=4, capacity=CAPACITY)
-    logits, caches = prefill_prompt(llama, jnp.asarray(tokens[:, :start]), jnp.full(4, start, jnp.int32), caches)
+    scores = mj.log_likelihoods(one_layer, tokens, prompt_length=start, config=config)
+    caches = one_layer.init_cache(config, batch=4, capacity=CAPACITY)
+    logits, caches = prefill_prompt(one_layer, jnp.asarray(tokens[:, :start]), jnp.full(4, start, jnp.int32), caches)
     for step in range(start, CAPACITY):
         wanted = np.take_along_axis(jax.nn.log_softmax(logits), tokens[:, step, None], axis=-1)[:, 0]
         np.testing.assert_allclose(scores[:, step - start], wanted, atol=1e-4, rtol=0, err_msg=f"{step=}")
-        logits, caches = decode(llama, jnp.asarray(tokens[:, step], jnp.int32), caches)
+        logits, caches = decode(one_layer, jnp.asarray(tokens[:, step], jnp.int32), caches)
     assert caches[0].packed_lengths.tolist() == [96] * 4
-    dense = mj.log_likelihoods(llama, tokens, prompt_length=start)
+    dense = mj.log_likelihoods(one_layer, tokens, prompt_length=start)
     assert np.abs(scores - dense).max() > 0.1
 
 
@@ -78,9 +78,9 @@ def test_log_likelihoods_raise_where_a_cache_overflows():
         mj.log_likelihoods(model, texts, prompt_length=1)
 
 
-def test_texts_prefilled_some_at_a_time_score_as_all_at_once(llama, monkeypatch):
+def test_texts_prefilled_some_at_a_time_score_as_all_at_once(one_layer, monkeypatch):
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, (5, 80))
-    score = functools.partial(mj.log_likelihoods, llama, tokens, prompt_length=70)
+    score = functools.partial(mj.log_likelihoods, one_layer, tokens, prompt_length=70)
     wanted = score()
     monkeypatch.setattr(prefill, "PREFILL_TOKENS", 2 * 96)  # three parts, the last of them moved back
     with Compilations() as compiled:
@@ -130,12 +130,12 @@ def test_prompts_pass_once_for_all_caches_by_blocks(llama, monkeypatch):
 
 @pytest.mark.parametrize("way", [scoring.by_tokens, scoring.by_blocks])
 @pytest.mark.parametrize(("count", "overflow"), [(12, False), (13, True)])
-def test_what_overflows_is_what_given_tokens_pack(llama, way, count, overflow):
+def test_what_overflows_is_what_given_tokens_pack(one_layer, way, count, overflow):
     """The 32nd token fills the first group, whose values do not fit; the continuation's last goes into no cache."""
     config = CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=4, residual_length=0)
-    made = makers(llama, [config, DENSE], 20 + count - 1)
+    made = makers(one_layer, [config, DENSE], 20 + count - 1)
     given = jnp.asarray(PROMPTS[:, :20]), jnp.full(4, 20, jnp.int32), jnp.asarray(PROMPTS[:, 20 : 20 + count])
-    _, [over, dense] = scoring.forced_states(llama, made, *given, way)
+    _, [over, dense] = scoring.forced_states(one_layer, made, *given, way)
     assert over.tolist() == [overflow] * 4
     assert not dense.any()
 
