@@ -7,13 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mustafar_jax import magnitude_mask, pack, rotation, unpack
+import mustafar_jax as mj
+from mustafar_jax import rotation
 from mustafar_jax.codecs import PRUNED, WHOLE
 from mustafar_jax.layout import from_lanes
-from tests.helpers import DTYPES, adversarial
-
-pack_jit = jax.jit(pack, static_argnames=("slots", "bits"))
-unpack_jit = jax.jit(unpack)
+from tests.helpers import DTYPES, adversarial, magnitude_mask, pack, unpack
 
 KINDS = [(bits, False) for bits in WHOLE if bits < 16] + [(bits, True) for bits in PRUNED if bits < 16]
 EVERY_KIND = pytest.mark.parametrize(("bits", "masked"), KINDS)
@@ -33,9 +31,9 @@ def scales_of(rows):
 def packed(x, bits, masked, sparsity=0.7):
     """Rows, and the mask of what they hold."""
     if not masked:
-        return pack_jit(x, bits=bits), np.ones(x.shape, bool)
+        return pack(x, bits=bits), np.ones(x.shape, bool)
     mask = magnitude_mask(x, sparsity)
-    return pack_jit(x, mask, slots=20, bits=bits), np.asarray(mask)
+    return pack(x, mask, slots=20, bits=bits), np.asarray(mask)
 
 
 def test_levels():
@@ -58,7 +56,7 @@ def test_levels_are_in_the_entries_order_and_keep_a_rows_length(bits, masked, se
     sizes = np.exp(rng.uniform(-5, 5, (2, 40, 1)))
     x = jnp.asarray(rng.standard_normal((2, 40, 64)) * sizes * rng.choice([1, 3], (1, 1, 64)), dtype)
     rows, mask = packed(x, bits, masked)
-    held, kept = np.asarray(unpack_jit(rows)), np.where(mask, x, 0).astype(np.float64)
+    held, kept = np.asarray(unpack(rows)), np.where(mask, x, 0).astype(np.float64)
     assert held.dtype == np.float32
     assert not held[~mask].any()
     order = np.argsort(kept, axis=-1, stable=True)
@@ -120,7 +118,7 @@ def test_rows_that_are_not_ordinary(bits, masked, dtype):
     x[1, 7], x[2, :16], x[3, 0], x[4, 5] = -3, float(jnp.finfo(dtype).max), np.nan, -np.inf
     x[5:] = np.random.default_rng(0).standard_normal((3, 64))
     x = jnp.asarray(x, dtype)
-    rows = pack(x, x != 0, bits=bits) if masked else pack(x, bits=bits)
+    rows = pack(x, x != 0, slots=64, bits=bits) if masked else pack(x, bits=bits)
     held, scale = np.asarray(unpack(rows)), scales_of(rows)
     assert scale[0] == 0
     assert not held[0].any()
@@ -150,7 +148,7 @@ def test_bytes(bits):
     assert pack(x, bits=bits).nbytes == (128 * bits // 8 + 2) * x.size // 128
     if bits in PRUNED:
         mask = magnitude_mask(x, 0.7)
-        assert pack(x, mask, bits=bits).nbytes == (40 * bits // 8 + 2 + 16) * x.size // 128 + 6
+        assert mj.pack(x, mask, bits=bits).nbytes == (40 * bits // 8 + 2 + 16) * x.size // 128 + 6
 
 
 @pytest.mark.parametrize(
@@ -166,7 +164,7 @@ def test_bytes(bits):
 )
 def test_bad_arguments(message, x, options):
     with pytest.raises((ValueError, TypeError), match=message):
-        pack(jnp.ones(x), **options)
+        mj.pack(jnp.ones(x), **options)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
