@@ -205,6 +205,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert "mustafar_jax.models" not in sys.modules
 assert mustafar_jax.models is sys.modules["mustafar_jax.models"]
 assert "flax" in sys.modules
+import mustafar_jax.models.tokenizer
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
