@@ -119,6 +119,7 @@ def test_attention_is_compared_layer_by_layer(model, tokens, monkeypatch):
     assert agreement.attention_ratios(model, tokens, CONFIG, **SAME).tolist() == [0] * model.config.num_layers
 
 
+@pytest.mark.exhaustive
 def test_what_is_expected_grows_with_the_error_of_attention(model, tokens, monkeypatch):
     def expected(error):
         monkeypatch.setattr(agreement, "BAR", error)

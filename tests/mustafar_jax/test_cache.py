@@ -296,10 +296,14 @@ def compiled_step(config, dtype):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *itertools.product(["dense", "recommended"], DTYPES),
-        *itertools.product(["published", "balanced", "small"], [jnp.bfloat16]),
-        *exhaustive(*itertools.product(["dense keys", "8 bits", "pruned in 8 bits", "fast"], [jnp.bfloat16])),
-        *exhaustive(*itertools.product(["published", "dense keys", "small"], [jnp.float16, jnp.float32])),
+        *itertools.product(["dense"], DTYPES),
+        *itertools.product(["recommended", "published", "small"], [jnp.bfloat16]),
+        *exhaustive(
+            *itertools.product(["dense keys", "8 bits", "pruned in 8 bits", "fast", "balanced"], [jnp.bfloat16])
+        ),
+        *exhaustive(
+            *itertools.product(["recommended", "published", "dense keys", "small"], [jnp.float16, jnp.float32])
+        ),
     ],
 )
 def test_the_compiled_step_works_in_place(name, dtype):
@@ -476,7 +480,9 @@ def context_of(config, query, keys_seen, lengths, positions):
     return Context(jnp.ones(positions.shape, bool), jnp.asarray(queries), jnp.asarray(attention))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [*(name for name in METHODS if name != "output-aware, centred"), *exhaustive("output-aware, centred")]
+)
 def test_methods_prune_prompts_and_groups_as_their_rule_says(name):
     """A prompt, then tokens until a group has left: both are pruned by the rule on what there was at that time."""
     config, prompt, steps = METHODS[name], 130, 64

@@ -165,7 +165,7 @@ FURTHER += [
     "dense keys, values in 2 bits",
 ]
 """Each differs from another case in a size or two, and compiles for seconds."""
-FURTHER_OF_TRITON = ["8 bits", "keys in 2 bits, values in 8", "balanced, window"]
+FURTHER_OF_TRITON = ["8 bits", "keys in 2 bits, values in 8", "balanced, window", "recommended", "dense keys"]
 """The same, interpreted by Triton's kernels."""
 
 
@@ -393,7 +393,7 @@ def test_a_row_that_is_not_finite_makes_its_sequence_so_and_no_other(side, kerne
 
 
 CACHES = {  # config, capacity, lengths, window
-    "centred": (mj.CompressionConfig.recommended(0.7, 0.5), 1000, [1000, 63], None),
+    "recommended": (mj.CompressionConfig.recommended(0.7, 0.5), 1000, [1000, 63], None),
     "window": (mj.CompressionConfig(0.5, 0.7, residual_length=100, group=64, sink_tokens=3), 384, [301, 167], 250),
     "dense keys": (mj.CompressionConfig.recommended(0, 0.7), 160, [160, 1], 100),
     "too short to pack": (mj.CompressionConfig(), 40, [40, 0], None),
