@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 
 import jax
@@ -103,7 +104,7 @@ def poisoned(cache):
 @given(
     seed=st.integers(0, 2**32 - 1),
     lengths=st.lists(st.integers(0, PROMPT), min_size=BATCH, max_size=BATCH),
-    window=st.sampled_from([None, 1, 48, 200]),
+    window=st.sampled_from([None, 1, 200]),  # each is compiled: of none, in the ring, and beyond it
 )
 @pytest.mark.parametrize(
     "name",
@@ -138,8 +139,18 @@ def test_what_is_not_a_number_comes_out_as_such(name):
     assert np.isfinite(out[[0, 2]]).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["dense", "recommended", "small", *exhaustive("fast")])
+HALVES = [dtype for dtype in DTYPES if dtype != jnp.float32]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(["dense"], DTYPES),
+        *itertools.product(["recommended", "small"], HALVES),
+        # in float32, the test above has them
+        *exhaustive(*itertools.product(["fast"], HALVES), *itertools.product(["recommended", "small"], [jnp.float32])),
+    ],
+)
 def test_equals_dense_attention_in_every_dtype(name, dtype):
     rng = np.random.default_rng(1)
     cache = filled(CONFIGS[name], [300, 63, 1], rng, dtype)
@@ -149,7 +160,7 @@ def test_equals_dense_attention_in_every_dtype(name, dtype):
     assert rms_error_ratio(out, attention_on_dense(query, *to_dense(cache))) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (96, 4), (128, 16), (256, 3)])
+@pytest.mark.parametrize(("head_dim", "group"), [(96, 4), (128, 16), (256, 1), *exhaustive((64, 1), (256, 3))])
 def test_every_head_dim_and_group(head_dim, group):
     rng = np.random.default_rng(2)
     cache = filled(CONFIGS["small" if head_dim == 96 else "recommended"], [300, 32, 100], rng, head_dim=head_dim)

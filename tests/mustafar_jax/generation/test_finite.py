@@ -12,7 +12,7 @@ import mustafar_jax as mj
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.text import Returned
 from mustafar_jax.models import Llama
-from tests.helpers import CONFIGS
+from tests.helpers import CONFIGS, exhaustive
 from tests.mustafar_jax.generation.setting import LENGTHS, PROMPTS, TINY, Context, Lookup, counting
 
 NEW = 40
@@ -73,7 +73,7 @@ def poisoned(one_layer) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("name", ["dense", "published", "recommended", "pruned in 8 bits"])
+@pytest.mark.parametrize("name", ["dense", "recommended", "pruned in 8 bits", *exhaustive("published")])
 def test_one_sequence_s_nan_does_not_touch_the_others(poisoned, name):
     clean = np.where(PROMPTS == 60, 59, PROMPTS)
     options: dict[str, Any] = {"lengths": LENGTHS, "max_new_tokens": NEW, "config": CONFIGS[name]}
