@@ -1,7 +1,12 @@
 """What the kernels ask of rows, whichever backend lowers them."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Set
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from mustafar_jax.operands import PackedAttention, Tail
 from mustafar_jax.rows import Rows
@@ -11,6 +16,11 @@ def is_dense(rows: Rows) -> bool:
     """Whether rows are an ordinary array."""
     return rows.bitmap is None and rows.is_plain
 
+
+_MOST_NEW = 32
+"""New tokens of each sequence: for more, reading a cache once for every 16 queries takes longer than other ways."""
+_MOST_QUERIES = 16
+"""Query heads of a KV head that a kernel takes: the rows of a matrix product."""
 
 Codes = Set[tuple[bool, int]]
 """Codes that kernels take: (whether they stand behind a bitmap, bits)."""
@@ -50,16 +60,34 @@ def why_not_attend(
     query = operands.query
     if operands.soft_cap is not None:
         return f"the kernels have no soft cap; got logits_soft_cap={operands.soft_cap}"
-    if operands.return_lse:
-        return "the kernels do not give the log-sum-exp of scores"
-    if operands.new:
-        return "the kernels attend one token of each sequence"
+    if operands.new > _MOST_NEW:
+        return f"the kernels attend up to {_MOST_NEW} new tokens at once; got {operands.new}"
+    if operands.new and operands.window is not None:
+        return f"the kernels attend several new tokens without a sliding window; got sliding_window={operands.window}"
+    queries = min(query.shape[2], _MOST_QUERIES) if operands.new else query.shape[2]
     reasons = [
-        why_not(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=query.shape[2]),
+        why_not(dtype=query.dtype, head_dim=query.shape[3], queries_per_head=queries),
         why_not_rows(operands.key, query.dtype, key_codes),
         why_not_rows(operands.value, query.dtype, value_codes),
     ]
     return next((reason for reason in reasons if reason), None)
+
+
+def by_queries(attend: Callable[[PackedAttention], Any], operands: PackedAttention) -> Any:
+    """Attend queries of several new tokens, all of which see the same, some at a time, as one token's query heads.
+
+    Args:
+        attend: with `operands.return_lse` gives float32 [B, K, G] beside what it gives anyway, [B, K, G, H].
+        operands: of any number of queries.
+    """
+    count = operands.query.shape[2]
+    parts = -(-count // _MOST_QUERIES)
+    if parts == 1:
+        return attend(operands)
+    edges = [part * count // parts for part in range(parts + 1)]  # as even as can be, so few kernels are compiled
+    pieces = [operands.query[:, :, first:last] for first, last in itertools.pairwise(edges)]
+    found = [attend(dataclasses.replace(operands, query=piece)) for piece in pieces]
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
 
 
 def check_tail(tail: Tail, dtype: Any) -> None:

@@ -1,6 +1,7 @@
 """What the Mosaic GPU kernels do for the library, and what they cannot."""
 
-import jax
+import functools
+from typing import Any
 
 from mustafar_jax.backend import Backend, Operation, missing_from_jax
 from mustafar_jax.operands import PackedAttention
@@ -21,11 +22,12 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     return BOTH_DENSE if is_dense(operands.key) and is_dense(operands.value) else None
 
 
-def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:
+def attend(operands: PackedAttention, *, interpret: bool = False) -> Any:
     """Attend a packed cache; `interpret` runs the kernel as numpy, anywhere."""
     from mustafar_jax.pallas_kernels.mosaic.decode_attention import decode_attention
+    from mustafar_jax.pallas_kernels.rows import by_queries
 
-    return decode_attention(operands, interpret=interpret)
+    return by_queries(functools.partial(decode_attention, interpret=interpret), operands)
 
 
 MOSAIC_GPU = Backend(name="mosaic_gpu", needs_cuda=True, attend_packed=Operation(attend, _why_not_attend))

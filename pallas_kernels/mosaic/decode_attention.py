@@ -34,7 +34,7 @@ BOTH_DENSE = "the Mosaic GPU kernels want keys or values pruned or coded; here b
 
 def decode_attention(
     operands: PackedAttention, *, params: launch.MosaicParams | None = None, interpret: bool = False
-) -> jax.Array:
+) -> Any:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
     The packed rows are attended here; `merge`, a second kernel, merges the blocks' results and attends the rest.
@@ -46,7 +46,8 @@ def decode_attention(
         interpret: run as numpy and plain JAX, anywhere.
 
     Returns:
-        [B, K, G, H] of the query's dtype; zeros where nothing is visible.
+        [B, K, G, H] of the query's dtype; zeros where nothing is visible. Where `operands.return_lse` that and the
+        log-sum-exp of the scores, float32 [B, K, G], -inf where nothing is visible.
 
     Raises:
         NotImplementedError: see `lowering.check_supported`; also for plain rows without a bitmap on both sides, for
@@ -79,6 +80,7 @@ def decode_attention(
         scale=scale,
         window=operands.window,
         turned=operands.turned_values,
+        return_lse=operands.return_lse,
         interpret=interpret,
     )
 

@@ -30,8 +30,9 @@ def merge(
     scale: float,
     window: int | None,
     turned: bool = False,
+    return_lse: bool = False,
     interpret: bool = False,
-) -> jax.Array:
+) -> Any:
     """Merge splits with attention over the dense slots, and normalise.
 
     Args:
@@ -40,9 +41,10 @@ def merge(
         tail: the dense slots.
         lengths, packed_lengths, scale, window, interpret: as in `decode_attention`.
         turned: whether the splits are of values as `rotation.turn` gives them; the dense slots are not.
+        return_lse: whether to give the log-sum-exp of the scores, too.
 
     Returns:
-        [B, K, G, H] of the query's dtype; zeros where nothing is visible.
+        As `decode_attention`.
     """
     batch, kv_heads, group, head_dim = query.shape
     slots, count = tail.key.shape[2], splits[0].shape[1] if splits else 0
@@ -57,28 +59,32 @@ def merge(
         scale=scale * math.log2(math.e),
         window=window,
         turned=turned,
+        return_lse=return_lse,
     )
     whole = [x.astype(jnp.int32) for x in (lengths, packed_lengths)]
-    [out] = lowering.kernel_call(
+    shapes = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
+    shapes += [jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)] * return_lse
+    found = lowering.kernel_call(
         functools.partial(merge_block, plan=plan),
         *(x.reshape(-1) for x in (*whole, query, tail.key, tail.value, *splits)),
-        out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
+        out_shape=shapes,
         blocks=batch * kv_heads * plan.shares,
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
         dtype=query.dtype,
         interpret=interpret,
     )
-    return out
+    return tuple(found) if return_lse else found[0]
 
 
 def merge_block(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     """Some query heads of one KV head.
 
     refs: lengths and packed lengths int32 [B], query [B, K, G, H], key and value [B, K, slots, H]; if there are splits
-    out [heads, splits, G, H], m and l [heads, splits, G]; the result [B, K, G, H].
+    out [heads, splits, G, H], m and l [heads, splits, G]; the results [B, K, G, H] and, if wanted, [B, K, G].
     """
-    lengths, packed_lengths, query, key, value, *splits, result = refs
+    lengths, packed_lengths, query, key, value, *rest = refs
+    splits, (result, *lse) = rest[: 3 * (plan.splits > 0)], rest[3 * (plan.splits > 0) :]
     block = w.block()
     head, share = block // plan.shares, block % plan.shares
     length, packed = (w.load(x, (head // plan.kv_heads) << 2, 1, early=True)[0] for x in (lengths, packed_lengths))
@@ -87,6 +93,7 @@ def merge_block(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     rows = Splits(w, splits, head, share, plan) if splits else None
     begun = rows.load(turned) if rows else []
     query, result = (w.row(x, block, plan.queries * plan.head_dim * 2) for x in (query, result))
+    lse = [w.row(x, block, plan.queries * 4) for x in lse]
     key, value = (w.row(x, head, plan.slots * plan.head_dim * 2) for x in (key, value))
     slots = Slots(w, query, key, value, length, packed, plan)
 
@@ -100,7 +107,7 @@ def merge_block(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
         return []
 
     def finish(_: list[Register]) -> list[Register]:
-        merge_parts(w, shared, result, plan)
+        merge_parts(w, shared, result, lse, plan)
         return []
 
     w.branch(w.warp() < plan.of_slots, [], attend)
@@ -110,7 +117,7 @@ def merge_block(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     w.branch(w.warp() * LANES < plan.queries * plan.head_dim // 4, [], finish)
 
 
-def merge_parts(w: Warp, shared: Register, result: Any, plan: Plan) -> None:
+def merge_parts(w: Warp, shared: Register, result: Any, lse: list[Any], plan: Plan) -> None:
     """Merge what the block's warps have published, normalise it and write it; a lane has 4 channels of a query head."""
     item = w.warp() * LANES + w.lane()
     there = item < plan.queries * plan.head_dim // 4
@@ -127,7 +134,12 @@ def merge_parts(w: Warp, shared: Register, result: Any, plan: Plan) -> None:
     if plan.turned and plan.splits:
         m, l, out = combined(w, parts[plan.of_slots :])  # noqa: E741
         parts[plan.of_slots :] = [Part(m, l, hadamard.turn_back(w, out, plan.head_dim // 4))]
-    _, total, out = combined(w, parts)
+    largest, total, out = combined(w, parts)
     factor = w.reciprocal(w.select(total > 0, total, w.number(1)))
     for n in range(0, 4, 2):
         w.store(result, (item << 3) + 2 * n, w.pack_pair(*(x * factor for x in out[n : n + 2])), where=there)
+    for of_heads in lse:  # m and l are to base 2
+        found = (largest + w.log2(total)) * math.log(2)
+        found = w.select(total == 0.0, w.number(-math.inf), found)  # what is not a number stays so
+        first = there & (item % (plan.head_dim // 4) == 0)
+        w.store(of_heads, item // (plan.head_dim // 4) << 2, w.as_bits(found), where=first)

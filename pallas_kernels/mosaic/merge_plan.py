@@ -30,6 +30,7 @@ class Plan:
         slots, sinks: as in `Tail`.
         splits: how many; 0 for none.
         turned: whether what the splits sum up is held as `rotation.turn` gives it.
+        return_lse: whether the log-sum-exp of the scores is a result, too.
     """
 
     head_dim: int
@@ -42,6 +43,7 @@ class Plan:
     scale: float
     window: int | None
     turned: bool = False
+    return_lse: bool = False
 
     @property
     def shares(self) -> int:

@@ -1,6 +1,8 @@
 """What the Triton kernels do for the library, and what they cannot."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,12 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     return reason or why_not_rows(operands.key, operands.value)
 
 
-def attend(operands: PackedAttention, *, interpret: bool = False) -> jax.Array:
+def attend(operands: PackedAttention, *, interpret: bool = False) -> Any:
     """Attend a packed cache; `interpret` runs the kernels as plain JAX, anywhere."""
+    from mustafar_jax.pallas_kernels.rows import by_queries
     from mustafar_jax.pallas_kernels.triton.decode_attention import decode_attention
 
-    return decode_attention(operands, interpret=interpret)
+    return by_queries(functools.partial(decode_attention, interpret=interpret), operands)
 
 
 def _why_not_pack(packing: Packing) -> str | None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from mustafar_jax.rows import Rows
 
 def decode_attention(
     operands: PackedAttention, *, params: launch.DecodeParams | None = None, interpret: bool = False
-) -> jax.Array:
+) -> Any:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
     For the packed rows, each block of 128 threads takes 128 tokens at a time (`tile`; `coded_attention` where they are
@@ -39,7 +40,8 @@ def decode_attention(
         interpret: run as plain JAX, anywhere.
 
     Returns:
-        [B, K, G, H] of the query's dtype; zeros where nothing is visible.
+        [B, K, G, H] of the query's dtype; zeros where nothing is visible. Where `operands.return_lse` that and the
+        log-sum-exp of the scores, float32 [B, K, G], -inf where nothing is visible.
 
     Raises:
         NotImplementedError: see `language.check_supported` and `why_not_rows`; also for values or keys of another dtype
@@ -79,6 +81,7 @@ def decode_attention(
         scale=scale,
         window=operands.window,
         turned=operands.turned_values,
+        return_lse=operands.return_lse,
         interpret=interpret,
     )
 

@@ -33,8 +33,9 @@ def merge(
     scale: float,
     window: int | None,
     turned: bool = False,
+    return_lse: bool = False,
     interpret: bool = False,
-) -> jax.Array:
+) -> Any:
     """Merge splits with attention over the dense slots, and normalise. A block takes one query head.
 
     Args:
@@ -43,9 +44,10 @@ def merge(
         tail: the dense slots.
         lengths, packed_lengths, scale, window, interpret: as in `decode_attention`.
         turned: whether the splits are of values as `rotation.turn` gives them; the dense slots are not.
+        return_lse: whether to give the log-sum-exp of the scores, too.
 
     Returns:
-        [B, K, G, H] of the query's dtype; zeros where nothing is visible.
+        As `decode_attention`.
     """
     batch, kv_heads, group, head_dim = query.shape
     heads = batch * kv_heads
@@ -58,17 +60,19 @@ def merge(
         count = splits[0].shape[1]
         specs.append(pl.BlockSpec((None, count, None, head_dim), lambda g, head: (head, 0, g, 0)))
         specs += [pl.BlockSpec((None, count, None), lambda g, head: (head, 0, g))] * 2
-    out = tl.pallas_call(
-        functools.partial(_kernel, sinks=tail.sinks, scale=scale, window=window, turned=turned),
+    result = jax.ShapeDtypeStruct((heads, group, head_dim), query.dtype)
+    outs = tl.pallas_call(
+        functools.partial(_kernel, splits=len(splits), sinks=tail.sinks, scale=scale, window=window, turned=turned),
         name="merge",
         num_warps=4,
         interpret=interpret,
         grid=(group, heads),
         in_specs=specs,
-        out_specs=of_query,
-        out_shape=jax.ShapeDtypeStruct((heads, group, head_dim), query.dtype),
+        out_specs=[of_query, *[pl.BlockSpec((None, None, 1), lambda g, head: (head, g, 0))] * return_lse],
+        out_shape=[result, *[jax.ShapeDtypeStruct((heads, group, 1), jnp.float32)] * return_lse],
     )(*operands)
-    return out.reshape(query.shape)
+    out = outs[0].reshape(query.shape)
+    return (out, outs[1].reshape(query.shape[:3])) if return_lse else out
 
 
 def _kernel(
@@ -77,14 +81,15 @@ def _kernel(
     q_ref: tl.Ref,  # [H]
     key_ref: tl.Ref,  # [slots, H]
     value_ref: tl.Ref,  # [slots, H]
-    *refs: tl.Ref,  # out [splits, H], m [splits] and l [splits], if any; the result [H]
+    *refs: tl.Ref,  # out [splits, H], m [splits] and l [splits], if any; the results [H] and, if wanted, [1]
+    splits: int,
     sinks: int,
     scale: float,
     window: int | None,
     turned: bool,
 ) -> None:
     """One query head."""
-    *split_refs, result_ref = refs
+    split_refs, (result_ref, *lse_refs) = refs[:splits], refs[splits:]
     slots, head_dim = key_ref.shape
     length, packed = length_ref[0], packed_ref[0]
     channel = jnp.arange(head_dim)[None, :]
@@ -125,8 +130,11 @@ def _kernel(
         state = largest, total, _turn_back(out)
     elif split_refs:
         sources.append((splits_from, range(split_refs[1].shape[0])))
-    _, total, out = _over_all([(load, what) for load, what in sources if what], state)
+    largest, total, out = _over_all([(load, what) for load, what in sources if what], state)
     result_ref[...] = (out / jnp.where(total > 0, total, 1)).astype(result_ref.dtype)
+    for lse_ref in lse_refs:  # what is not a number stays so
+        lse = jnp.where(total == 0, -jnp.inf, largest + jnp.log(jnp.where(total == 0, 1, total)))
+        lse_ref[...] = jnp.broadcast_to(lse, (1,))
 
 
 def _over_all(sources: list[tuple[Callable[[Any, int, int], Callable[[], _Parts]], range]], state: _State) -> _State:

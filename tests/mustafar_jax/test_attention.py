@@ -22,6 +22,7 @@ from mustafar_jax import (
     prefill,
     prefill_attention,
 )
+from mustafar_jax.attention import decode_operands
 from mustafar_jax.backend import Operation
 from mustafar_jax.backends import registry
 from mustafar_jax.cache import PackedCache, Store
@@ -298,13 +299,16 @@ def test_soft_caps_that_are_none(soft_cap):
 
 
 def test_what_kernels_cannot_do_they_say():
-    """A cap, the log-sum-exp."""
+    """A cap; several tokens with a window, or very many; cuDNN's log-sum-exp."""
     query, cache = jnp.ones((BATCH, 6, HEAD_DIM), jnp.bfloat16), empty(CONFIGS["recommended"], jnp.bfloat16)
+    several = jnp.ones((BATCH, cache.num_kv_heads, 24, HEAD_DIM), jnp.bfloat16)
     for name in ("triton", "mosaic_gpu"):
         with pytest.raises(NotImplementedError, match=r"the kernels have no soft cap; got logits_soft_cap=50\.0"):
             decode_attention(query, cache, logits_soft_cap=50, implementation=name)
-        with pytest.raises(NotImplementedError, match="the kernels do not give the log-sum-exp of scores"):
-            decode_attention(query, cache, return_lse=True, implementation=name)
+        backend = registry.BACKENDS[name]
+        for window, new, reason in ((90, 8, "without a sliding window; got sliding_window=90"), (None, 33, "got 33")):
+            operands = decode_operands(several, cache, 1.0, window, return_lse=True, new=new)
+            assert reason in backend.attend_packed.why_not(operands)
     lengths, prompt = jnp.ones(BATCH, jnp.int32), jnp.ones((BATCH, 8, 2, HEAD_DIM), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="jax's cuDNN attention has no soft cap"):
         prefill_attention(prompt, prompt, prompt, lengths, logits_soft_cap=50, implementation="cudnn")

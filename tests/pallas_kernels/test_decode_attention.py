@@ -12,6 +12,7 @@ import pytest
 
 import mustafar_jax as mj
 from mustafar_jax.attention import decode_operands
+from mustafar_jax.backends.xla.attention import attend_packed
 from mustafar_jax.operands import Mean, PackedAttention, Tail, restored
 from mustafar_jax.pallas_kernels.mosaic import backend as mosaic_backend
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as mosaic_decode_attention
@@ -449,6 +450,29 @@ def test_attends_a_cache_as_xla_does(name, kernel, interpret):
     assert rms_error_ratio(actual[some], expected[some]) < TOLERANCE[jnp.dtype(F16)]
 
 
+SEVERAL = {name: CACHES[name] for name in ("fast", "small")}
+
+
+@pytest.mark.parametrize(("name", "kernel", "interpret"), runs_of(SEVERAL, triton_attends))
+def test_several_new_tokens_see_what_is_held(name, kernel, interpret):
+    """As XLA has them, with the log-sum-exp of their scores; more queries than a kernel takes at once, and no token."""
+    cache, *_ = filled_cache(name)
+    cache = dataclasses.replace(cache, lengths=jnp.array([0, CACHES[name][2][0]], jnp.int32))
+    query = jnp.asarray(np.random.default_rng(6).standard_normal((2, 1, 7 * 3, 64)), F16)
+
+    def attend_with(attend, query, cache):
+        return attend(decode_operands(query, cache, 64**-0.5, None, return_lse=True, new=7))
+
+    by_kernel = functools.partial(attend_with, functools.partial(kernel.backend.attend, interpret=interpret))
+    out, lse = map(np.asarray, jit(by_kernel, interpret=interpret)(query, cache))
+    expected, wanted = map(np.asarray, jit(functools.partial(attend_with, attend_packed), interpret=True)(query, cache))
+    assert rms_error_ratio(out[1], expected[1]) < TOLERANCE[jnp.dtype(F16)]
+    np.testing.assert_allclose(lse[1], wanted[1], atol=2e-3)
+    assert (out[0] == 0).all()
+    assert np.isneginf(lse[0]).all()
+    assert np.isneginf(wanted[0]).all()
+
+
 SLOTS = {"dense": lambda _: 0, "in eights": lambda h: h // 4 + 8, "in fours": lambda h: h // 4 + 4, "all": lambda h: h}
 CODES = {f"{bits} bits": lambda _, bits=bits: str(bits) for bits in (8, 4, 2)}
 PRUNED_CODES = {"pruned in 4 bits": lambda h: (h // 4 + 4, 4)}
@@ -502,6 +526,7 @@ def abstract_call(
     def call(query, key, value, dense, mean, lengths):
         tail, mean = Tail(dense, dense, sinks), Mean(mean, rope_frequencies(head_dim), sinks) if centred else None
         flags = {"scale": 0.1, "window": window, "turned_keys": turned, "turned_values": turned}
+        flags["return_lse"] = sinks > 0
         operands = PackedAttention(query, key, value, tail, lengths, lengths, mean, **flags)
         return kernel.module.decode_attention(operands, params=params)
 
