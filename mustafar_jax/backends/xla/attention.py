@@ -108,4 +108,4 @@ def _visible(operands: DenseAttention | PackedAttention, queries: Queries, posit
 
 
 def _scoring(operands: DenseAttention | PackedAttention) -> Scoring:
-    return Scoring(operands.scale, operands.soft_cap)
+    return Scoring.of(operands, tokens=max(1, operands.new))

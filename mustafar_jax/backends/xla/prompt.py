@@ -49,7 +49,7 @@ def _attend_in_tiles(operands: PromptAttention) -> Attended:
         def see(key: jax.Array) -> jax.Array:
             return (queries.position[..., None] >= key[:, None]) & queries.within(operands.window, key)
 
-        return over_keys(queries, operands.key, operands.value, see, Scoring(operands.scale, operands.soft_cap))
+        return over_keys(queries, operands.key, operands.value, see, Scoring.of(operands, tokens=length))
 
     found = in_parts(attend, Queries(by_head.reshape(batch, kv_heads, -1, head_dim), position))
 

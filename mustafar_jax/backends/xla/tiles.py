@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mustafar_jax.backend import Attended
+from mustafar_jax.operands import DenseAttention, PackedAttention, PromptAttention
 
 TILE = 128
 """Tokens that are unpacked at a time for the queries of one token; a multiple of 32."""
@@ -64,15 +65,32 @@ class Queries(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How a score comes of a query and a key: `PromptAttention`'s scale and soft_cap. Static."""
+    """How a score comes of a query and a key. Static.
+
+    Attributes:
+        scale, soft_cap: as in `PromptAttention`.
+        precision: of products with keys and with values.
+    """
 
     scale: float
     soft_cap: float | None
+    precision: lax.Precision = lax.Precision.HIGHEST
+
+    @classmethod
+    def of(cls, operands: PromptAttention | DenseAttention | PackedAttention, *, tokens: int) -> "Scoring":
+        """That of the queries of so many tokens.
+
+        Several 16-bit tokens are multiplied as the device likes to: a GPU rounds float32 operands to TF32 then, which
+        has float16's 11 significant bits, and takes a tenth of the time.
+        """
+        is_exact = tokens == 1 or operands.query.dtype == jnp.float32
+        precision = lax.Precision.HIGHEST if is_exact else lax.Precision.DEFAULT
+        return cls(operands.scale, operands.soft_cap, precision)
 
     def scores(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """float32 [B, K, Q, T] of [B, K, Q, H] and [B, K, T, H]."""
         both = query.astype(jnp.float32), key.astype(jnp.float32)
-        scores = jnp.einsum("bkqh,bkth->bkqt", *both, precision=lax.Precision.HIGHEST) * self.scale
+        scores = jnp.einsum("bkqh,bkth->bkqt", *both, precision=self.precision) * self.scale
         return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
 
 
@@ -99,7 +117,7 @@ def attend_tile(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax
     weights = jnp.where(seen, jnp.exp(scores - m[..., None]), 0)
     # A weight of 0 does not silence a NaN value; the value itself must go.
     value = jnp.where(visible.any(axis=1)[:, None, :, None], value, 0).astype(jnp.float32)
-    out = jnp.einsum("bkqt,bkth->bkqh", weights, value, precision=lax.Precision.HIGHEST)
+    out = jnp.einsum("bkqt,bkth->bkqh", weights, value, precision=scoring.precision)
     return Partial(out, m, weights.sum(axis=-1))
 
 
