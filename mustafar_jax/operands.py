@@ -58,13 +58,22 @@ class Mean(NamedTuple):
 
     def _by_speed(self, fast: Any, slow: Any) -> Any:
         numbers = np if isinstance(fast, np.ndarray) else jnp
-        is_fast = np.arange(self.inv_freq.size) < self.fast_pairs
+        is_fast = _beneath(np.arange(self.inv_freq.size) < self.fast_pairs, fast.ndim)
         return numbers.where(is_fast, fast[..., None], slow[..., None])
 
     def at(self, positions: jax.Array) -> jax.Array:
         """The mean as rows at positions [B or 1, n] lack it; float32 [B, K, n, H]."""
-        places = (self.offset + self.places(positions - self.offset)).astype(jnp.float32)
-        return rotate_by(self.key[:, :, None], (places * self.inv_freq)[:, None])
+        return rotate_by(self.key[:, :, None], self.angles(self.places(positions - self.offset))[:, None])
+
+    def angles(self, places: jax.Array | np.ndarray) -> jax.Array:
+        """Float32 [..., H / 2], radians: of positions `offset` + places [..., H / 2]."""
+        positions = jnp.asarray(self.offset + places, jnp.float32)
+        return positions * _beneath(self.inv_freq, positions.ndim - 1)
+
+
+def _beneath(x: np.ndarray, axes: int) -> np.ndarray:
+    """With so many axes before the last one: jax may be told to promote no ranks."""
+    return x.reshape((1,) * axes + x.shape)
 
 
 def restored(rows: Rows, *, turned: bool, mean: Mean | None = None, start: jax.Array | int = 0) -> jax.Array:

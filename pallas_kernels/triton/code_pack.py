@@ -182,7 +182,7 @@ def _mean_operands(code: Code) -> list[tuple[jax.Array, pl.BlockSpec]]:
     if code.mean is None:
         return []
     mean, groups = code.mean, np.arange(code.target.padded_length // WORD)
-    to_group = jnp.asarray(mean.offset + groups * WORD, jnp.float32)[:, None] * mean.inv_freq
+    to_group = mean.angles(np.repeat(groups[:, None] * WORD, mean.inv_freq.size, axis=1))
     to_token = mean.places(np.arange(WORD)).astype(np.float32) * mean.inv_freq
     tables = (
         jnp.stack([jnp.cos(to_group), jnp.sin(to_group)], axis=1),

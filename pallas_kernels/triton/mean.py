@@ -43,7 +43,7 @@ class Centre:
             `TileReader.times_table`, of H rows, a pair's cosine and its sine after each other, times _UNIT.
         """
         starts = np.arange(splits)[:, None] * (self.tiles_per_split * TOKENS) + self.rotations.tokens[None]
-        angle = (mean.offset + jnp.asarray(mean.bases(starts))).astype(jnp.float32) * mean.inv_freq
+        angle = mean.angles(mean.bases(starts))
         of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
         row, token = self.reader.table_order(self.rotations)
         pair = row >> 1
