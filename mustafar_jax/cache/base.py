@@ -17,7 +17,7 @@ from mustafar_jax.rows import Rows
 COUNTS = ["lengths", "overflow"]
 """The arrays of every cache, as fields of its pytree."""
 
-STATIC = ["config", "capacity", "num_kv_heads", "head_dim", "dtype"]
+STATIC = ["config", "capacity", "head_dim", "dtype"]
 """The static fields of every cache."""
 
 
@@ -50,14 +50,16 @@ class LayerCache:
             needed more than `config.v_slots`; what did not fit of it is missing.
         config: how the cache is compressed.
         capacity: tokens that fit per sequence: sinks, packed and recent ones together.
-        num_kv_heads, head_dim, dtype: of the keys and values.
+        head_dim, dtype: of the keys and values.
+
+    `batch`, `num_kv_heads` and the bytes come from the arrays' shapes, so they are also right where the arrays have
+    axes before the batch's, as under `jax.vmap` and for caches stacked over layers, or fewer heads on each device.
     """
 
     lengths: jax.Array
     overflow: jax.Array
     config: CompressionConfig
     capacity: int
-    num_kv_heads: int
     head_dim: int
     dtype: np.dtype[Any]
 
@@ -98,8 +100,13 @@ class LayerCache:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
-        return self.lengths.shape[0]
+        """Sequences; of stacked caches, those of each."""
+        return self.lengths.shape[-1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +117,20 @@ class LayerCache:
     @property
     def dense_nbytes(self) -> int:
         """Bytes that the keys and values of a dense cache of this capacity take."""
-        return 2 * self.batch * self.capacity * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.lengths.size * self.capacity * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def __repr__(self) -> str:
         """One line: what it is, not what it holds."""
-        sizes = f"batch={self.lengths.shape[0] if np.ndim(self.lengths) else None}, capacity={self.capacity}"
-        heads = f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, dtype={np.dtype(self.dtype).name}"
-        return f"{type(self).__name__}({sizes}, {heads}, {self.config})"
+        sizes = ", ".join(f"{name}={self._size(name)}" for name in ("batch", "num_kv_heads"))
+        static = f"capacity={self.capacity}, head_dim={self.head_dim}, dtype={np.dtype(self.dtype).name}"
+        return f"{type(self).__name__}({sizes}, {static}, {self.config})"
+
+    def _size(self, name: str) -> int | None:
+        """What arrays' shapes tell; None in a tree that holds something else in their place."""
+        try:
+            return int(getattr(self, name))
+        except (AttributeError, IndexError):
+            return None
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The keys and values that attention sees, [B, capacity, K, H], zero from each length on; and the lengths.
@@ -260,6 +274,14 @@ def append(
 
 
 def check_cache(cache: Any) -> None:
-    """Raise TypeError for what is no cache, such as the argument that is to come before or after it."""
+    """Raise TypeError for what is no cache, such as the argument that is to come before or after it.
+
+    ValueError for stacked caches.
+    """
     if not isinstance(cache, LayerCache):
         raise TypeError(f"cache is of type {type(cache).__name__}; wanted a LayerCache")
+    if len(cache.lengths.shape) != 1:
+        raise ValueError(
+            f"cache has lengths of shape {list(cache.lengths.shape)}, as stacked caches have; wanted one cache, [B]: "
+            f"take one by jax.tree.map, or all by jax.vmap or jax.lax.scan"
+        )

@@ -22,6 +22,11 @@ class DenseCache(LayerCache):
     key: jax.Array
     value: jax.Array
 
+    @property
+    def num_kv_heads(self) -> int:
+        """See `LayerCache.num_kv_heads`."""
+        return self.key.shape[-2]
+
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
         held = (jnp.arange(self.capacity)[None] < self.lengths[:, None])[..., None, None]

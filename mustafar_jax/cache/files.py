@@ -99,7 +99,8 @@ def _about(cache: LayerCache) -> dict[str, Any]:
     queries = getattr(cache, "queries", None)
     return {
         "config": dataclasses.asdict(cache.config),
-        "batch": int(cache.lengths.shape[0]),
+        "batch": int(cache.batch),
+        "num_kv_heads": int(cache.num_kv_heads),
         **{name: int(size) for name, size in sizes.items()},
         "dtype": np.dtype(cache.dtype).name,
         "num_heads": None if queries is None else int(queries.shape[1]),

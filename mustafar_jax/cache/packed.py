@@ -75,6 +75,11 @@ class PackedCache(LayerCache):
     inv_freq: tuple[float, ...] | None
 
     @property
+    def num_kv_heads(self) -> int:
+        """See `LayerCache.num_kv_heads`."""
+        return self.keys.dense.shape[-3]
+
+    @property
     def ring(self) -> Ring:
         """Where tokens that are not packed lie."""
         return Ring.of(self.config, self.capacity)

@@ -713,6 +713,27 @@ def test_bad_keys_and_values(name, error, message, call):
         call(empty(CONFIGS[name]))
 
 
+@pytest.mark.parametrize("name", ["dense", "recommended", "fast"])
+def test_sizes_of_stacked_caches(name):
+    """Whether they were stacked, made under vmap, or are known by their shapes alone; a trace of vmap sees one."""
+    one = empty(CONFIGS[name])
+    seen = []
+
+    def make(_):
+        seen.append(empty(CONFIGS[name]))
+        return seen[0]
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, one, one)
+    for three in (stacked, jax.vmap(make)(jnp.arange(3)), jax.eval_shape(lambda: stacked)):
+        assert (three.batch, three.num_kv_heads) == (BATCH, KV_HEADS)
+        assert (three.nbytes, three.dense_nbytes) == (3 * one.nbytes, 3 * one.dense_nbytes)
+        assert repr(three) == repr(one)
+    assert (seen[0].batch, seen[0].nbytes, seen[0].dense_nbytes) == (BATCH, one.nbytes, one.dense_nbytes)
+    assert "batch=None, num_kv_heads=None" in repr(jax.tree.map(lambda leaf: None, one))
+    with pytest.raises(ValueError, match=r"cache has lengths of shape \[3, 2\], as stacked caches have; wanted one"):
+        append(stacked, KEY[:, 0], KEY[:, 0])
+
+
 @pytest.mark.parametrize("config", [CompressionConfig(0, 0), CompressionConfig.recommended()])
 def test_no_two_arrays_of_an_empty_cache_share_a_buffer(config):
     """Else it could not be donated."""
