@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mustafar_jax import interop
 from mustafar_jax.attention import decode_attention, prefill_attention
 from mustafar_jax.blocks import attend
-from mustafar_jax.cache import LayerCache, append, load_cache, prefill, repeat, save, truncate
+from mustafar_jax.cache import LayerCache, append, check_rope, load_cache, prefill, repeat, save, truncate
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.explain import Explanation, explain
 from mustafar_jax.generation import Generation, generate, log_likelihoods, stream
@@ -27,6 +27,7 @@ __all__ = [
     "Rows",
     "append",
     "attend",
+    "check_rope",
     "decode_attention",
     "explain",
     "generate",

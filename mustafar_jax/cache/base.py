@@ -85,6 +85,7 @@ class LayerCache:
             head_dim: entries of a key or value vector; a multiple of 32 where they are pruned.
             dtype: bfloat16, float16 or float32.
             inv_freq: the model's RoPE frequencies, concrete float32 [head_dim / 2]; needed for `center_keys`.
+                `check_rope` tells whether keys follow them.
             num_heads: query heads, a multiple of the KV heads; needed for methods that score with queries.
 
         Raises:

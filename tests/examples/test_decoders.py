@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import mustafar_jax as mj
-from mustafar_jax.rope import rotate
 from tests.helpers import exhaustive
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
@@ -50,12 +49,17 @@ def linen_decoder():
     return module, generate, whole
 
 
-def test_permuted_channels_are_rotated_as_the_cache_wants():
-    module = example("nnx_decoder")
-    inv_freq, positions = module.Config(**SIZES).inv_freq, jnp.arange(5)[None]
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, SIZES["head_dim"])), jnp.float32)
-    ours = rotate(module.half_split(x), positions[..., None], jnp.asarray(inv_freq))
-    np.testing.assert_allclose(module.half_split(module.rope(x, positions, inv_freq)), ours, atol=1e-5)
+@pytest.mark.parametrize("name", ["nnx_decoder", "linen_decoder"])
+def test_keys_are_rotated_as_the_cache_wants(name):
+    module = example(name)
+    inv_freq = module.Config(**SIZES).inv_freq
+    key = jnp.asarray(np.random.default_rng(0).standard_normal((1, 99, 2, SIZES["head_dim"])), jnp.float32)
+    rotated = module.rope(key, jnp.arange(99)[None], inv_freq)
+    if name == "nnx_decoder":
+        with pytest.raises(ValueError, match="interleaved"):
+            mj.check_rope(key, rotated, inv_freq)
+        rotated = module.half_split(rotated)
+    mj.check_rope(key, rotated, inv_freq)
 
 
 def padded_on_the_left(tokens, lengths):
