@@ -292,3 +292,22 @@ def test_bad_arguments(error, message, changed):
     arguments = {"cache": empty("recommended"), "query": query, "key": key, "value": key} | changed
     with pytest.raises(error, match=message):
         attend(**arguments)
+
+
+@pytest.mark.parametrize("name", ["dense", *exhaustive("recommended", "fast")])
+def test_stacked_caches_are_attended_under_vmap_and_scan(name):
+    """As each of them is alone."""
+    rng, lengths = np.random.default_rng(3), jnp.array([MOST, 80, 0])
+    each = [tokens(rng, MOST) for _ in range(2)]
+    caches = [attend_jit(empty(name), *one, lengths)[1] for one in each]
+    stacked, (query, key, value) = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *x) for x in (caches, each))
+    new = query[:, :, :1], key[:, :, :1], value[:, :, :1]
+    expected = [attend_jit(cache, *(x[i] for x in new)) for i, cache in enumerate(caches)]
+    by_vmap = jax.jit(jax.vmap(attend))(stacked, *new)
+    by_scan = jax.jit(lambda *xs: jax.lax.scan(lambda _, x: (None, attend(*x)), None, xs)[1])(stacked, *new)
+    for i, (out, cache) in enumerate(expected):
+        for outs, grown in (by_vmap, by_scan):
+            np.testing.assert_allclose(outs[i], out, atol=1e-5)
+            one = jax.tree.map(lambda leaf, i=i: leaf[i], grown)
+            for found, wanted in zip(to_dense(one), to_dense(cache), strict=True):
+                np.testing.assert_allclose(found, wanted, atol=1e-5)

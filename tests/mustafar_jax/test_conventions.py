@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mustafar_jax import CompressionConfig, LayerCache, check_rope, prefill
-from tests.helpers import rms_error_ratio, rope_frequencies, rotated, to_dense
+from tests.helpers import exhaustive, rms_error_ratio, rope_frequencies, rotated, to_dense
 
 TOKENS = 200
 
@@ -37,8 +37,10 @@ def partial(rotate, x, theta):
     return np.concatenate([rotate(x[..., :turning], rope_frequencies(turning, theta)), x[..., turning:]], axis=-1)
 
 
-@pytest.mark.parametrize(("head_dim", "theta"), [(64, 1e4), (128, 5e5)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("head_dim", "theta", "dtype"),
+    [(64, 1e4, jnp.float32), (128, 5e5, jnp.bfloat16), *exhaustive((128, 5e5, jnp.float32), (64, 1e4, jnp.bfloat16))],
+)
 def test_conventions_are_named(head_dim, theta, dtype):
     x, inv_freq = keys(head_dim).astype(dtype), rope_frequencies(head_dim, theta)
     check_rope(x, jnp.asarray(half(x, inv_freq), dtype), inv_freq)
