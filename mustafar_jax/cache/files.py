@@ -1,6 +1,5 @@
 """Caches in files: safetensors with what the caches are in the metadata."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mustafar_jax.cache.base import STATIC, LayerCache, check_cache
+from mustafar_jax.cache.alike import difference, kind_of
+from mustafar_jax.cache.base import LayerCache, check_cache
 from mustafar_jax.config import CompressionConfig
 
 _FORMAT = "mustafar_jax caches, version 1"
@@ -40,7 +40,7 @@ def save(caches: Saved, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"config is a {type(cache.config).__name__}; only caches of a CompressionConfig are saved")
         if isinstance(cache.lengths, jax.core.Tracer):
             raise ValueError("caches are traced, as under jax.jit; only concrete ones are saved")
-    about = {"caches": [_about(cache) for cache in each], "alone": isinstance(caches, LayerCache)}
+    about = {"caches": [kind_of(cache) for cache in each], "alone": isinstance(caches, LayerCache)}
     arrays = {name: np.asarray(leaf) for name, leaf in _leaves(each).items()}
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -67,7 +67,7 @@ def load_cache(path: str | os.PathLike[str], like: Saved | None = None) -> Any:
         ValueError: a file that is damaged or holds no caches; caches that are not like those wanted, with what differs.
         TypeError: `like` of anything else than caches.
     """
-    wanted = None if like is None else [_about(cache) for cache in _each(like)]
+    wanted = None if like is None else [kind_of(cache) for cache in _each(like)]
     about, arrays = _read(Path(path))
     if wanted is not None:
         _check_like(path, about["caches"], wanted)
@@ -91,21 +91,6 @@ def _each(caches: Any) -> list[LayerCache]:
     if not each:
         raise TypeError(f"caches is {caches!r}; wanted at least one LayerCache")
     return each
-
-
-def _about(cache: LayerCache) -> dict[str, Any]:
-    """What a cache is, besides its arrays, as JSON has it."""
-    sizes = {name: getattr(cache, name) for name in STATIC if name not in ("config", "dtype")}
-    queries = getattr(cache, "queries", None)
-    return {
-        "config": dataclasses.asdict(cache.config),
-        "batch": int(cache.batch),
-        "num_kv_heads": int(cache.num_kv_heads),
-        **{name: int(size) for name, size in sizes.items()},
-        "dtype": np.dtype(cache.dtype).name,
-        "num_heads": None if queries is None else int(queries.shape[1]),
-        "inv_freq": None if (inv_freq := getattr(cache, "inv_freq", None)) is None else list(inv_freq),
-    }
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -149,17 +134,7 @@ def _check_like(path: Any, found: list[dict[str, Any]], wanted: list[dict[str, A
     for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
         for name in other:
             if one.get(name) != other[name]:
-                raise ValueError(f"{path}: {_difference(name, one.get(name), other[name])}, for cache {number}")
-
-
-def _difference(name: str, found: Any, wanted: Any) -> str:
-    if name == "config" and isinstance(found, dict):
-        fields = {field: (found.get(field), value) for field, value in wanted.items() if found.get(field) != value}
-        told = ", ".join(f"{field}={one!r} instead of {other!r}" for field, (one, other) in fields.items())
-        return f"config has {told or found}"
-    if name == "inv_freq":
-        return "inv_freq differs: these are keys of a model with other RoPE frequencies"
-    return f"{name}={found!r}, wanted {wanted!r}"
+                raise ValueError(f"{path}: {difference(name, one.get(name), other[name])}, for cache {number}")
 
 
 def _leaves(caches: list[LayerCache]) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mustafar_jax.cache import LayerCache
+
 Tree = TypeVar("Tree")
 T = TypeVar("T")
+S = TypeVar("S")
 R = TypeVar("R")
 
 
@@ -22,15 +25,16 @@ def automatic() -> Iterator[None]:
         yield
 
 
-def each_automatic(steps: Generator[T, None, R]) -> Generator[T, None, R]:
+def each_automatic(steps: Generator[T, S | None, R]) -> Generator[T, S | None, R]:
     """The steps of a generator, each within `automatic`; between them the caller's mesh is in force."""
+    told: S | None = None
     while True:
         try:
             with automatic():
-                step = next(steps)
+                step = steps.send(told)
         except StopIteration as end:
             return to_caller(end.value)
-        yield step
+        told = yield step
 
 
 def to_auto(tree: Tree) -> Tree:
@@ -52,10 +56,18 @@ def to_auto(tree: Tree) -> Tree:
 
 
 def to_caller(tree: Tree) -> Tree:
-    """Results as the caller's mesh can use them: whole on each of its devices, where its axes are Explicit."""
+    """Results as the caller's mesh can use them: whole on each of its devices, where its axes are Explicit.
+
+    Caches stay laid out as they are, which is how a later call takes them.
+    """
     if _is_auto(jax.sharding.get_abstract_mesh()):
         return tree
-    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
+    whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+
+    def is_cache(node: Any) -> bool:
+        return isinstance(node, LayerCache)
+
+    return jax.tree.map(lambda node: node if is_cache(node) else jax.device_put(node, whole), tree, is_leaf=is_cache)
 
 
 def _is_auto(mesh: Mesh | AbstractMesh) -> bool:

@@ -1,6 +1,7 @@
 """Prompts through a model or one of its layers, into its caches."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ from jax import lax
 
 from mustafar_jax.backends.registry import Implementation, Names, check_implementation
 from mustafar_jax.cache import LayerCache
-from mustafar_jax.generation.programs import last_programs
-from mustafar_jax.generation.protocols import Caches, Layer, Model, Progress
+from mustafar_jax.generation.programs import LastPrograms, last_programs
+from mustafar_jax.generation.protocols import Caches, Layer, Model, Progress, TurnLayer
 
 PREFILL_TOKENS = 65536
 """Tokens of a batch of prompts that are prefilled at a time, in whole prompts: what a layer makes of them is held."""
@@ -42,13 +43,42 @@ def prefill_prompt(
     Returns:
         float32 [B, V], the logits after each prompt's last token, and the filled caches.
     """
+    return _run(_prefill_rows, model, tokens, lengths, caches, implementation, progress)
+
+
+def extend_prompt(
+    model: Model,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    caches: Caches,
+    *,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
+) -> tuple[jax.Array, Caches]:
+    """Run prompts through the model after what the caches hold, layer by layer, and add them.
+
+    Args, Returns: as `prefill_prompt`; the caches are empty or filled, and the layers such that can `extend`.
+    """
+    return _run(_extend_rows, model, tokens, lengths, caches, implementation, progress)
+
+
+def _run(
+    run_rows: LastPrograms,
+    model: Model,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    caches: Caches,
+    implementation: Implementation,
+    progress: Progress | None,
+) -> tuple[jax.Array, Caches]:
+    """See `prefill_prompt`; `run_rows` is `_prefill_rows` or `_extend_rows`."""
     rows, starts = _parts(*tokens.shape)
     filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
     for start in starts:
         part, valid = _rows_from(start, (tokens, lengths), rows)
         hidden = embed(model, part)
         for i, layer in enumerate(model.layers):
-            hidden, filled[i] = _prefill_rows(layer, hidden, filled[i], valid, start, implementation=names)
+            hidden, filled[i] = run_rows(layer, hidden, filled[i], valid, start, implementation=names)
             done += 1
             if progress is not None:
                 jax.block_until_ready(hidden)
@@ -132,11 +162,39 @@ def _prefill_rows(
     implementation: Implementation,
 ) -> tuple[jax.Array, LayerCache]:
     """Run prompts [b, S, D] through one layer; they fill the sequences start .. start + b - 1 of its cache."""
+    return _of_rows(functools.partial(layer.prefill, implementation=implementation), hidden, cache, lengths, start)
+
+
+@last_programs(static_argnames="implementation", donate_argnames=("hidden", "cache"))
+def _extend_rows(
+    layer: TurnLayer,
+    hidden: jax.Array,
+    cache: LayerCache,
+    lengths: jax.Array,
+    start: jax.Array,
+    *,
+    implementation: Implementation,
+) -> tuple[jax.Array, LayerCache]:
+    """`_prefill_rows`, but after what those sequences hold."""
+    # The last part may begin with sequences that have their tokens already.
+    done = jnp.arange(hidden.shape[0]) < -start % hidden.shape[0]
+    lengths = jnp.where(done, 0, lengths)
+    return _of_rows(functools.partial(layer.extend, implementation=implementation), hidden, cache, lengths, start)
+
+
+def _of_rows(
+    run: Callable[[jax.Array, LayerCache, jax.Array], tuple[jax.Array, LayerCache]],
+    hidden: jax.Array,
+    cache: LayerCache,
+    lengths: jax.Array,
+    start: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+    """Run a layer's method on some sequences of its cache."""
     rows = hidden.shape[0]
     if rows == cache.batch:
-        return layer.prefill(hidden, cache, lengths, implementation=implementation)
+        return run(hidden, cache, lengths)
     part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, rows), cache)
-    hidden, part = layer.prefill(hidden, part, lengths, implementation=implementation)
+    hidden, part = run(hidden, part, lengths)
     place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
     return hidden, jax.tree.map(place, cache, part)
 

@@ -30,14 +30,23 @@ class Layer(Protocol):
         """One token per sequence: hidden [B, D] -> hidden and the cache with that token."""
 
 
-class BlockLayer(Layer, Protocol):
+class TurnLayer(Layer, Protocol):
+    """What a generation needs of a decoder layer beside, whose caches are to be kept."""
+
+    def extend(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, *, implementation: Implementation = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Right-padded tokens after those of the cache: hidden [B, n, D], int32 [B] -> hidden and the grown cache.
+
+        A sequence of length 0 is left alone.
+        """
+
+
+class BlockLayer(TurnLayer, Protocol):
     """What `scoring.by_blocks` needs of a decoder layer beside."""
 
     def run_prompt(self, hidden: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Right-padded prompts, without a cache: hidden [B, S, D], int32 [B] -> hidden, and query, key and value."""
-
-    def extend(self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array) -> tuple[jax.Array, LayerCache]:
-        """Right-padded tokens after those of the cache: hidden [B, n, D], int32 [B] -> hidden and the grown cache."""
 
 
 class Model(Protocol):

@@ -20,8 +20,9 @@ from mustafar_jax.generation.checks import (
     check_prompt_lengths,
     check_tokens,
 )
+from mustafar_jax.generation.kept import check_kept, config_of
 from mustafar_jax.generation.programs import pad_tokens, padded
-from mustafar_jax.generation.protocols import Model, Progress
+from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.sampling import Sampling, Stops, check_sampling, check_stops
 
 
@@ -39,6 +40,8 @@ class Request:
         stops: what ends a sequence.
         implementation: as in `generate`, in a hashable form.
         progress: as in `generate`.
+        keep: whether the caches are given back, with all tokens.
+        caches: those to go on from; None where they begin empty.
     """
 
     tokens: jax.Array
@@ -50,6 +53,8 @@ class Request:
     stops: Stops
     implementation: Names | None
     progress: Progress | None
+    keep: bool
+    caches: Caches | None
 
 
 def check_request(
@@ -60,36 +65,37 @@ def check_request(
     lengths: ArrayLike | Sequence[int] | None,
     config: CompressionConfig | None,
     temperature: float,
+    top_k: int | None,
     top_p: float,
+    min_p: float,
     key: jax.Array | None,
     eos_id: int | Sequence[int] | None,
     min_new_tokens: int,
     implementation: Implementation,
     progress: Progress | None,
     padding: bool,
+    capacity: int | None,
+    caches: Caches | None,
 ) -> Request:
     """The arguments of `generate`, with its errors."""
+    config = config_of(caches, config)
     texts = check_texts(model, tokens, config, implementation, progress)
     batch, length = texts.tokens.shape
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be an integer of at least 1")
-    context = model.config.max_position_embeddings
-    if length + max_new_tokens > context:
-        raise ValueError(
-            f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}; "
-            f"tokens has shape {texts.tokens.shape}, padding included"
-        )
     own = check_prompt_lengths(lengths, batch, length)
-    sampling = check_sampling(temperature, top_p, key)
+    sampling = check_sampling(temperature, top_k, top_p, min_p, key)
     stops = check_stops(model, eos_id, min_new_tokens, max_new_tokens)
-    given, capacity = jax.device_get(texts.tokens), length + max_new_tokens
-    if check_flag("padding", padding):
-        capacity = padded(capacity, context)
-        given = pad_tokens(given, capacity)
+    padding, keep = check_flag("padding", padding), capacity is not None or caches is not None
+    if keep:
+        caches, capacity = check_kept(model, caches, capacity, texts.config, own, max_new_tokens)
+    else:
+        capacity = _capacity(model, texts.tokens.shape, max_new_tokens, padding)
     check_caches(model, texts, capacity)
+    given = jax.device_get(texts.tokens)
     return Request(
-        tokens=jax.device_put(given),
+        tokens=jax.device_put(pad_tokens(given, capacity) if padding else given),
         lengths=own,
         capacity=capacity,
         max_new_tokens=max_new_tokens,
@@ -98,7 +104,20 @@ def check_request(
         stops=stops,
         implementation=texts.implementation,
         progress=progress,
+        keep=keep,
+        caches=caches,
     )
+
+
+def _capacity(model: Model, shape: tuple[int, ...], max_new_tokens: int, padding: bool) -> int:
+    """Room for prompts [B, S] and what follows them; ValueError where the model's context has none."""
+    length, context = shape[1], model.config.max_position_embeddings
+    if length + max_new_tokens > context:
+        raise ValueError(
+            f"{length} tokens of prompt and {max_new_tokens=} exceed the model's context of {context}; "
+            f"tokens has shape {shape}, padding included"
+        )
+    return padded(length + max_new_tokens, context) if padding else length + max_new_tokens
 
 
 class Texts(NamedTuple):

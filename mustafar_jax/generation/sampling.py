@@ -12,18 +12,21 @@ from mustafar_jax.generation.checks import check_integer, check_number, numbers
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn: a key, and temperature and top_p as scalars, so that new values compile nothing anew."""
+    """How a token is drawn: a key, and the other arguments as scalars, so that new values compile nothing anew."""
 
     key: jax.Array
     temperature: jax.Array
+    top_k: jax.Array
     top_p: jax.Array
+    min_p: jax.Array
 
 
 class Stops(NamedTuple):
-    """What ends a sequence: tokens, int32 [n], and int32, how many tokens come before one of them can."""
+    """What ends a sequence: tokens, int32 [n]; int32, how many tokens come before one of them can, and at most."""
 
     tokens: jax.Array
     earliest: jax.Array
+    latest: jax.Array
 
 
 def choose(logits: jax.Array, sampling: Sampling | None, stops: Stops, step: jax.Array) -> jax.Array:
@@ -34,19 +37,29 @@ def choose(logits: jax.Array, sampling: Sampling | None, stops: Stops, step: jax
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The likeliest token's logit is 0, so that no temperature, however low, makes infinity of it.
     logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    logits = nucleus(logits, sampling.top_p)
+    logits = likeliest(logits, sampling.top_k, sampling.top_p, sampling.min_p)
     key = jax.random.fold_in(sampling.key, step)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits [B, V] with -inf at all but the fewest likeliest tokens whose probabilities sum to at least top_p."""
+def likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Logits with -inf at all but the tokens to draw from; the likeliest always stays.
+
+    Args:
+        logits: float32 [B, V].
+        top_k: int32, how many of the likeliest stay; of equal ones the first.
+        top_p: of these, the fewest likeliest whose probabilities sum to at least this (nucleus sampling, Holtzman et
+            al. 2020, section 3.1).
+        min_p: of these, those at least this times as probable as the likeliest (Nguyen et al. 2024, section 3).
+    """
     order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
-    before = jnp.cumsum(ranked, axis=-1) - ranked
-    kept = (before < top_p).at[:, 0].set(True)
-    kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+    rank = jnp.arange(logits.shape[-1])
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    probability = jax.nn.softmax(jnp.where(rank < top_k, ranked, -jnp.inf))
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = (rank < top_k) & (before < top_p) & (probability >= min_p * probability[:, :1])
+    kept = jnp.take_along_axis(kept.at[:, 0].set(True), jnp.argsort(order, axis=-1), axis=-1)
     return jnp.where(kept, logits, -jnp.inf)
 
 
@@ -55,25 +68,34 @@ def is_stop(token: jax.Array, stops: Stops) -> jax.Array:
     return (token[:, None] == stops.tokens[None]).any(axis=-1)
 
 
-def check_sampling(temperature: Any, top_p: Any, key: Any) -> Sampling | None:
+def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, key: Any) -> Sampling | None:
     """How to draw; None where the likeliest token is taken. The arguments and errors are those of `generate`."""
     temperature, top_p = check_number("temperature", temperature), check_number("top_p", top_p)
+    min_p, top_k = check_number("min_p", min_p), None if top_k is None else check_integer("top_k", top_k)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"{temperature=} must be finite and at least 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"{top_p=} must lie in (0, 1]")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"{min_p=} must lie in 0 .. 1")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"{top_k=} must be at least 1, or None for all tokens")
     if key is not None:
         _check_key(key)
     if temperature == 0:
-        if top_p < 1:
-            raise ValueError(f"{top_p=} needs a temperature above 0: {temperature=} takes the likeliest token")
+        without = {"top_k": top_k is not None and f"{top_k=}", "top_p": top_p < 1 and f"{top_p=}"}
+        without["min_p"] = min_p > 0 and f"{min_p=}"
+        if given := [text for text in without.values() if text]:
+            raise ValueError(f"{given[0]} needs a temperature above 0: {temperature=} takes the likeliest token")
         return None
     if key is None:
         raise ValueError(f"key=None: {temperature=} draws tokens at random, which needs a jax.random.key")
     # XLA takes subnormal numbers for 0, and may multiply by the inverse instead of dividing.
     smallest = float(jnp.finfo(jnp.float32).tiny)
     temperature = min(max(temperature, smallest), 1 / smallest)
-    return Sampling(key, jax.device_put(np.float32(temperature)), jax.device_put(np.float32(top_p)))
+    most = np.iinfo(np.int32).max
+    scalars = np.float32(temperature), np.int32(min(most, top_k or most)), np.float32(top_p), np.float32(min_p)
+    return Sampling(key, *map(jax.device_put, scalars))
 
 
 def _check_key(key: Any) -> None:
@@ -101,4 +123,5 @@ def check_stops(model: Any, eos_id: int | Sequence[int] | None, min_new_tokens: 
         raise ValueError(f"{eos_id=} must be {wanted}")
     if given.size and not 0 <= given.min() <= given.max() < 2**31:
         raise ValueError(f"{eos_id=} must hold tokens, 0 .. 2**31 - 1")
-    return Stops(jax.device_put(given.astype(np.int32)), jax.device_put(np.int32(min_new_tokens)))
+    counts = [np.int32(min(count, np.iinfo(np.int32).max)) for count in (min_new_tokens, max_new_tokens)]
+    return Stops(jax.device_put(given.astype(np.int32)), *map(jax.device_put, counts))

@@ -120,8 +120,8 @@ def test_tokens_are_the_same_wherever_the_loop_looks_for_stops(new):
 def test_the_loop_takes_a_known_number_of_steps_between_looks():
     never, ones = jnp.zeros(2, bool), jnp.ones(2, jnp.int32)
     state = loop.DecodeState(ones, never, ones, ~never, never, jnp.int32(1), ())
-    stops = sampling.Stops(jnp.zeros(1, jnp.int32), jnp.int32(0))
-    arguments, how = (counting(), state, None, stops), {"implementation": None, "max_new_tokens": 40}
+    stops = sampling.Stops(jnp.zeros(1, jnp.int32), jnp.int32(0), jnp.int32(40))
+    arguments, how = (counting(), state, None, stops), {"implementation": None, "max_new_tokens": 40, "keep": False}
     compiled = loop._decode_loop.of(*arguments, **how).lower(*arguments, **how).compile()
     assert re.findall(r'"known_trip_count":{"n":"(\d+)"}', compiled.as_text()) == ["13"]  # 39 steps in three parts
 

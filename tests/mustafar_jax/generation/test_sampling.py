@@ -2,6 +2,7 @@
 
 import functools
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
@@ -86,7 +87,48 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_that_reach_top_p(logits, top
     assert not len(outside) or inside.min() >= outside.max() - rounding
 
 
-nucleus = jax.jit(sampling.nucleus)
+@jax.jit
+def nucleus(logits, top_p):
+    return sampling.likeliest(logits, 1 << 30, top_p, 0.0)
+
+
+def by_the_formulas(logits, top_k, top_p, min_p):
+    """Which tokens stay: those of the k largest, of these the fewest that reach top_p, of these what min_p leaves."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[:top_k]
+    probabilities = softmax(np.asarray(logits, np.float64)[order])
+    reached = np.concatenate([[0], np.cumsum(probabilities)[:-1]])
+    # What lies within a rounding of a bound may go either way.
+    sure = [max(abs(reached - top_p).min(), 0), abs(probabilities - min_p * probabilities[0])[1:].min(initial=1)]
+    stays = (reached < top_p) & (probabilities >= min_p * probabilities[0])
+    stays[0] = True
+    return sorted(np.asarray(order)[stays].tolist()), min(sure) > 1e-5
+
+
+@given(
+    logits=st.lists(st.one_of(st.floats(-8, 8, width=16), st.sampled_from([0.0, 1.0])), min_size=1, max_size=12),
+    top_k=st.integers(1, 14),
+    top_p=st.floats(2**-6, 1, width=32),
+    min_p=st.floats(0, 1, width=32),
+)
+def test_what_stays_is_what_the_formulas_say(logits, top_k, top_p, min_p):
+    wanted, sure = by_the_formulas(logits, top_k, top_p, min_p)
+    hypothesis.assume(sure)
+    padded = np.pad(np.asarray(logits, np.float32), (0, 14 - len(logits)), constant_values=-np.inf)
+    kept = np.isfinite(likeliest(padded[None], top_k, top_p, min_p)[0])
+    assert np.flatnonzero(kept).tolist() == wanted
+
+
+likeliest = jax.jit(sampling.likeliest)
+
+
+@pytest.mark.parametrize(
+    ("options", "inside"), [({"top_k": 2}, [0, 3]), ({"min_p": 0.2}, [0, 2, 3]), ({"top_k": 5, "min_p": 0.3}, [0, 3])]
+)
+def test_draws_stay_in_what_is_left_of_them(options, inside):
+    # Probabilities of 0.59, 0.22, 0.13, ...
+    probabilities = np.where(np.isin(np.arange(len(LOGITS)), inside), softmax(LOGITS), 0)
+    tokens = draw(LOGITS, "rows", temperature=1.0, **options)
+    assert_frequencies(tokens, probabilities / probabilities.sum())
 
 
 @pytest.mark.parametrize("temperature", [3.5e38, 1e300])
@@ -97,7 +139,15 @@ def test_a_temperature_beyond_float32_draws_all_tokens_alike_but_those_that_must
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_p": 1e-6}, {"temperature": 1e-3}, {"temperature": 1e-30}, {"temperature": 1e-44}]
+    "options",
+    [
+        {"top_p": 1e-6},
+        {"top_k": 1},
+        {"min_p": 1.0},
+        {"temperature": 1e-3},
+        {"temperature": 1e-30},
+        {"temperature": 1e-44},
+    ],
 )
 def test_the_limits_of_both_options_are_the_likeliest_token(options):
     assert (draw(LOGITS * 50, "rows", **{"temperature": 1.0} | options) == 3).all()
