@@ -11,7 +11,7 @@ from mustafar_jax.blocks import attend
 from mustafar_jax.cache import LayerCache, append, check_rope, load_cache, prefill, repeat, save, truncate
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.explain import Explanation, explain
-from mustafar_jax.generation import Generation, generate, log_likelihoods, stream
+from mustafar_jax.generation import Conversation, Generation, chat, generate, log_likelihoods, stream
 from mustafar_jax.products import key_spmv, value_spmv
 from mustafar_jax.pruning import keep_count, magnitude_mask
 from mustafar_jax.rows import Rows, pack, unpack
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompressionConfig",
+    "Conversation",
     "Explanation",
     "Generation",
     "LayerCache",
     "Rows",
     "append",
     "attend",
+    "chat",
     "check_rope",
     "decode_attention",
     "explain",

@@ -67,9 +67,12 @@ def truncate(caches: Caches, lengths: ArrayLike | Sequence[int]) -> Caches:
         raise ValueError(f"lengths is {wanted.dtype}{list(wanted.shape)}; wanted integers [B]")
     for cache in each:
         _check_truncation(cache, wanted)
-    shorter = jnp.asarray(wanted, jnp.int32)
-    cut: Caches = jax.tree.map(lambda cache: cache._truncated(shorter), caches, is_leaf=_is_cache)
-    return cut
+
+    def cut(cache: LayerCache) -> LayerCache:
+        return cache._truncated(jnp.array(wanted, jnp.int32))  # each its own: a buffer is donated once
+
+    shorter: Caches = jax.tree.map(cut, caches, is_leaf=_is_cache)
+    return shorter
 
 
 def shortest_length(config: CompressionConfig, length: int) -> int:

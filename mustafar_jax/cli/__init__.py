@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 import mustafar_jax
-from mustafar_jax.cli import bench, doctor, evaluate, generate, info, interrupt
+from mustafar_jax.cli import bench, chat, doctor, evaluate, generate, info, interrupt
 from mustafar_jax.cli.parser import Parser
 
 
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     version = f"mustafar_jax {mustafar_jax.__version__}, jax {jax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (generate, info, bench, evaluate, doctor):
+    for command in (generate, chat, info, bench, evaluate, doctor):
         command.add(commands)
     return parser
 
@@ -57,6 +57,8 @@ def _failed(options: argparse.Namespace, message: str) -> int:
 
 def _smaller(options: argparse.Namespace) -> str:
     """What takes less memory."""
+    if options.command == "chat":
+        return "a smaller --capacity takes less"
     flag = "--batches" if hasattr(options, "batches") else "--batch"
     batch = max(getattr(options, "batches", [getattr(options, "batch", 1)]))
     if batch > 1:

@@ -7,16 +7,15 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mustafar_jax import generation
-from mustafar_jax.arguments import parse_seed
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of, packed_rows
 from mustafar_jax.cli.load import open_with_tokenizer
 from mustafar_jax.cli.parser import add_dtype, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
+from mustafar_jax.cli.sampling import add_sampling, sampling_of
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import text
 from mustafar_jax.generation.checks import not_finite
@@ -40,9 +39,7 @@ def add(commands: Any) -> None:
     command.add_argument("--chat", action="store_true", help="put the prompt in the model's chat template")
     command.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (%(default)s)")
     command.add_argument("--stream", action="store_true", help="show the text of a single prompt as it comes")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
-    command.add_argument("--top-p", type=float, help="with --temperature: draw from the likeliest, up to this sum (1)")
-    command.add_argument("--seed", type=parse_seed, help="with --temperature: of the random draws (0)")
+    add_sampling(command)
     command.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
     add_dtype(command, "the checkpoint's")
     add_compression(command)
@@ -51,7 +48,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Load a model, continue the prompts, and say how fast and with how large a cache."""
     check_implementation(options.implementation)
-    config, sampling, prompts = config_of(options), _sampling(options), _prompts(options)
+    config, sampling, prompts = config_of(options), sampling_of(options), _prompts(options)
     checkpoint, tokenizer = open_with_tokenizer(options)
     tokens, lengths = _batch([text.encode(tokenizer, prompt, chat=options.chat)[0] for prompt in prompts])
     with progress_bars() as progress:
@@ -74,20 +71,6 @@ def run(options: argparse.Namespace) -> None:
     _tell_of_overflow(np.asarray(end.overflow), config)
     print(_summary(rate, model, config, len(prompts), tokens.shape[1] + options.max_new_tokens), file=sys.stderr)
     _check_finite(model, end)
-
-
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """How tokens are drawn; ValueError for an option without effect."""
-    if options.temperature == 0:
-        for flag, value in (("--top-p", options.top_p), ("--seed", options.seed)):
-            if value is not None:
-                raise ValueError(f"{flag} has no effect with --temperature 0, which takes the likeliest token")
-        return {}
-    return {
-        "temperature": options.temperature,
-        "top_p": 1.0 if options.top_p is None else options.top_p,
-        "key": jax.random.key(options.seed or 0),
-    }
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:

@@ -1,10 +1,11 @@
-"""Ctrl-C ends the command at once, whatever it waits for."""
+"""Ctrl-C ends the command at once, whatever it waits for, unless it listens."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
@@ -15,6 +16,7 @@ PATIENCE = 0.3
 """Seconds that last words have: a reader may have stopped to read."""
 
 _last_words: list[Callable[[], object]] = []
+_listening: list[threading.Event] = []
 
 
 def before_leaving(show: Callable[[], object]) -> None:
@@ -41,10 +43,29 @@ def run(main: Callable[[], int]) -> int:
 
 
 def _watch(reader: int) -> None:
-    """Wait for an interrupt: Python writes the numbers of signals into the pipe."""
-    while os.read(reader, 1) != bytes([signal.SIGINT]):
+    """Wait for an interrupt that ends the process: Python writes the numbers of signals into the pipe."""
+    while os.read(reader, 1) != bytes([signal.SIGINT]) or _heard():
         pass
     _leave()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[threading.Event]:
+    """While it is open, the first interrupt of the process sets the event; only another one ends the process."""
+    _listening.append(threading.Event())
+    try:
+        yield _listening[-1]
+    finally:
+        _listening.pop()
+
+
+def _heard() -> bool:
+    """Whether somebody listens to an interrupt, and had not heard one yet."""
+    for event in _listening[-1:]:  # a copy: another thread may change it
+        if not event.is_set():
+            event.set()
+            return True
+    return False
 
 
 def _leave() -> None:

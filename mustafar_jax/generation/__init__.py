@@ -1,6 +1,7 @@
 """Text from a model through its layers' caches: prefill and decode, sampling, streaming, scoring."""
 
 from mustafar_jax.generation.checks import DENSE
+from mustafar_jax.generation.conversation import Conversation, chat
 from mustafar_jax.generation.loop import STEPS_PER_CHECK, Generation, generate, stream
 from mustafar_jax.generation.prefill import PREFILL_TOKENS, extend_prompt, prefill_prompt
 from mustafar_jax.generation.programs import keep_programs, padded
@@ -13,10 +14,12 @@ __all__ = [
     "PREFILL_TOKENS",
     "STEPS_PER_CHECK",
     "Caches",
+    "Conversation",
     "Generation",
     "Layer",
     "Model",
     "Progress",
+    "chat",
     "decode_step",
     "extend_prompt",
     "generate",

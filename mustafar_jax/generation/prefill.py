@@ -75,7 +75,8 @@ def _run(
     rows, starts = _parts(*tokens.shape)
     filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
     for start in starts:
-        part, valid = _rows_from(start, (tokens, lengths), rows)
+        whole = rows == len(tokens)  # of one program less
+        part, valid = (tokens, lengths) if whole else _rows_from(start, (tokens, lengths), rows)
         hidden = embed(model, part)
         for i, layer in enumerate(model.layers):
             hidden, filled[i] = run_rows(layer, hidden, filled[i], valid, start, implementation=names)

@@ -3,20 +3,19 @@
 import re
 import reprlib
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from mustafar_jax.generation import loop
 from mustafar_jax.generation.loop import Generation
+from mustafar_jax.generation.messages import check_template, check_text, rendered, template_source
 from mustafar_jax.generation.protocols import Model
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's bytes, for characters without a token
 # How a text ends whose last space may go with what follows, in transformers' `clean_up_tokenization`: the beginnings of
 # " .", " n't", " 've" and the like, and " ' ", whose second space a full stop may take first.
 _MAY_LOSE_A_SPACE = re.compile(r" (?:'[vr]?|n'?)?$")
-_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first one counts
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,84 +46,118 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
             leaves nothing; `chat` where the tokenizer has no chat template, or one that fails.
         TypeError: a prompt that is no text.
     """
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt is of type {type(prompt).__name__}; wanted one text")
+    check_text("prompt", prompt)
     if not prompt:
         raise ValueError("prompt='' is empty; wanted some text")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python reads bytes that are not UTF-8
-        raise ValueError(f"prompt={reprlib.repr(prompt)} holds bytes that are no text; wanted UTF-8")
-    if chat and tokenizer.chat_template is None:
-        raise ValueError("chat=True needs a chat template, and this tokenizer has none")
-    text = _user_turn(tokenizer, prompt) if chat else prompt
+    if chat:
+        check_template(tokenizer)
+    text = rendered(tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
     tokens = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     if not tokens:
-        source = f"the chat template of {_template_source(tokenizer)}" if chat and not text else "the tokenizer"
+        source = f"the chat template of {template_source(tokenizer)}" if chat and not text else "the tokenizer"
         raise ValueError(f"prompt={reprlib.repr(prompt)}: {source} makes no tokens of it; wanted at least one")
     return np.asarray(tokens, np.int32)[None]
 
 
-def _user_turn(tokenizer: Any, prompt: str) -> str:
-    """The text of a conversation that the user begins with the prompt; ValueError where the chat template fails."""
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the checkpoint's, which may raise anything
-        line = getattr(error, "lineno", None)  # of a syntax error
-        place = f", line {line}" if line else ""
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the chat template of {_template_source(tokenizer)}{place} fails: {message}") from error
+def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Texts that end an answer; TypeError for what is none, ValueError for an empty one."""
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in texts:
+        check_text("stop", text)
+        if not text:
+            raise ValueError("stop='' is empty; wanted some text")
+    return texts
 
 
-def _template_source(tokenizer: Any) -> str:
-    """Where a tokenizer's chat template comes from: its file where that is known."""
-    name = str(getattr(tokenizer, "name_or_path", None) or "this tokenizer")
-    files = [Path(name, file) for file in _TEMPLATE_FILES]
-    return str(next((file for file in files if file.is_file()), name))
-
-
-def stream_text(model: Model, tokenizer: Any, tokens: np.ndarray, **options: Any) -> Generator[str, None, Generation]:
+def stream_text(
+    model: Model, tokenizer: Any, tokens: np.ndarray, *, stop: str | Sequence[str] = (), **options: Any
+) -> Generator[str, bool | None, Generation]:
     """Continue one prompt, yielding the text that each step adds; '' where later tokens may still change it.
 
-    That is so within a character of several tokens, and before a space that the tokenizer may clean up. Together the
-    pieces are `tokenizer.decode` of all tokens without the special ones: what is open when the last step has come is
-    yielded after it.
-    What the generator returns then, its StopIteration's value, is the `Generation`.
+    That is so within a character of several tokens, before a space that the tokenizer may clean up, and within what may
+    become a text of `stop`. Together the pieces are `tokenizer.decode` of all tokens without the special ones, up to
+    the first text of `stop`: what is open when the last step has come is yielded after it.
+    What the generator returns then, its StopIteration's value, is the `Generation`. `send(True)` ends it as it does
+    `stream`, perhaps after a last piece.
 
     Args:
         model: the model.
         tokenizer: a Hugging Face tokenizer.
         tokens: int32 [1, S], as `encode` gives them.
+        stop: texts that end the answer; the tokens in which one was found are part of the `Generation`.
         options: those of `generate`.
 
     Raises:
         ValueError, TypeError: as `generate` does, and more than one prompt; before any work is done.
     """
+    stops = check_stop(stop)
     steps = loop.stream(model, tokens, **options)
     if len(tokens) != 1:
         raise ValueError(f"tokens has shape {np.shape(tokens)}; wanted one prompt, [1, S]")
-    return _pieces(tokenizer, steps)
+    pieces = _pieces(tokenizer, steps)
+    return _until(pieces, stops) if stops else pieces
 
 
-def _pieces(tokenizer: Any, stream: Generator[np.ndarray, None, Generation]) -> Generator[str, None, Generation]:
+def finish(pieces: Generator[str, bool | None, Generation]) -> tuple[list[str], Generation]:
+    """Tell a stream of text to stop: what is left of it, and the generation."""
+    rest: list[str] = []
+    while True:
+        try:
+            rest.append(pieces.send(True))
+        except StopIteration as end:
+            return rest, end.value
+
+
+def _until(
+    pieces: Generator[str, bool | None, Generation], stops: tuple[str, ...]
+) -> Generator[str, bool | None, Generation]:
+    """The pieces up to the first of these texts, where the generation ends; what may be the beginning of one waits."""
+    waiting, told = "", None
+    while True:
+        try:
+            waiting += pieces.send(told)
+        except StopIteration as end:
+            if waiting:
+                yield waiting
+            return end.value
+        if found := [place for stop in stops if (place := waiting.find(stop)) >= 0]:
+            _, last = finish(pieces)
+            yield waiting[: min(found)]
+            return last
+        ready = len(waiting) - max(_beginning(waiting, stop) for stop in stops)
+        told = yield waiting[:ready]
+        waiting = waiting[ready:]
+
+
+def _beginning(text: str, stop: str) -> int:
+    """How many characters at a text's end are the beginning of another."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _pieces(
+    tokenizer: Any, stream: Generator[np.ndarray, bool | None, Generation]
+) -> Generator[str, bool | None, Generation]:
     """The text that each step adds, and what is left at the end; returns what the stream does."""
-    steps = Returned(stream)
     written: list[int] = []
     # Each step decodes the last shown piece and what follows it: a token's text may depend on the one before.
-    context, shown, rest = 0, 0, ""
-    for step in steps:
+    context, shown, rest, told = 0, 0, "", None
+    while True:
+        try:
+            step = stream.send(told)
+        except StopIteration as end:
+            if rest:
+                yield rest
+            return end.value
         written.append(int(step[0]))
         before = _decode(tokenizer, written[context:shown])
         rest = _decode(tokenizer, written[context:])[len(before) :]
         if not _is_settled(tokenizer, written[context:]):
-            yield ""
+            told = yield ""
             continue
-        yield rest
+        told = yield rest
         # Without text of its own, a piece does not keep the first space of what follows.
         context = shown if _decode(tokenizer, written[shown:]) else context
         shown, rest = len(written), ""
-    if rest:
-        yield rest
-    return steps.value
 
 
 def _is_settled(tokenizer: Any, tokens: Sequence[int]) -> bool:

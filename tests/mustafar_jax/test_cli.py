@@ -174,6 +174,44 @@ def test_pieces_are_shown_as_they_come_or_together(capsys, monkeypatch, flush):
     assert shown == (["a", "b", "c", "d\n"] if flush else ["", "", "", "abcd\n"])
 
 
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}w9"
+
+
+@pytest.fixture(scope="module")
+def talking(folder, tiny):
+    """The model `talking`: as `tiny`, with a chat template."""
+    shutil.copytree(folder / "tiny", folder / "talking")
+    (folder / "talking" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    model, tokenizer = models.load(folder / "talking")
+    return mj.Conversation(model, tokenizer, capacity=200, max_new_tokens=8, config=RECOMMENDED)
+
+
+def test_a_chat_answers_line_by_line(run, talking, monkeypatch):
+    lines = ["w1 w2", "", "w3"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    options = ["--capacity", "200", "--max-new-tokens", "8"]
+    status, out, err = run("chat", "--model", "talking", *options)
+    assert (status, out.splitlines()) == (0, [talking.say(line) for line in lines if line])
+    summaries = err.splitlines()
+    assert len(summaries) == 2
+    cache = f"cache {talking.nbytes / 1e3:.4g} kB, dense {talking.dense_nbytes / 1e3:.4g} kB"
+    assert re.fullmatch(rf"[0-9.]+ tokens/s · {talking.num_tokens} of 200 tokens · {cache} \([0-9.]+%\)", summaries[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "tiny"], "this tokenizer has no chat template, which messages need"),
+        (["--model", "talking", "--capacity", "300"], "capacity=300 must lie in 1 .. 256, the model's context"),
+        (["--model", "talking", "--min-p", "0.1"], "--min-p has no effect with --temperature 0"),
+    ],
+)
+def test_a_chat_that_cannot_be_is_refused(run, talking, options, message):
+    status, out, err = run("chat", *options)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"mustafar chat: error: {message}")
+
+
 @pytest.fixture(scope="module")
 def eager(folder, tiny):
     """The model `eager`: as `tiny`, but for a token that ends what it writes after this prompt."""
@@ -257,7 +295,7 @@ def test_the_prompt_can_come_from_a_file_or_from_standard_input(run, tiny, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", PROMPT, "--chat"], "chat=True needs a chat template, and this tokenizer has none"),
+        (["--prompt", PROMPT, "--chat"], "this tokenizer has no chat template, which messages need"),
         (["--prompt", ""], "prompt='' is empty; wanted some text"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read: No such file or directory"),
         (["--prompt-file", "tiny"], "--prompt-file tiny cannot be read: Is a directory"),
@@ -397,7 +435,7 @@ def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkey
 def test_the_command_runs_as_a_module(module):
     command = [sys.executable, "-m", module, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.startswith("usage: mustafar [-h] [--version] {generate,info,bench,eval,doctor}")
+    assert result.stdout.startswith("usage: mustafar [-h] [--version] {generate,chat,info,bench,eval,doctor}")
     assert result.stderr == ""
 
 

@@ -120,3 +120,10 @@ def test_repeat_refuses_what_is_no_count():
         repeat(empty("dense"), 0)
     with pytest.raises(TypeError, match=r"n=1.5 must be an integer"):
         repeat(empty("dense"), 1.5)
+
+
+def test_caches_that_were_cut_can_be_donated_one_after_the_other():
+    cut = truncate((filled("dense", [40, 20, 5]), filled("recommended", [40, 20, 5])), [39, 20, 5])
+    for cache in cut:
+        jax.jit(lambda cache: cache, donate_argnums=0)(cache)
+    assert all(leaf.is_deleted() for cache in cut for leaf in (cache.lengths, cache.overflow))

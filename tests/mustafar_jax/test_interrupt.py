@@ -40,16 +40,20 @@ def _interrupts_are_not_ignored() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the model `tiny`, whose decode step takes some seconds to compile."""
+    """A folder with the model `tiny`, whose decode step takes some seconds to compile, and `flat`, of one layer."""
     folder = tmp_path_factory.mktemp("interrupt")
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=12, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder / "tiny")
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}w9"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    for name, layers in (("tiny", 12), ("flat", 1)):
+        config.num_hidden_layers = layers
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     (folder / "text.txt").write_text(" ".join(WORDS[i % 61] for i in range(20000)))
     return folder
 
@@ -62,6 +66,7 @@ def started(folder, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         cwd=folder,
         env={**ENVIRONMENT, "JAX_LOG_COMPILES": "1"},
         text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -116,6 +121,32 @@ def test_one_interrupt_ends_it_at_once(folder, tmp_path, arguments, moment):
         status, seconds = interrupt(process)
     assert status == 130
     assert seconds < AT_ONCE
+
+
+def test_in_a_chat_it_ends_the_answer_and_the_conversation_goes_on(folder):
+    arguments = ["chat", "--model", "flat", "--max-new-tokens", "3000", "--preset", "dense"]
+    with started(folder, *arguments) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        process.stdin.write("w1 w2\n")
+        process.stdin.flush()
+        assert process.stdout.read(1) == "w"  # the answer begins
+        process.send_signal(signal.SIGINT)
+        first = process.stdout.readline()
+        assert process.poll() is None
+        process.stdin.write("w3\n")
+        process.stdin.flush()
+        assert process.stdout.read(1) == "w"
+        process.send_signal(signal.SIGINT)
+        second = process.stdout.readline()
+        start = time.perf_counter()
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+        assert time.perf_counter() - start < AT_ONCE
+        process.stdin = None
+    assert 0 < len(first.split()) < 3000
+    assert 0 < len(second.split()) < 3000
 
 
 @pytest.mark.exhaustive
