@@ -73,15 +73,15 @@ class Attention(nnx.Module):
 
     def extend(
         self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array, implementation: Implementation
-    ) -> tuple[jax.Array, LayerCache]:
-        """Attend from any number of new tokens of each sequence, and add them: hidden [B, n, D] -> [B, n, D]."""
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
+        """Attend from any number of tokens of each sequence, and add them: [B, n, D] -> [B, n, D], and queries."""
         positions = cache.lengths[:, None] + jnp.arange(hidden.shape[1])[None]
         query, key, value = self._project(hidden, positions[..., None])
         window = self.config.sliding_window
         attended, cache = attend(
             cache, query, key, value, lengths, sliding_window=window, implementation=implementation
         )
-        return self.o_proj(attended), cache
+        return self.o_proj(attended), query, cache
 
     def _project(self, hidden: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """hidden [..., D], positions [..., 1] -> rotated query [..., N, H] and key [..., K, H], value [..., K, H]."""
@@ -183,8 +183,15 @@ class Layer(nnx.Module):
         Returns:
             The layer's output [B, n, D], meaningless from `lengths` on, and the cache with the tokens.
         """
-        attended, cache = self.self_attn.extend(self.input_layernorm(hidden), cache, lengths, implementation)
+        attended, _, cache = self.self_attn.extend(self.input_layernorm(hidden), cache, lengths, implementation)
         return self._feed_forward_in_chunks(hidden + attended), cache
+
+    def run_chunk(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
+        """`extend` of a dense cache, which holds the prompts' earlier chunks; gives the queries [B, n, N, H], too."""
+        attended, query, cache = self.self_attn.extend(self.input_layernorm(hidden), cache, lengths, None)
+        return self._feed_forward_in_chunks(hidden + attended), query, cache
 
     def _feed_forward_in_chunks(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, D], some tokens at a time, each chunk in the place of its input."""

@@ -10,6 +10,7 @@ from jax import lax
 
 from mustafar_jax.backends.registry import Implementation, Names, check_implementation
 from mustafar_jax.cache import LayerCache
+from mustafar_jax.generation.chunks import prefill_chunks
 from mustafar_jax.generation.programs import LastPrograms, last_programs
 from mustafar_jax.generation.protocols import Caches, Layer, Model, Progress, TurnLayer
 
@@ -25,6 +26,7 @@ def prefill_prompt(
     *,
     implementation: Implementation = None,
     progress: Progress | None = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, Caches]:
     """Run prompts through the model, layer by layer, and fill the caches.
 
@@ -39,10 +41,19 @@ def prefill_prompt(
         caches: one empty cache per layer; donated.
         implementation: as in `generate`.
         progress: called as progress(done, total) after each layer of each part of the rows.
+        chunk: run so many tokens of all prompts at a time through each layer. What is compiled serves for prompts of
+            any length, and attention works in less; a layer's keys, values and queries are held in full until its last
+            chunk, so what is packed is that of one piece but for rounding. None: prompts in one piece.
 
     Returns:
         float32 [B, V], the logits after each prompt's last token, and the filled caches.
+
+    Raises:
+        ValueError: a chunk below 1.
+        TypeError: a chunk that is no integer, or a model whose layers lack `run_chunk`.
     """
+    if chunk is not None:
+        return prefill_chunks(model, tokens, lengths, caches, chunk, check_implementation(implementation), progress)
     return _run(_prefill_rows, model, tokens, lengths, caches, implementation, progress)
 
 

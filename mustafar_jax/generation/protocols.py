@@ -42,6 +42,15 @@ class TurnLayer(Layer, Protocol):
         """
 
 
+class ChunkLayer(Layer, Protocol):
+    """What `prefill_prompt` needs of a decoder layer beside, where prompts are to pass in chunks."""
+
+    def run_chunk(
+        self, hidden: jax.Array, cache: LayerCache, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array, LayerCache]:
+        """`TurnLayer.extend` of a dense cache, which gives the queries [B, n, N, H] after RoPE as well."""
+
+
 class BlockLayer(TurnLayer, Protocol):
     """What `scoring.by_blocks` needs of a decoder layer beside."""
 

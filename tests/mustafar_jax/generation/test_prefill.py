@@ -13,7 +13,7 @@ from mustafar_jax.backends import registry
 from mustafar_jax.cache import packed
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE, prefill, prefill_prompt
-from tests.helpers import replace_backend, to_dense
+from tests.helpers import exhaustive, replace_backend, to_dense
 from tests.mustafar_jax.generation.setting import CAPACITY, CONFIGS, LENGTHS, PROMPTS, TINY, Compilations
 
 
@@ -88,3 +88,39 @@ def test_a_layer_packs_by_whom_it_is_told(llama, monkeypatch, implementation, wa
 )
 def test_who_packs_beside_who_attends(implementation, wanted):
     assert registry.packers(implementation) == wanted
+
+
+BY_QUERIES = CompressionConfig(0.5, 0.5, k_method="output_aware", v_method="channel_output_aware")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("recommended", CONFIGS["recommended"]), *exhaustive(("dense", DENSE), ("by queries", BY_QUERIES))],
+)
+def test_chunks_equal_one_piece_and_compile_once_for_prompts_of_any_length(llama, name, config):
+    lengths = jnp.asarray(LENGTHS, jnp.int32)
+
+    def run(prompts, lengths, **options):
+        return prefill_prompt(llama, prompts, lengths, llama.init_cache(config, batch=4, capacity=110), **options)
+
+    logits, caches = run(jnp.asarray(PROMPTS), lengths)
+    in_chunks, chunked = run(jnp.asarray(PROMPTS), lengths, chunk=32)  # three, of which the last ends beyond the room
+    np.testing.assert_allclose(in_chunks, logits, atol=1e-4, rtol=0)
+    for one, other in zip(chunked, caches, strict=True):
+        for held, wanted in zip(to_dense(one), to_dense(other), strict=True):
+            np.testing.assert_allclose(held, wanted, atol=1e-4, rtol=0)
+        for part in ("key_mean", "query_norm", "queries"):
+            if getattr(one, part, None) is not None:
+                np.testing.assert_allclose(getattr(one, part), getattr(other, part), atol=1e-4, rtol=1e-5)
+    longer, shorter = jnp.asarray(np.concatenate([PROMPTS, PROMPTS[:, :37]], axis=1)), jnp.asarray(PROMPTS[:, :5])
+    with Compilations() as compiled:
+        run(longer, jnp.asarray([107, 33, 64, 1], jnp.int32), chunk=32)
+        run(shorter, jnp.asarray([1, 2, 3, 5], jnp.int32), chunk=32)
+    assert compiled == []
+
+
+@pytest.mark.parametrize(("chunk", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_a_chunk_is_a_number_of_tokens(llama, chunk, error):
+    caches = llama.init_cache(DENSE, batch=4, capacity=CAPACITY)
+    with pytest.raises(error, match="chunk="):
+        prefill_prompt(llama, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS, jnp.int32), caches, chunk=chunk)
