@@ -123,6 +123,7 @@ def test_one_interrupt_ends_it_at_once(folder, tmp_path, arguments, moment):
     assert seconds < AT_ONCE
 
 
+@pytest.mark.exhaustive
 def test_in_a_chat_it_ends_the_answer_and_the_conversation_goes_on(folder):
     arguments = ["chat", "--model", "flat", "--max-new-tokens", "3000", "--preset", "dense"]
     with started(folder, *arguments) as process:

@@ -84,6 +84,7 @@ def test_where_the_template_rewrites_what_was_said_the_model_sees_what_it_says(l
     assert passed[-1] >= whole - 1 if template is DATED else passed[-1] < whole / 2
 
 
+@pytest.mark.exhaustive
 def test_what_is_packed_is_read_anew(llama, passed):
     options: dict[str, Any] = {**DENSE, "config": CONFIGS["recommended"]}
     talk = mj.Conversation(llama, tokenizer_with(), **options)

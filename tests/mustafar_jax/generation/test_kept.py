@@ -144,6 +144,7 @@ def test_later_turns_compile_nothing(llama):
     assert result.caches[0].lengths.tolist() == (LENGTHS + 1 + 33 + 40 + 4 * NEW).tolist()
 
 
+@pytest.mark.exhaustive
 @compressed
 def test_prompts_that_go_on_some_at_a_time_equal_all_at_once(llama, config, monkeypatch):
     prompts, lengths = (jnp.asarray(np.concatenate([x, x[:1]]), jnp.int32) for x in (TURN, TURN_LENGTHS))
