@@ -84,7 +84,8 @@ def decode_attention(
         implementation: "mosaic_gpu", "triton", "cudnn" or "xla", a sequence of names (the first that can run this is
             taken), or None for the best that works here. On NVIDIA GPUs, for bfloat16 and float16: "cudnn" for dense
             caches; for packed ones "mosaic_gpu" on compute capability 9.0 (Hopper), else "triton"; with a cap, or
-            the log-sum-exp on dense caches, "xla". `mustafar_jax.explain` says what is taken, and why not another.
+            the log-sum-exp on dense caches, "xla". `mustafar_jax.explain` says what is taken without these, and why not
+            another.
 
     Returns:
         [B, N, H] in the query's dtype; with `return_lse` that and float32 [B, N], -inf for a sequence of length 0.

@@ -111,9 +111,17 @@ def attend(
     chosen = preferring("attend_prompt", implementation), preferring(operation_of(cache), implementation)
     with jax.named_scope("attend"):  # a profile shows it by this name
         out, lse, cache = _attend_several(
-            cache, query, key, value, jnp.asarray(given), scores, *chosen, candidates("pack", packers(implementation))
+            cache,
+            query,
+            key,
+            value,
+            jnp.asarray(given),
+            scores,
+            *chosen,
+            candidates("pack", packers(implementation)),
+            return_lse=return_lse,
         )
-    return (out, lse, cache) if return_lse else (out, cache)
+    return (out, cache) if lse is None else (out, lse, cache)
 
 
 def _check_room(cache: LayerCache, lengths: np.ndarray | jax.Array) -> None:
@@ -163,7 +171,7 @@ def _attend_one(
     return (out, *lse, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("scores", "by_prompt", "by_cache", "packers"))
+@functools.partial(jax.jit, static_argnames=("scores", "by_prompt", "by_cache", "packers", "return_lse"))
 def _attend_several(
     cache: LayerCache,
     query: jax.Array,
@@ -174,7 +182,9 @@ def _attend_several(
     by_prompt: Candidates,
     by_cache: Candidates,
     packers: Candidates,
-) -> tuple[jax.Array, jax.Array, LayerCache]:
+    *,
+    return_lse: bool,
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
     """See `attend`."""
     count = jnp.clip(lengths, 0, query.shape[1])  # under jit they are not known to lie there
     new = attend_prompt(query, key, value, count, scores, True, by_prompt)
@@ -184,7 +194,7 @@ def _attend_several(
     grown = cache._extend(key, value, _after(lse, count), query, packers)
     grown = dataclasses.replace(grown, overflow=grown.overflow | (count != lengths))
     out = jnp.where(there[..., None], out, 0).astype(query.dtype)
-    return out, jnp.where(there, lse, -jnp.inf), grown
+    return out, jnp.where(there, lse, -jnp.inf) if return_lse else None, grown
 
 
 def _after(first: jax.Array, count: jax.Array) -> jax.Array:

@@ -37,6 +37,8 @@ def prefill_chunks(
     of one piece.
     """
     size = min(check_chunk(model, chunk), caches[0].capacity)
+    if tokens.shape[1] > caches[0].capacity:
+        raise ValueError(f"tokens has {tokens.shape[1]} a prompt; the caches' capacity is {caches[0].capacity}")
     given, own = np.asarray(jax.device_get(tokens)), np.asarray(jax.device_get(lengths))
     starts = range(0, given.shape[1], size)
     hidden, counts = [], []

@@ -186,7 +186,7 @@ class Conversation:
             np.asarray([tokens[held:]], np.int32),
             max_new_tokens=min(self.max_new_tokens, room),
             config=self.config,
-            key=None if self.key is None else jax.random.fold_in(self.key, len(messages)),
+            key=None if self.key is None else jax.random.fold_in(self.key, self._turn),
             capacity=self.capacity,
             caches=caches,
             **self.options,
@@ -201,12 +201,17 @@ class Conversation:
         self.messages = self.messages[:last]
         self._turn += 1
 
-    def fork(self) -> Self:
-        """A conversation that has been the same until now; its caches are copies."""
+    def fork(self, key: jax.Array | None = None) -> Self:
+        """A conversation that has been the same until now; its caches are copies.
+
+        Args:
+            key: what the copy samples with; if None that of this one, with which it draws the same answers.
+        """
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.messages, other._tokens = [dict(message) for message in self.messages], list(self._tokens)
         other._caches = None if self._caches is None else repeat(self._caches, 1)
+        other.key = self.key if key is None else key
         return other
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -241,7 +246,8 @@ class Conversation:
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: a folder that is damaged; caches of another model.
+            ValueError: a folder that is damaged; caches of a model of another shape, or, where keys are centred, with
+                other RoPE frequencies. Another model of the same shape is not noticed.
         """
         folder = Path(path)
         about = _read(folder / _FILE)
@@ -285,9 +291,8 @@ class Conversation:
         self, messages: list[Message], tokens: list[int], pieces: Generator[str, bool | None, Generation], turn: int
     ) -> Generator[str, bool | None, Generation]:
         """See `stream`. From its first step on the caches are the generation's, until it gives them back."""
-        if turn != self._turn:
-            raise RuntimeError("the conversation has gone on since this stream was made; make another")
-        self._turn += 1
+        self._check_turn(turn)
+        self._turn = turn = turn + 1
         self._tokens, self._caches = [], None
         written: list[str] = []
         told: bool | None = None
@@ -299,12 +304,21 @@ class Conversation:
                     end: Generation = stopped.value
                     break
                 told = yield written[-1]
+                self._check_turn(turn)
         except GeneratorExit:
+            if turn != self._turn:  # whoever went on has caches of their own
+                pieces.close()
+                raise
             rest, end = finish(pieces)
             self._take(messages, tokens, [*written, *rest], end)
             raise
         self._take(messages, tokens, written, end)
         return end
+
+    def _check_turn(self, turn: int) -> None:
+        """Raise RuntimeError where another turn has begun, or been undone."""
+        if turn != self._turn:
+            raise RuntimeError("the conversation has gone on since this stream was made; make another")
 
     def _take(self, messages: list[Message], tokens: list[int], written: list[str], end: Generation) -> None:
         """Add a turn, whose answer the caches hold."""

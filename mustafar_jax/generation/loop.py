@@ -103,8 +103,8 @@ def generate(
 
     Raises:
         ValueError: an argument out of its range, an empty prompt, a (padded) prompt and max_new_tokens that together
-            exceed the model's context, or the room in the caches; caches of another model, batch, config or dtype, and
-            such as were donated before.
+            exceed the model's context, or the room in the caches; caches of a model of another shape, of another batch,
+            config or dtype, and such as were donated before.
         TypeError: an argument of another type, such as a path in place of a model, or text in place of tokens; a model
             whose layers cannot `extend`, where caches are to be kept.
         NotImplementedError: no implementation that was named can attend the caches. Like the others, before any work.

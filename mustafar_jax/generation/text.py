@@ -59,9 +59,12 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> np.ndarray:
     return np.asarray(tokens, np.int32)[None]
 
 
-def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Texts that end an answer; TypeError for what is none, ValueError for an empty one."""
-    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Texts that end an answer, none for None; TypeError for what is no text, ValueError for an empty one."""
+    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(texts, list | tuple):
+        raise TypeError(f"stop is of type {type(stop).__name__}; wanted a text, or a list of texts")
+    texts = tuple(texts)
     for text in texts:
         check_text("stop", text)
         if not text:

@@ -194,6 +194,16 @@ def test_caches_hold_the_usual_under_it(switch, name):
     check_usual(result, usual(caches, name))
 
 
+def test_tokens_that_are_not_there_are_no_infinities():
+    """Their log-sum-exp would be, where it is asked for."""
+    cache = mj.LayerCache.init(CONFIGS["dense"], batch=2, capacity=8, num_kv_heads=1, head_dim=32, dtype=jnp.float32)
+    new = jnp.ones((2, 2, 1, 32))
+    with RUNNING[NANS]():
+        out, cache = mj.attend(cache, new, new, new, [1, 2])
+    assert np.isfinite(out).all()
+    assert cache.lengths.tolist() == [1, 2]
+
+
 COMPUTED = [(switch, use) for switch in RUNNING for use in WITHOUT_CACHE if switch != "disable_jit"]
 COMPUTED += [("disable_jit", rows), *exhaustive(("disable_jit", prompts), ("disable_jit", model))]  # as generation does
 

@@ -267,6 +267,25 @@ def test_a_turn_that_cannot_be_leaves_the_conversation_as_it_was(llama):
         next(late)
 
 
+@pytest.mark.parametrize(
+    "ends", [lambda stream: stream.close(), lambda stream: next(stream)], ids=["closed", "resumed"]
+)
+@pytest.mark.parametrize("then", [lambda talk: talk.say("w2"), lambda talk: talk.undo()], ids=["said", "undone"])
+def test_a_stream_that_was_left_changes_nothing_later(llama, ends, then):
+    talk = mj.Conversation(llama, tokenizer_with(), **DENSE)
+    talk.say(SAID[0])
+    left = talk.stream("w3")
+    next(left)
+    then(talk)
+    before, held = list(talk.messages), talk.num_tokens
+    try:
+        ends(left)
+    except RuntimeError as error:
+        assert "the conversation has gone on" in str(error)  # noqa: PT017
+    assert (talk.messages, talk.num_tokens) == (before, held)
+    assert talk.say("w1") == talk.messages[-1]["content"]
+
+
 def test_an_answer_takes_no_more_than_the_room(llama):
     talk = mj.Conversation(llama, tokenizer_with(), capacity=CAPACITY, max_new_tokens=100, eos_id=())
     talk.say("w1 " * (CAPACITY - 7))

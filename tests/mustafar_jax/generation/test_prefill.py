@@ -119,6 +119,12 @@ def test_chunks_equal_one_piece_and_compile_once_for_prompts_of_any_length(llama
     assert compiled == []
 
 
+def test_chunks_hold_no_more_than_the_caches(llama):
+    caches = llama.init_cache(DENSE, batch=len(PROMPTS), capacity=8)
+    with pytest.raises(ValueError, match="the caches' capacity is 8"):
+        prefill_prompt(llama, jnp.asarray(PROMPTS), jnp.asarray([1] * len(PROMPTS), jnp.int32), caches, chunk=4)
+
+
 @pytest.mark.parametrize(("chunk", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
 def test_a_chunk_is_a_number_of_tokens(llama, chunk, error):
     caches = llama.init_cache(DENSE, batch=4, capacity=CAPACITY)
