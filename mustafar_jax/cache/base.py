@@ -122,9 +122,9 @@ class LayerCache:
 
     def __repr__(self) -> str:
         """One line: what it is, not what it holds."""
-        sizes = ", ".join(f"{name}={self._size(name)}" for name in ("batch", "num_kv_heads"))
-        static = f"capacity={self.capacity}, head_dim={self.head_dim}, dtype={np.dtype(self.dtype).name}"
-        return f"{type(self).__name__}({sizes}, {static}, {self.config})"
+        batch, heads = (self._size(name) for name in ("batch", "num_kv_heads"))
+        sizes = f"batch={batch}, capacity={self.capacity}, num_kv_heads={heads}, head_dim={self.head_dim}"
+        return f"{type(self).__name__}({sizes}, dtype={np.dtype(self.dtype).name}, {self.config})"
 
     def _size(self, name: str) -> int | None:
         """What arrays' shapes tell; None in a tree that holds something else in their place."""

@@ -209,7 +209,8 @@ def _steps(model: Model, request: Request) -> Generator[np.ndarray, bool | None,
     tokens = np.zeros((len(request.tokens), request.max_new_tokens), np.int32)
     if written:
         tokens[:, : len(written)] = np.stack(written, axis=1)
-    state = dataclasses.replace(state, lengths=jnp.minimum(state.lengths, len(written)))  # it may be a token ahead
+    seen = jax.device_put(np.int32(len(written)))
+    state = dataclasses.replace(state, lengths=jnp.minimum(state.lengths, seen))  # it may be a token ahead
     end = _generation(request, jax.device_put(tokens), state)
     if not stopped and not jax.device_get(end.finite).any():
         lengths = jax.device_get(end.lengths).tolist()

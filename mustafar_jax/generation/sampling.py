@@ -54,7 +54,7 @@ def likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.
         min_p: of these, those at least this times as probable as the likeliest (Nguyen et al. 2024, section 3).
     """
     order = jnp.argsort(logits, axis=-1, descending=True)
-    rank = jnp.arange(logits.shape[-1])
+    rank = jnp.arange(logits.shape[-1])[None]
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     probability = jax.nn.softmax(jnp.where(rank < top_k, ranked, -jnp.inf))
     before = jnp.cumsum(probability, axis=-1) - probability
