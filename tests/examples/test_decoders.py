@@ -73,7 +73,7 @@ def padded_on_the_left(tokens, lengths):
     ("compression", "tolerance"),
     [(EVERY_ENTRY, 2e-5), *exhaustive((mj.CompressionConfig(0, 0), 2e-5), (CODES, 0.03))],
 )
-@pytest.mark.parametrize("name", ["nnx_decoder", "linen_decoder"])
+@pytest.mark.parametrize("name", ["nnx_decoder", *exhaustive("linen_decoder")])
 def test_two_turns_are_those_of_plain_attention(name, compression, tolerance, request):
     module, generate, whole = request.getfixturevalue(name)
     caches = module.init_caches(module.Config(**SIZES), compression, batch=2, capacity=CAPACITY)

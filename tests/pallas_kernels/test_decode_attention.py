@@ -158,7 +158,8 @@ CASES = {
 }
 FURTHER = ["1000 rows", "centred, 2 query heads", "centred, 7 query heads", "centred, 16 query heads"]
 FURTHER += ["centred, all held", "centred, 1 query head", "dense keys", "8 query heads, slots in fours"]
-FURTHER += ["keys pruned in 4 bits, values pruned", "keys in 2 bits, dense values"]
+FURTHER += ["keys pruned in 4 bits, values pruned", "keys in 2 bits, dense values", "two KV heads", "4 bits"]
+FURTHER += ["keys in 2 bits, values in 8", "keys pruned, values in 4 bits", "keys in 4 bits, values pruned"]
 FURTHER += [
     "keys pruned in 4 bits, dense values",
     "2 bits, 16 query heads",

@@ -95,6 +95,7 @@ def test_what_is_packed_is_read_anew(llama, passed):
     assert passed[-1] == len(tokens_of(talk.tokenizer, talk.messages[:-1]))
 
 
+@pytest.mark.exhaustive
 def test_twenty_turns_compile_three_programs_after_the_second(llama):
     talk = mj.Conversation(llama, tokenizer_with(), **{**DENSE, "max_new_tokens": 6}, config=CONFIGS["recommended"])
     talk.say("w1")
