@@ -128,6 +128,7 @@ def test_what_is_expected_grows_with_the_error_of_attention(model, tokens, monke
     assert expected(5e-3) < 0.5 * expected(0.1)
 
 
+@pytest.mark.exhaustive
 def test_the_program_writes_what_it_finds_and_fails_where_a_bar_is_missed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(agreement, "MARGIN", -1.0)
     path = tmp_path / "agreement.json"

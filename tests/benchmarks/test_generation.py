@@ -45,6 +45,7 @@ def test_what_cannot_run_is_noted_with_its_reason():
     assert row["reason"].startswith("NotImplementedError: no implementation can attend dense caches here: triton: ")
 
 
+@pytest.mark.exhaustive
 def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # a GPU's memory is this process's
     dense = dataclasses.replace(TINY, sparsity=0.0)

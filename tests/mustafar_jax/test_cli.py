@@ -224,6 +224,7 @@ def eager(folder, tiny):
     return row.index(stop) + 1
 
 
+@pytest.mark.exhaustive
 def test_several_prompts_are_a_batch(run, tiny, eager):
     prompts = [PROMPT, SHORT, "w5\n" + " w7" * 30]
     arguments = [word for prompt in prompts for word in ("--prompt", prompt)]

@@ -75,6 +75,7 @@ def test_padding_leaves_no_mark_on_what_a_prompt_tells(one_layer, name):
                 )
 
 
+@pytest.mark.exhaustive
 def test_a_growing_chat_compiles_few_programs(one_layer):
     lengths, tokens = range(60, 140, 10), np.random.default_rng(0).integers(1, VOCABULARY, (1, 180))
     options: dict[str, Any] = {"max_new_tokens": 24, "config": CONFIGS["published"]}

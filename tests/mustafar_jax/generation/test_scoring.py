@@ -118,6 +118,7 @@ def test_tokens_in_blocks_pass_as_one_by_one_through_every_cache(llama, count):
     assert (count == 1) == np.array_equal(compressed, dense)
 
 
+@pytest.mark.exhaustive
 def test_prompts_pass_once_for_all_caches_by_blocks(llama, monkeypatch):
     passed = []
     run = scoring._run_prompt

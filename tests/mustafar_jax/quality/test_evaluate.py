@@ -71,6 +71,7 @@ def forced(count=3, prompt=100, gold=40):
     ]
 
 
+@pytest.mark.exhaustive
 def test_losses_are_those_of_token_by_token_decoding(model):
     text, kind = tokens(2, 140), mj.CompressionConfig.recommended(0.5, 0.7)
     args = text[:, :100], np.array([100, 100]), text[:, 100:]
@@ -170,6 +171,7 @@ def test_within_a_mesh_the_records_are_the_same(model, tokenizer, tmp_path, kind
         assert record.get("prediction") == same.get("prediction")
 
 
+@pytest.mark.exhaustive
 def test_kinds_together_are_scored_as_alone(model, tokenizer, tmp_path):
     examples, kinds = forced(), {"dense": DENSE, "published": PUBLISHED, "int4": Quantised(bits=4)}
     evaluator = Evaluator(model, tokenizer, batch=2, padding=100)

@@ -81,6 +81,7 @@ def test_a_session_tells_of_bad_lines_before_the_work(model, byte_tokenizer, tmp
         )
 
 
+@pytest.mark.exhaustive
 def test_examples_without_finite_logits_are_named_and_left_out(byte_tokenizer, tmp_path):
     """A model for which one byte, in the second line's document alone, is NaN."""
     model = Llama(CONFIG, dtype=jnp.float16, rngs=nnx.Rngs(0))

@@ -206,6 +206,7 @@ def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, weighed, inter
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
+@pytest.mark.exhaustive
 def test_rescaled_values_agree_but_for_the_last_bit(head_dim, dtype, interpret):
     rng = np.random.default_rng(8)
     x = jnp.asarray(rng.standard_normal((2, 1, 72, head_dim)), dtype)
