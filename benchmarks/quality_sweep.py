@@ -76,18 +76,13 @@ def _about(cache: Cache) -> dict[str, Any]:
 def _metrics(model: Any, cache: Cache, examples: list[Example]) -> dict[str, Any]:
     """What holds for all of a test's examples."""
     config = None if isinstance(cache.config, Quantised) else cache.config
-    longest = max(len(example.prompt) + _written(example) for example in examples)
+    longest = max(len(example.prompt) + example.after for example in examples)
     return {
         "sparsity": None if config is None else [config.k_sparsity, config.v_sparsity],
         "true_sparsity": None if config is None else config.true_sparsity(model.config.head_dim),
         "bits": cache.config.entry_bits(model.config.head_dim),
         "bytes": cache_bytes(model, cache.config, longest),
     }
-
-
-def _written(example: Example) -> int:
-    """Tokens that follow the prompt, at most."""
-    return example.max_new_tokens if example.gold is None else len(example.gold)
 
 
 def _tests(tokenizer: Any, options: argparse.Namespace) -> dict[str, list[Example]]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mustafar_jax.backend import Attended
 from mustafar_jax.operands import PackedAttention, Tail
 from mustafar_jax.rows import Rows
 
@@ -73,7 +74,7 @@ def why_not_attend(
     return next((reason for reason in reasons if reason), None)
 
 
-def by_queries(attend: Callable[[PackedAttention], Any], operands: PackedAttention) -> Any:
+def by_queries(attend: Callable[[PackedAttention], Attended], operands: PackedAttention) -> Attended:
     """Attend queries of several new tokens, all of which see the same, some at a time, as one token's query heads.
 
     Args:
@@ -87,7 +88,8 @@ def by_queries(attend: Callable[[PackedAttention], Any], operands: PackedAttenti
     edges = [part * count // parts for part in range(parts + 1)]  # as even as can be, so few kernels are compiled
     pieces = [operands.query[:, :, first:last] for first, last in itertools.pairwise(edges)]
     found = [attend(dataclasses.replace(operands, query=piece)) for piece in pieces]
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
+    joined: Attended = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
+    return joined
 
 
 def check_tail(tail: Tail, dtype: Any) -> None:

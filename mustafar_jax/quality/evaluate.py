@@ -110,8 +110,7 @@ class Evaluator:
                 yield alike[part * len(alike) // parts : (part + 1) * len(alike) // parts]
 
     def _padded(self, example: Example) -> int:
-        after = example.max_new_tokens if example.gold is None else len(example.gold)
-        room = self.model.config.max_position_embeddings - after
+        room = self.model.config.max_position_embeddings - example.after
         if len(example.prompt) > room:
             raise ValueError(f"example {example.id}: {len(example.prompt)} tokens exceed the {room} there is room for")
         return min(room, -(-len(example.prompt) // self.padding) * self.padding)

@@ -35,6 +35,11 @@ class Example:
     score: Callable[[str], float] | None = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def after(self) -> int:
+        """Tokens that follow the prompt: the continuation's, or those that the model writes at most."""
+        return self.max_new_tokens if self.gold is None else len(self.gold)
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Problem:

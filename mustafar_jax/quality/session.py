@@ -153,8 +153,7 @@ class Session:
         return summarise(records if gather is None else gather(records), self.task.shown)
 
     def _nbytes(self, model: Any, examples: Sequence[Example]) -> dict[str, float]:
-        written = (example.max_new_tokens if example.gold is None else len(example.gold) for example in examples)
-        longest = max(len(example.prompt) + count for example, count in zip(examples, written, strict=True))
+        longest = max(len(example.prompt) + example.after for example in examples)
         return cache_bytes(model, self.config, longest)
 
 

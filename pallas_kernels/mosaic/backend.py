@@ -1,9 +1,8 @@
 """What the Mosaic GPU kernels do for the library, and what they cannot."""
 
 import functools
-from typing import Any
 
-from mustafar_jax.backend import Backend, Operation, missing_from_jax
+from mustafar_jax.backend import Attended, Backend, Operation, missing_from_jax
 from mustafar_jax.operands import PackedAttention
 
 # The kernels are imported where they are used: Pallas takes a while to import, and a version of jax may lack a part.
@@ -22,7 +21,7 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     return BOTH_DENSE if is_dense(operands.key) and is_dense(operands.value) else None
 
 
-def attend(operands: PackedAttention, *, interpret: bool = False) -> Any:
+def attend(operands: PackedAttention, *, interpret: bool = False) -> Attended:
     """Attend a packed cache; `interpret` runs the kernel as numpy, anywhere."""
     from mustafar_jax.pallas_kernels.mosaic.decode_attention import decode_attention
     from mustafar_jax.pallas_kernels.rows import by_queries

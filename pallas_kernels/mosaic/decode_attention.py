@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mustafar_jax.backend import Attended
 from mustafar_jax.layout import WORD
 from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.mosaic import codes, launch, lowering
@@ -34,7 +35,7 @@ BOTH_DENSE = "the Mosaic GPU kernels want keys or values pruned or coded; here b
 
 def decode_attention(
     operands: PackedAttention, *, params: launch.MosaicParams | None = None, interpret: bool = False
-) -> Any:
+) -> Attended:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
     The packed rows are attended here; `merge`, a second kernel, merges the blocks' results and attends the rest.

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mustafar_jax.backend import Attended
 from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels.mosaic import hadamard, lowering
 from mustafar_jax.pallas_kernels.mosaic.merge_parts import Part, Slots, Splits, combined
@@ -32,7 +33,7 @@ def merge(
     turned: bool = False,
     return_lse: bool = False,
     interpret: bool = False,
-) -> Any:
+) -> Attended:
     """Merge splits with attention over the dense slots, and normalise.
 
     Args:
@@ -74,7 +75,7 @@ def merge(
         dtype=query.dtype,
         interpret=interpret,
     )
-    return tuple(found) if return_lse else found[0]
+    return (found[0], found[1]) if return_lse else found[0]
 
 
 def merge_block(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mustafar_jax.backend import Backend, Operation, missing_from_jax
+from mustafar_jax.backend import Attended, Backend, Operation, missing_from_jax
 from mustafar_jax.codecs import ScaledCodec
 from mustafar_jax.operands import PackedAttention, Packing, Product, Side
 from mustafar_jax.pruning import keep_count, magnitude
@@ -32,7 +31,7 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     return reason or why_not_rows(operands.key, operands.value)
 
 
-def attend(operands: PackedAttention, *, interpret: bool = False) -> Any:
+def attend(operands: PackedAttention, *, interpret: bool = False) -> Attended:
     """Attend a packed cache; `interpret` runs the kernels as plain JAX, anywhere."""
     from mustafar_jax.pallas_kernels.rows import by_queries
     from mustafar_jax.pallas_kernels.triton.decode_attention import decode_attention

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mustafar_jax.backend import Attended
 from mustafar_jax.operands import Mean, PackedAttention
 from mustafar_jax.pallas_kernels.rows import check_rows, check_tail
 from mustafar_jax.pallas_kernels.triton import codes, launch, tile
@@ -26,7 +26,7 @@ from mustafar_jax.rows import Rows
 
 def decode_attention(
     operands: PackedAttention, *, params: launch.DecodeParams | None = None, interpret: bool = False
-) -> Any:
+) -> Attended:
     """Attend the last token of each sequence to the sequence: its sinks, its packed rows, its recent tokens.
 
     For the packed rows, each block of 128 threads takes 128 tokens at a time (`tile`; `coded_attention` where they are

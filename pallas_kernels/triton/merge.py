@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mustafar_jax.backend import Attended
 from mustafar_jax.layout import position_of_slot
 from mustafar_jax.operands import Tail
 from mustafar_jax.pallas_kernels.triton import language as tl
@@ -35,7 +36,7 @@ def merge(
     turned: bool = False,
     return_lse: bool = False,
     interpret: bool = False,
-) -> Any:
+) -> Attended:
     """Merge splits with attention over the dense slots, and normalise. A block takes one query head.
 
     Args:
