@@ -65,10 +65,13 @@ class Mean(NamedTuple):
         """The mean as rows at positions [B or 1, n] lack it; float32 [B, K, n, H]."""
         return rotate_by(self.key[:, :, None], self.angles(self.places(positions - self.offset))[:, None])
 
-    def angles(self, places: jax.Array | np.ndarray) -> jax.Array:
-        """Float32 [..., H / 2], radians: of positions `offset` + places [..., H / 2]."""
-        positions = jnp.asarray(self.offset + places, jnp.float32)
-        return positions * _beneath(self.inv_freq, positions.ndim - 1)
+    def angles(self, places: Any) -> Any:
+        """Float32 [..., H / 2], radians: of positions `offset` + places [..., H / 2].
+
+        A numpy array for one, a jax array for one.
+        """
+        positions = (self.offset + places).astype(np.float32)
+        return positions * _beneath(self.inv_freq.astype(np.float32), positions.ndim - 1)
 
 
 def _beneath(x: np.ndarray, axes: int) -> np.ndarray:

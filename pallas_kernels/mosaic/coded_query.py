@@ -16,26 +16,32 @@ _BIAS = 127
 
 
 class CodedQuery:
-    """The queries of a block's KV head, which its warps share."""
+    """The queries of a block's KV head, which its warps share; a warp begins to load its first one at once."""
 
     def __init__(self, w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
         self.row = w.row(query, head, plan.group * plan.head_dim * 2)
+        self.own = w.lane() * (2 * (plan.head_dim // LANES))
+        self.first = self._load(w.warp())
 
     def share(self) -> None:
         """Leave the queries in the block's memory, each warp some."""
         w, plan = self.w, self.plan
         for first in range(0, plan.group, plan.warps):
             number = w.warp() + first
-            w.branch(number < plan.group, [], functools.partial(self._store, number))
+            words = self._load(number) if first else self.first
+            w.branch(number < plan.group, words, functools.partial(self._store, number))
         w.sync_block()
 
-    def _store(self, number: Register, _: list[Register]) -> list[Register]:
-        """One query: neighbouring channels in each lane."""
+    def _load(self, number: Register) -> list[Register]:
+        """One query, if it is there: neighbouring channels in each lane."""
         w, plan = self.w, self.plan
-        channels = plan.head_dim // LANES
-        own = w.lane() * (2 * channels)
-        words = w.load(self.row, number * (plan.head_dim * 2) + own, channels // 2)
+        where, size = number < plan.group, plan.head_dim * 2
+        return w.load(self.row, number * size + self.own, plan.head_dim // LANES // 2, where=where)
+
+    def _store(self, number: Register, words: list[Register]) -> list[Register]:
+        """One query, of words as `_load` gives them."""
+        w, plan, own = self.w, self.plan, self.own
         x = [y for word in words for y in w.unpack_pair(word)]
         x = hadamard.turn(w, x) if plan.turned_keys else x
         down, up = self._powers(x)
@@ -50,7 +56,7 @@ class CodedQuery:
         unit = up * plan.scale
         offset = total * (unit * -factors.middle)
         w.store_shared(place, [unit * factors.unit, offset], plan.head_dim * 2, where=w.lane() == 0)
-        return []
+        return words
 
     def _powers(self, x: list[Register]) -> tuple[Register, Register]:
         """The power of two that scales a query, and its inverse."""

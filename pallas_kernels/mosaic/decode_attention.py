@@ -138,8 +138,8 @@ def attend_rows(
     arrays += [x for side in (key, value) for x in (side.bitmap, side.payload, side.scale) if x is not None]
     if plan.centred:
         assert mean is not None
-        arrays += [mean.key.astype(jnp.float32), turns(mean, plan)]
-        arrays += [middles(mean, plan)] if plan.slow_pairs else []
+        arrays += [mean.key.astype(jnp.float32), jnp.asarray(turns(mean, plan))]
+        arrays += [jnp.asarray(middles(mean, plan))] if plan.slow_pairs else []
     shapes = [(head_dim,), (), ()]
     return lowering.kernel_call(
         functools.partial(attend_split, plan=plan),
@@ -191,7 +191,7 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     # in flight while the rest is made ready
     loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
     multiply = products(w, at, plan)
-    mean = MeanKey(w, inputs, at, plan) if plan.centred else None
+    mean = MeanKey(w, inputs, head, at, plan) if plan.centred else None
     keys = keys_of(key, query, head, multiply, mean, end, w, at, plan)
     values = values_of(value, multiply, w, at, plan)
     if plan.has_tile:

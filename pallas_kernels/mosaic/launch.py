@@ -14,6 +14,8 @@ _WIDE = 12
 """Warps of a block that has a multiprocessor to itself, in place of two blocks of 4: 168 registers a thread."""
 _TEAMS = 4
 """Blocks of 4 warps that share a multiprocessor where keys or values are codes: 128 registers a thread."""
+_FULL = 0.9
+"""The share of multiprocessors that wide blocks of codes must fill at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,8 @@ def coded_params(*, heads: int, rows: int, group: int, head_dim: int, words: int
     """Launch parameters where keys or values are codes, from static facts alone.
 
     A multiprocessor has one launched block, of as many teams as registers suffice for: the more warps, the more loads
-    are on their way.
+    are on their way. Where one wave of wide blocks fills the device, these are faster by what starting a block costs.
+    As measured on an H200 (docs/kernels.md).
 
     Args:
         heads, rows, group: as in `mosaic_params`.
@@ -68,13 +71,29 @@ def coded_params(*, heads: int, rows: int, group: int, head_dim: int, words: int
         words: of a unit's keys and values that a lane loads; None where one side is no codes.
         centred: whether keys are.
     """
-    teams = 2 if words is None else _TEAMS if words <= 32 else _TEAMS - 1
-    if group > 8 and words is not None:
-        teams = 2 if centred and head_dim > 64 else 3
     tiles = max(1, -(-rows // launch.TILE))
-    at_once = launch.cores() * teams
-    splits = launch.cheapest(heads, tiles, functools.partial(_cost, at_once=at_once))
-    return MosaicParams(splits, 4, min(teams, -(-heads * splits // launch.cores())))
+    small = words is not None and words <= 32 and group <= 8
+    wide = launch.cores() // heads
+    if small and head_dim > 64 and heads * wide >= _FULL * launch.cores() and tiles * 4 >= wide * _WIDE * _WIDE:
+        return MosaicParams(wide, _WIDE)
+    teams = _teams(group, head_dim, words, centred=centred)
+    forms = [(4, teams)] + [(8, teams // 2)] * small
+    found = []
+    for warps, teams in forms:
+        cost = functools.partial(_cost, warps=warps, at_once=launch.cores() * teams)
+        splits = launch.cheapest(heads, tiles, cost)
+        found.append((cost(heads, tiles, splits), -warps, splits, teams))
+    _, warps, splits, teams = min(found)
+    return MosaicParams(splits, -warps, min(teams, -(-heads * splits // launch.cores())))
+
+
+def _teams(group: int, head_dim: int, words: int | None, *, centred: bool) -> int:
+    """Blocks of 4 warps that registers suffice for; arguments as `coded_params`."""
+    if words is None:
+        return 2 if head_dim > 64 else _TEAMS
+    if group > 8:
+        return 2 if centred and head_dim > 64 else 3
+    return _TEAMS if words <= 32 else _TEAMS - 1
 
 
 def wave() -> int:

@@ -13,8 +13,6 @@ each, one lane's beside the next's. Queries are turned a piece at a time: piece 
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mustafar_jax.operands import Mean
@@ -29,20 +27,19 @@ Piece = list[list[Register]]
 """Float32 [2][4]: the low and the high channels of 4 pairs, or the cosines and sines of their turns."""
 
 
-def turns(mean: Mean, plan: Plan) -> jax.Array:
+def turns(mean: Mean, plan: Plan) -> np.ndarray:
     """Cosines and sines of fast pairs' turns: back from each unit; to its first 8 tokens; by 8.
 
-    Float32 [units + 9, 2, fast pairs], pairs in the order of pieces. The turns are the same for every layer of a model,
-    whose compiler keeps one; `middles` too.
+    Float32 [units + 9, 2, fast pairs], pairs in the order of pieces. They are constants, as `middles` are, and the same
+    for every layer of a model, whose compiler keeps one.
     """
     starts = mean.offset + np.arange(plan.units) * TOKENS
     positions = np.concatenate([-starts, np.arange(_QUADS), [_QUADS]]).astype(np.float32)
     pairs = np.arange(plan.fast_pairs).reshape(-1, 4, 4).swapaxes(1, 2).reshape(-1)
-    angle = jnp.asarray(positions)[:, None] * mean.inv_freq[pairs][None]
-    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
+    return _cos_and_sin(positions[:, None] * mean.inv_freq[pairs][None], axis=1)
 
 
-def middles(mean: Mean, plan: Plan) -> jax.Array:
+def middles(mean: Mean, plan: Plan) -> np.ndarray:
     """Turns of slow pairs to the middle of each unit: float32 [units, steps, 4 lanes t, pairs t and 4 + t of 8, 2].
 
     The last axis is cosine and sine; there are rows for all units of the last block's products.
@@ -50,20 +47,40 @@ def middles(mean: Mean, plan: Plan) -> jax.Array:
     units = (plan.splits - 1) * plan.units_per_split + plan.slow_rows
     positions = (mean.offset + np.arange(units) * TOKENS + TOKENS // 2).astype(np.float32)
     pairs = plan.fast_pairs + np.arange(plan.slow_pairs).reshape(-1, 2, 4).swapaxes(1, 2)
-    angle = jnp.asarray(positions)[:, None, None, None] * mean.inv_freq[pairs][None]
-    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return _cos_and_sin(positions[:, None, None, None] * mean.inv_freq[pairs][None], axis=-1)
+
+
+def _cos_and_sin(angle: np.ndarray, axis: int) -> np.ndarray:
+    return np.stack([np.cos(angle), np.sin(angle)], axis=axis).astype(np.float32)
 
 
 class MeanKey:
-    """The mean key of a block's KV head, for one of its warps."""
+    """The mean key of a block's KV head, for one of its warps, which begins to load what `share` wants at once."""
 
-    def __init__(self, w: Warp, refs: list[Any], at: Places, plan: Plan) -> None:
+    def __init__(self, w: Warp, refs: list[Any], head: Register, at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
-        self.key, self.turns, *self.middles = refs
+        key, self.turns, *self.middles = refs
+        self.row = w.row(key, head, plan.head_dim * 4)
+        self.for_table = self._load_for_table()
+        self.slow = [self._load_pair((at.t << 2), 4 * p) for p in range(plan.fast_pairs, plan.pairs, 4)]
+        self.first_middles = self._load_middles(w.warp()) if self.middles else []
+
+    def _load_pair(self, offset: Register, constant: int) -> list[Register]:
+        """A pair of the mean's channels."""
+        w, size = self.w, 4 * self.plan.pairs
+        return [w.as_float(w.load(self.row, offset, 1, constant + half)[0]) for half in (0, size)]
+
+    def _load_for_table(self) -> tuple[Piece, Piece, list[list[Register]]]:
+        """Turns to the first 8 tokens, and by 8, and the pairs to turn. Warps that store nothing repeat others."""
+        w, at, plan = self.w, self.at, self.plan
+        piece = ((w.warp() & (plan.pieces // 4 - 1)) << 2) + at.t
+        to_first = self._load_turn(at.g + plan.units, piece)
+        by_eight = self._load_turn(w.integer(plan.units + _QUADS), piece)
+        first = ((piece >> 2) << 6) + (at.t << 2)
+        return to_first, by_eight, [self._load_pair(first, 16 * i) for i in range(4)]
 
     def share(
         self,
-        head: Register,
         query: list[Register],
         numbers: list[Register],
         columns: list[Register],
@@ -72,52 +89,54 @@ class MeanKey:
         """Leave the table, the queries and the slow pairs' scores in the block's memory.
 
         Args:
-            head: the KV head.
             query: a lane's words of queries, as `Products.load_query` gives them.
             numbers: which queries these are.
             columns: the same of the queries g of each octet.
             end: the block's units end before this one.
         """
         w, pieces, size = self.w, self.plan.pieces, self.plan.pairs // 4
-        w.branch(w.warp() < pieces // 4, [], lambda _: self._store_table(head))
+        w.branch(w.warp() < pieces // 4, [], self._store_table)
         for k in range(pieces // 4):
             words = [x for i in range(len(numbers)) for x in query[i * size + 4 * k :][:4]]
             w.branch(w.warp() == k, words, lambda words: self._store_queries(words, numbers))
         if self.middles:
-            self._store_slow(head, columns, end)
+            self._store_slow(columns, end)
         w.sync_block()
 
-    def _store_slow(self, head: Register, columns: list[Register], end: Register) -> None:
+    def _store_slow(self, columns: list[Register], end: Register) -> None:
         """Scores of slow pairs, each warp of 16 units at a time: rows of a product, whose columns are queries."""
         w, at, plan = self.w, self.at, self.plan
-        row = w.row(self.key, head, plan.head_dim * 4)
-        firsts = range(plan.fast_pairs, plan.pairs, 4)
-        pairs = [[w.as_float(w.load(row, at.t << 2, 1, 4 * (p + h))[0]) for h in (0, plan.pairs)] for p in firsts]
+        units = w.select(at.first_unit < end, end - at.first_unit, w.integer(0))
 
-        def store(tile: Register, _: list[Register]) -> list[Register]:
-            rows = [(tile << 4) + at.g + 8 * i for i in range(2)]
-            sums = self._slow_sums(rows, pairs, columns)
-            for octet, of_heads in enumerate(sums):
-                for i, unit in enumerate(rows):
+        def store(tile: Register, middles: list[Register]) -> list[Register]:
+            for octet, of_heads in enumerate(self._slow_sums(middles, columns)):
+                for i, unit in enumerate(_units_of(tile, at)):
                     place = at.slow + unit * plan.slow_stride + (at.t << 3)
                     w.store_shared(place, of_heads[2 * i : 2 * i + 2], 32 * octet)
-            return []
+            return self._load_middles(tile + plan.warps)
 
-        units = w.select(at.first_unit < end, end - at.first_unit, w.integer(0))
-        w.loop(w.warp(), (units + 15) >> 4, plan.warps, [], store)
+        w.loop(w.warp(), (units + 15) >> 4, plan.warps, self.first_middles, store)
 
-    def _slow_sums(
-        self, rows: list[Register], pairs: list[list[Register]], columns: list[Register]
-    ) -> list[list[Register]]:
-        """Products [octets][4] of the mean's pairs p + t, rotated to units g and g + 8 of some, with the queries."""
+    def _load_middles(self, tile: Register) -> list[Register]:
+        """Turns of slow pairs to the middles of 16 units, of g and g + 8: [steps][2][4]."""
         w, at, plan = self.w, self.at, self.plan
-        sums = [[w.number(0)] * 4] * plan.octets
-        starts = [(at.first_unit + unit) * (plan.slow_pairs * 8) + (at.t << 4) for unit in rows]
+        where = tile < plan.slow_rows // 16
+        starts = [(at.first_unit + unit) * (plan.slow_pairs * 8) + (at.t << 4) for unit in _units_of(tile, at)]
+        turns: list[Register] = []
         for step in range(plan.slow_pairs // 8):
-            turns = [[w.as_float(x) for x in w.load(self.middles[0], start, 4, 64 * step)] for start in starts]
+            for start in starts:
+                turns += map(w.as_float, w.load(self.middles[0], start, 4, 64 * step, where=where))
+        return turns
+
+    def _slow_sums(self, middles: list[Register], columns: list[Register]) -> list[list[Register]]:
+        """Products [octets][4] of the mean's pairs p + t, rotated by `_load_middles`' turns, with the queries."""
+        w, plan = self.w, self.plan
+        sums = [[w.number(0)] * 4] * plan.octets
+        for step in range(plan.slow_pairs // 8):
+            turns = [middles[8 * step : 8 * step + 4], middles[8 * step + 4 : 8 * step + 8]]
             operand = []
-            for i, (low, high) in enumerate(pairs[2 * step : 2 * step + 2]):
-                for cos, sin in (turn[2 * i : 2 * i + 2] for turn in turns):
+            for pair, (low, high) in enumerate(self.slow[2 * step : 2 * step + 2]):
+                for cos, sin in (turn[2 * pair : 2 * pair + 2] for turn in turns):
                     x, y = rotate(w, [[low], [high]], [[cos], [sin]])
                     operand.append(w.pack_pair(*x, *y))
             for octet in range(plan.octets):
@@ -125,24 +144,20 @@ class MeanKey:
                 sums[octet] = w.multiply_add(operand, words, sums[octet])
         return sums
 
-    def _store_table(self, head: Register) -> list[Register]:
+    def _store_table(self, carry: list[Register]) -> list[Register]:
         """Warp k has pairs 16 k to 16 k + 15: lane 4 g + t has piece 4 k + t for quad g."""
-        w, at, plan = self.w, self.at, self.plan
-        piece = (w.warp() << 2) + at.t
-        to_first = self._load_turn(at.g + plan.units, piece)
-        by_eight = self._load_turn(w.integer(plan.units + _QUADS), piece)
-        row, first = w.row(self.key, head, plan.head_dim * 4), (w.warp() << 6) + (at.t << 2)
-        halves = [[w.load(row, first, 1, 16 * i + 4 * half)[0] for i in range(4)] for half in (0, plan.pairs)]
-        tokens = [rotate(w, [[w.as_float(x) for x in half] for half in halves], to_first)]
+        w, at = self.w, self.at
+        to_first, by_eight, pairs = self.for_table
+        tokens = [rotate(w, [list(half) for half in zip(*pairs, strict=True)], to_first)]
         for _ in range(3):
             tokens.append(rotate(w, tokens[-1], by_eight))
         words = [[w.pack_pair(low[i], high[i]) for low, high in tokens] for i in range(4)]
         place = at.table + w.warp() * (4 * _BLOCK) + (at.lane << 4)
         for block in range(4):
-            pair, token = block // 2 * 2, block % 2 * 2
-            a, b = (of_pair[token : token + 2] for of_pair in words[pair : pair + 2])
+            first, token = block // 2 * 2, block % 2 * 2
+            a, b = (of_pair[token : token + 2] for of_pair in words[first : first + 2])
             w.store_shared(place, [*a, *b], block * _BLOCK)
-        return []
+        return carry
 
     def _store_queries(self, words: list[Register], numbers: list[Register]) -> list[Register]:
         """Warp k has pieces 4 k to 4 k + 3 of all queries, lane 4 g + t words of piece 4 k + t."""
@@ -173,6 +188,11 @@ class MeanKey:
             words = [w.pack_pair(*pair) for pair in zip(*rotate(w, query, turn), strict=True)]
             place = at.turned + piece + at.lane // plan.pieces * (plan.turned_stride - plan.fast_pairs * 4)
             w.store_shared(place, words, first * plan.turned_stride)
+
+
+def _units_of(tile: Register, at: Places) -> list[Register]:
+    """Units of a block that are a lane's rows in a product of 16."""
+    return [(tile << 4) + at.g + 8 * i for i in range(2)]
 
 
 def rotate(w: Warp, channels: Piece, turn: Piece) -> Piece:

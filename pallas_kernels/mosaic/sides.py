@@ -140,13 +140,13 @@ def keys_of(
 ) -> Keys:
     """The keys of a KV head, of units before `end`; the block's warps share what they need of the queries."""
     words = multiply.load_query(query, head) if mean or not plan.key.bits else []
+    coded = CodedQuery(w, query, head, at, plan) if plan.key.bits else None
     if mean:
         columns = words if plan.many_heads else multiply.load_columns(query, head)
-        mean.share(head, words, multiply.heads(), columns, end)
-    if not plan.key.bits:
+        mean.share(words, multiply.heads(), columns, end)
+    if coded is None:
         assert not isinstance(source, CodedSource)
         return TileKeys(source, words, multiply, w, at, plan)
-    coded = CodedQuery(w, query, head, at, plan)
     coded.share()
     return CodedKeys(source, coded, multiply, w, at, plan)
 

@@ -176,8 +176,8 @@ def _step(plans: Sequence[_Plan]) -> int:
 def _mean_operands(code: Code) -> list[tuple[jax.Array, pl.BlockSpec]]:
     """What is read of a mean: keys [H], and cos and sin of turns, to the target's groups and from there to each token.
 
-    R_{s + j} m = R_j R_s m. Float32 [groups, 2, H / 2], which are the same for every layer of a model, whose compiler
-    keeps one; and [2, 32, H / 2], a constant.
+    R_{s + j} m = R_j R_s m. Float32 [groups, 2, H / 2] and [2, 32, H / 2]: constants, the same for every layer
+    of a model, whose compiler keeps one.
     """
     if code.mean is None:
         return []
@@ -185,7 +185,7 @@ def _mean_operands(code: Code) -> list[tuple[jax.Array, pl.BlockSpec]]:
     to_group = mean.angles(np.repeat(groups[:, None] * WORD, mean.inv_freq.size, axis=1))
     to_token = mean.places(np.arange(WORD)).astype(np.float32) * mean.inv_freq
     tables = (
-        jnp.stack([jnp.cos(to_group), jnp.sin(to_group)], axis=1),
+        jnp.asarray(np.stack([np.cos(to_group), np.sin(to_group)], axis=1)),
         jnp.asarray([np.cos(to_token), np.sin(to_token)]),
     )
     return [of_head(mean.key), *((x, pl.BlockSpec(x.shape, lambda *_, zeros=(0,) * x.ndim: zeros)) for x in tables)]

@@ -65,7 +65,7 @@ def attend_codes(
     specs += map(per_head, operands[3:])
     if centre is not None:
         assert mean is not None
-        tables = centre.tables(mean, params.splits)
+        tables = [jnp.asarray(x) for x in centre.tables(mean, params.splits)]
         operands += [query.reshape(asked.shape), mean.key.astype(jnp.float32).reshape(heads, head_dim), *tables]
         specs += [*map(per_head, operands[-4:-2]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
     kernel = functools.partial(_kernel, plan=plan)

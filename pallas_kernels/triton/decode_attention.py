@@ -150,7 +150,7 @@ def attend_rows(
             specs.append(per_head(array))
     if plan.centred:
         assert mean is not None
-        tables = plan.centre.tables(mean, params.splits)
+        tables = [jnp.asarray(x) for x in plan.centre.tables(mean, params.splits)]
         operands += [mean.key.astype(jnp.float32).reshape(heads, head_dim), *tables]
         specs += [per_head(operands[-3]), *(pl.BlockSpec(x.shape, lambda split, head: (0,)) for x in tables)]
     kernel = functools.partial(_kernel, plan=plan, packed=(key.bitmap is not None, value.bitmap is not None))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 
 from mustafar_jax.operands import Mean
@@ -33,10 +32,10 @@ class Centre:
     group: int
     tiles_per_split: int
 
-    def tables(self, mean: Mean, splits: int) -> tuple[jax.Array, jax.Array]:
+    def tables(self, mean: Mean, splits: int) -> tuple[np.ndarray, np.ndarray]:
         """Turns to where each rotation of a split starts, and from there to each of a table's tokens.
 
-        They are the same for every layer of a model, whose compiler keeps one.
+        They are constants, and the same for every layer of a model, whose compiler keeps one.
 
         Returns:
             Float32 cosines and sines [splits * rotations * H], H / 2 of each for a rotation; words for
@@ -44,14 +43,14 @@ class Centre:
         """
         starts = np.arange(splits)[:, None] * (self.tiles_per_split * TOKENS) + self.rotations.tokens[None]
         angle = mean.angles(mean.bases(starts))
-        of_rotation = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=2)
+        of_rotation = np.stack([np.cos(angle), np.sin(angle)], axis=2)
         row, token = self.reader.table_order(self.rotations)
         pair = row >> 1
         in_tile = mean.places(token)[np.arange(token.size), pair]
-        tokens = jnp.arange(self.tiles_per_split)[:, None] * TOKENS + in_tile[None]
-        angle = tokens.astype(jnp.float32) * mean.inv_freq[pair][None]
-        of_token = _UNIT * jnp.where(row[None] & 1, jnp.sin(angle), jnp.cos(angle))
-        words = lax.bitcast_convert_type(of_token.astype(self.reader.dtype).reshape(-1, 2), jnp.int32)
+        tokens = np.arange(self.tiles_per_split)[:, None] * TOKENS + in_tile[None]
+        angle = tokens.astype(np.float32) * mean.inv_freq[pair][None]
+        of_token = _UNIT * np.where(row[None] & 1, np.sin(angle), np.cos(angle))
+        words = of_token.astype(self.reader.dtype).reshape(-1).view(np.int32)
         return of_rotation.reshape(-1), words
 
     def query(

@@ -91,13 +91,17 @@ def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
 @pytest.mark.parametrize(
     ("facts", "params"),
     [
-        ({"heads": 64, "rows": 16384}, mosaic.MosaicParams(8, 4, 4)),
-        ({"heads": 256, "rows": 4096}, mosaic.MosaicParams(2, 4, 4)),
-        ({"heads": 8, "rows": 131072}, mosaic.MosaicParams(64, 4, 4)),
-        ({"heads": 8, "rows": 4096}, mosaic.MosaicParams(32, 4, 2)),  # all multiprocessors have a block
-        ({"heads": 8, "rows": 0}, mosaic.MosaicParams(1, 4, 1)),
+        ({"heads": 64, "rows": 16384}, mosaic.MosaicParams(2, 12)),  # one wave of wide blocks
+        ({"heads": 48, "rows": 16384}, mosaic.MosaicParams(11, 4, 4)),  # 96 of 132 could have a wide one
+        ({"heads": 64, "rows": 64 * 128}, mosaic.MosaicParams(4, 8, 2)),  # 10.7 units per warp
+        ({"heads": 256, "rows": 4096}, mosaic.MosaicParams(1, 8, 2)),
+        ({"heads": 128, "rows": 16384, "head_dim": 64, "words": 16}, mosaic.MosaicParams(2, 8, 2)),
+        ({"heads": 8, "rows": 131072}, mosaic.MosaicParams(16, 12)),
+        ({"heads": 8, "rows": 4096}, mosaic.MosaicParams(16, 8)),
+        ({"heads": 8, "rows": 0}, mosaic.MosaicParams(1, 8)),
         ({"heads": 64, "rows": 16384, "words": 64}, mosaic.MosaicParams(6, 4, 3)),
         ({"heads": 64, "rows": 16384, "words": None}, mosaic.MosaicParams(4, 4, 2)),
+        ({"heads": 128, "rows": 16384, "head_dim": 64, "words": None}, mosaic.MosaicParams(4, 4, 4)),
         ({"heads": 64, "rows": 16384, "group": 16}, mosaic.MosaicParams(6, 4, 3)),
         ({"heads": 64, "rows": 16384, "group": 16, "centred": True}, mosaic.MosaicParams(4, 4, 2)),
     ],
