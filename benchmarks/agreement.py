@@ -28,7 +28,8 @@ from flax import nnx
 from jax import lax
 
 import mustafar_jax as mj
-from benchmarks.generation import SHAPES, random_model
+from benchmarks.generation_cases import SHAPES
+from benchmarks.generation_measure import random_model
 from benchmarks.origin import where
 from benchmarks.table import folder_of
 from mustafar_jax.generation import Caches, decode_step, prefill_prompt

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mustafar_jax as mj
-from benchmarks import agreement, generation
+from benchmarks import agreement, generation_cases, generation_measure
 from mustafar_jax import attention
 from mustafar_jax.backend import Operation
 from mustafar_jax.backends.xla.attention import attend_packed
@@ -21,8 +21,8 @@ SAME = {"implementation": "xla", "reference": "xla"}
 
 @pytest.fixture(scope="module")
 def model():
-    config = dataclasses.replace(generation.SHAPES["tiny"], head_dim=64)
-    return agreement.louder(generation.random_model(config))
+    config = dataclasses.replace(generation_cases.SHAPES["tiny"], head_dim=64)
+    return agreement.louder(generation_measure.random_model(config))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import mustafar_jax as mj
-from benchmarks import device_time, generation
-from benchmarks.generation import Case
+from benchmarks import device_time, generation, generation_cases, generation_measure, generation_plots
+from benchmarks.generation_cases import Case
 from benchmarks.table import Table
 from mustafar_jax.models import memory
 
@@ -26,7 +26,7 @@ def options(*arguments):
 
 
 def test_a_case_is_measured_as_planned():
-    row = generation.run_here(TINY, generation.measure)
+    row = generation_measure.run_here(TINY, generation_measure.measure)
     assert row["status"] == "ok", row["reason"]
     plan = TINY.plan
     assert (row["weights_bytes"], row["cache_bytes"]) == (plan.weights, plan.caches)
@@ -34,13 +34,15 @@ def test_a_case_is_measured_as_planned():
     assert row["tokens_per_s"] == pytest.approx(3 / row["step_ms"] * 1e3)
     assert len(row["steps_ms"]) == 1
     assert row["flatness"] is None
-    assert generation.run_here(TINY, generation.complete) == {"status": "ok"}
+    assert generation_measure.run_here(TINY, generation_measure.complete) == {"status": "ok"}
     assert min(row["steps_ms"]) <= row["step_ms"] <= max(row["steps_ms"])
     json.dumps(row)
 
 
 def test_what_cannot_run_is_noted_with_its_reason():
-    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, implementation="triton"), generation.measure)
+    row = generation_measure.run_here(
+        dataclasses.replace(TINY, sparsity=0.0, implementation="triton"), generation_measure.measure
+    )
     assert row["status"] == "failed"
     assert row["reason"].startswith("NotImplementedError: no implementation can attend dense caches here: triton: ")
 
@@ -57,7 +59,7 @@ def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsy
     generation.main([*sizes, "--dense-implementation", "xla", "--output", str(tmp_path)])
     written = json.loads((tmp_path / "generation.json").read_text())
     assert written["rows"][:2] == earlier[1:]
-    assert generation.case_of(written["rows"][2]) == dense
+    assert generation_cases.case_of(written["rows"][2]) == dense
     assert written["rows"][2]["tokens_per_s"] > 1
     assert written["rows"][2]["where"]["jax"] == jax.__version__
     assert "[1/1] tiny, 40 tokens, batch 3, dense\n" in capsys.readouterr().out
@@ -73,7 +75,7 @@ def test_a_process_that_ends_badly_or_late_is_noted(tmp_path):
 
 def test_the_largest_batches_of_two_devices_are_two_cases(tmp_path):
     largest = dataclasses.replace(LLAMA, largest=True)
-    table = Table(tmp_path / "rows.json", generation._identity)
+    table = Table(tmp_path / "rows.json", generation_cases.identity)
     for batch, limit in ((20, 80 * GB), (50, 140 * GB), (49, 140 * GB)):
         table.add(row_of(dataclasses.replace(largest, batch=batch), limit_bytes=limit, where={"device": "here"}))
     assert [row["batch"] for row in table.rows] == [20, 49]
@@ -106,9 +108,9 @@ def test_what_ran_at_this_commit_is_not_run_again_and_the_plan_is_checked(tmp_pa
 
 
 def test_flatness_is_what_a_straight_line_leaves():
-    assert generation.flatness([5.0] * 7) is None
-    assert generation.flatness([10 + 0.1 * i for i in range(20)]) < 1e-9
-    assert generation.flatness([10.0] * 10 + [12.0] + [10.0] * 9) == pytest.approx(0.19, abs=0.02)
+    assert generation_measure.flatness([5.0] * 7) is None
+    assert generation_measure.flatness([10 + 0.1 * i for i in range(20)]) < 1e-9
+    assert generation_measure.flatness([10.0] * 10 + [12.0] + [10.0] * 9) == pytest.approx(0.19, abs=0.02)
 
 
 def test_the_cases_of_the_bars_come_in_the_order_of_their_worth():
@@ -150,13 +152,15 @@ def test_presets_are_cases_beside_a_dense_one_and_earlier_rows_have_none():
     assert str(fast) == "llama-3-8b, 4,096 tokens, batch 8, fast (best)"
     earlier = row_of(dense, tokens_per_s=500.0)
     del earlier["preset"]
-    assert generation.case_of(earlier) == dense
+    assert generation_cases.case_of(earlier) == dense
     row = row_of(fast, tokens_per_s=1000.0)
-    assert "; 2.00 of dense tokens/s" in generation.describe_row(row, [earlier, row])
+    assert "; 2.00 of dense tokens/s" in generation_plots.describe_row(row, [earlier, row])
 
 
 def test_a_preset_is_measured():
-    row = generation.run_here(dataclasses.replace(TINY, sparsity=0.0, preset="fast"), generation.measure)
+    row = generation_measure.run_here(
+        dataclasses.replace(TINY, sparsity=0.0, preset="fast"), generation_measure.measure
+    )
     assert row["status"] == "ok", row["reason"]
     assert row["cache_bytes"] < TINY.plan.caches
 
@@ -194,7 +198,7 @@ def test_a_row_is_described_beside_its_dense_one():
         row_of(dataclasses.replace(packed, batch=25, largest=True), tokens_per_s=1200.0),
         row_of(packed, status="failed", reason="it rained"),
     ]
-    texts = [generation.describe_row(row, rows) for row in rows]
+    texts = [generation_plots.describe_row(row, rows) for row in rows]
     assert texts[0] == (
         "500.0 tokens/s, first token 2.00 s, step 10.00 ms (attention 5.00, compression 0.50, rest 4.00)"
     )
@@ -208,16 +212,16 @@ def test_plots_are_drawn(tmp_path):
     held = {"weights_bytes": 16 * GB, "cache_bytes": 5 * GB, "decode_bytes": 22 * GB, "tokens_per_s": 5.0}
     cases = [dataclasses.replace(LLAMA, sparsity=s, batch=b, largest=b == 20) for s in (0.0, 0.7) for b in (1, 8, 20)]
     rows = [row_of(case, **held) for case in cases] + [row_of(LLAMA, status="failed", reason="it rained")]
-    generation.plot_speed(rows, tmp_path / "speed.png")
-    generation.plot_memory(rows, tmp_path / "memory.png")
+    generation_plots.plot_speed(rows, tmp_path / "speed.png")
+    generation_plots.plot_memory(rows, tmp_path / "memory.png")
     assert {path.name for path in tmp_path.iterdir()} == {"speed.png", "memory.png"}
 
 
 def test_the_random_model_has_the_planned_weights():
-    model = generation.random_model(generation.SHAPES["tiny"])
+    model = generation_measure.random_model(generation_cases.SHAPES["tiny"])
     leaves = jax.tree.leaves(model)
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(generation.DTYPE)}
-    assert sum(leaf.size for leaf in leaves) == memory.num_weights(generation.SHAPES["tiny"])
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(generation_cases.DTYPE)}
+    assert sum(leaf.size for leaf in leaves) == memory.num_weights(generation_cases.SHAPES["tiny"])
     spreads = {float(leaf.std()) for leaf in leaves if leaf.ndim > 1}
     assert all(0.015 < spread < 0.025 for spread in spreads)
 
