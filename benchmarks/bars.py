@@ -86,8 +86,12 @@ class Results:
         return self._all("compression", lambda row: row["us"], what=what, rule=rule)
 
     def generation(self, **fields: Any) -> list[Row]:
-        """The rows of the model that ran."""
-        return self._all("generation", lambda row: row["status"] == "ok", shape=MODEL, **fields)
+        """The rows of the model that ran, with a prefill."""
+
+        def good(row: Row) -> bool:
+            return row["status"] == "ok" and not row.get("filled")
+
+        return self._all("generation", good, shape=MODEL, **fields)
 
     def beside_dense(self, field: str, sparsity: float, **sizes: Any) -> float:
         """A field of the newest row of these sizes, relative to that of the dense cache; of 256 new tokens."""

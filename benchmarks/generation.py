@@ -2,9 +2,10 @@
 
 The models have the shapes of Llama-2-7B and Llama-3-8B and random bfloat16 weights, made on the device. A case is a
 batch of prompts of one length, prefilled and then continued by 256 tokens; both sides run the same prefill and the same
-decode step, dense caches through cuDNN. Each case has a process of its own: one that fails, or for which memory does
-not suffice, is noted with its reason, and the rest goes on. Writes benchmarks/results/<device>/generation.json after
-each case, in which a case that is run again replaces what was there, and two plots where matplotlib is installed.
+decode step, dense caches through cuDNN. With --filled, caches of random rows stand in for what a prefill makes. Each
+case has a process of its own: one that fails, or for which memory does not suffice, is noted with its reason, and the
+rest goes on. Writes benchmarks/results/<device>/generation.json after each case, in which a case that is run again
+replaces what was there, and two plots where matplotlib is installed.
 
 What is compiled is kept in the folder $JAX_COMPILATION_CACHE_DIR, where that is set, else until the program ends.
 """
@@ -111,7 +112,8 @@ def case_with(
     preset: str | None = None,
 ) -> Case:
     """The case of these sizes; batch 0 is the largest that fits, which is an error where `limit` is None."""
-    case = Case(shape, context, sparsity, batch or 1, None, not batch, new_tokens, options.rule, split, preset)
+    how = options.rule, split, preset, options.filled
+    case = Case(shape, context, sparsity, batch or 1, None, not batch, new_tokens, *how)
     name = options.dense_implementation if case.is_dense else options.implementation
     case = dataclasses.replace(case, implementation=name)
     if not case.largest:
@@ -274,8 +276,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="leave out what each part of a step takes, for which it is compiled again",
     )
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--bars", action="store_true", help="the cases that benchmarks.bars needs; sizes are not looked at"
+    )
+    kind.add_argument(
+        "--filled", action="store_true", help="fill caches with random rows in place of a prefill, and time steps alone"
     )
     parser.add_argument(
         "--check-plan", action="store_true", help="try 5 %% more than the largest batch, too; --bars does"

@@ -48,6 +48,8 @@ class Case:
         rule: of pruning, a name in `attention.RULES`.
         split: whether each part of a step is timed, for which it is compiled again.
         preset: the caches' config by its name, in place of a rule and a sparsity.
+        filled: whether caches are filled with random rows in place of a prefill, which a large batch takes minutes for.
+            The plan is that with a prefill all the same: the largest batch is one that can be prefilled.
     """
 
     shape: str
@@ -60,6 +62,7 @@ class Case:
     rule: str = "recommended"
     split: bool = True
     preset: str | None = None
+    filled: bool = False
 
     @property
     def compression(self) -> CompressionConfig:
@@ -86,21 +89,28 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of the caches."""
-        return "dense" if self.is_dense else self.preset or f"{self.rule} {self.sparsity}"
+        """Of the caches, and how they came about unless by a plain prefill."""
+        caches = "dense" if self.is_dense else self.preset or f"{self.rule} {self.sparsity}"
+        return caches + ", filled" * self.filled
 
     def __str__(self) -> str:
-        cache = "dense" if self.is_dense else f"{self.name} ({self.implementation or 'best'})"
+        cache = self.name if self.is_dense else f"{self.name} ({self.implementation or 'best'})"
         return f"{self.shape}, {self.context:,} tokens, batch {self.batch}{' (largest)' * self.largest}, {cache}"
 
 
 def case_of(row: dict[str, Any]) -> Case:
-    """The case that a row is of; earlier rows name no preset."""
+    """The case that a row is of; earlier rows lack some fields."""
     return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case) if field.name in row})
 
 
-def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What two runs of the same case have in common; the largest batch is one with the same memory."""
+def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows that are compared have in common; the largest batch is one with the same memory."""
     case = case_of(row)
     batch = ("largest", row["limit_bytes"]) if case.largest else case.batch
-    return (case.shape, case.context, case.compression, case.implementation, case.new_tokens, batch)
+    return (case.shape, case.context, case.new_tokens, case.filled, batch)
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs of the same case have in common."""
+    case = case_of(row)
+    return (*setting(row), case.compression, case.implementation)

@@ -15,10 +15,10 @@ from jax import lax
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import device_time
+from benchmarks import device_time, synthetic
 from benchmarks.generation_cases import DTYPE, SHAPES, Case
 from mustafar_jax.generation import Caches, decode_step, prefill_prompt
-from mustafar_jax.models import Llama, ModelConfig
+from mustafar_jax.models import Llama, ModelConfig, memory
 
 BLOCK = 32
 """Steps of one call: each sequence packs one group in it."""
@@ -41,9 +41,9 @@ def run_here(case: Case, run: Callable[[Case], dict[str, Any]]) -> dict[str, Any
 
 
 def complete(case: Case) -> dict[str, Any]:
-    """Prefill and decode, and measure nothing."""
+    """Prefill (or fill the caches) and decode, and measure nothing."""
     model, tokens = _model_and_tokens(case)
-    token, caches, _ = _prefill(model, tokens, case, show=True)
+    token, caches = fill(tokens, case) if case.filled else _prefill(model, tokens, case, show=True)[:2]
     decode = lower_decode(model, token, caches, case.implementation).compile()
     for _ in range(case.new_tokens // BLOCK):
         token, caches = jax.block_until_ready(decode(model, token, caches))
@@ -51,9 +51,9 @@ def complete(case: Case) -> dict[str, Any]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Prefill and decode, and say what that took."""
+    """Prefill (or fill the caches) and decode, and say what that took."""
     model, tokens = _model_and_tokens(case)
-    token, caches, row = time_prefill(model, tokens, case)
+    token, caches, row = (*fill(tokens, case), {}) if case.filled else time_prefill(model, tokens, case)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
     decode = lower_decode(model, token, caches, case.implementation)
@@ -91,6 +91,19 @@ def random_model(config: ModelConfig) -> Llama:
 def _random_weight(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A norm's scale where there is one axis, a matrix where there are more."""
     return jnp.ones(shape, DTYPE) if len(shape) == 1 else 0.02 * jax.random.normal(key, shape, DTYPE)
+
+
+def fill(tokens: jax.Array, case: Case) -> tuple[jax.Array, Caches]:
+    """In place of a prefill: the prompts' last tokens, and caches that hold as many random rows as the prompts' tokens.
+
+    Made layer by layer: beside the caches there is never more than one sequence of one layer.
+    """
+    config = SHAPES[case.shape]
+    like = memory.abstract_caches(config, case.compression, case.capacity, batch=case.batch, dtype=DTYPE)
+    lengths = jnp.full(case.batch, case.context, jnp.int32)
+    one = jax.jit(functools.partial(synthetic.filled_like, like[0]))
+    seeds = jax.random.split(synthetic.seed_of(2), len(like))
+    return tokens[:, -1], tuple(jax.block_until_ready(one(lengths, seed)) for seed in seeds)
 
 
 def time_prefill(model: Llama, tokens: jax.Array, case: Case) -> tuple[jax.Array, Caches, dict[str, Any]]:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.generation_cases import Case, case_of
+from benchmarks.generation_cases import Case, case_of, setting
 from benchmarks.generation_measure import SCOPES
 
 
@@ -13,7 +13,9 @@ def describe_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """A row in one line, beside the dense one where there is one."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
-    text = f"{row['tokens_per_s']:.1f} tokens/s, first token {row['ttft_s']:.2f} s, step {row['step_ms']:.2f} ms"
+    text = f"{row['tokens_per_s']:.1f} tokens/s"
+    text += f", first token {row['ttft_s']:.2f} s" if "ttft_s" in row else ""  # where there was a prefill
+    text += f", step {row['step_ms']:.2f} ms"
     if row.get("flatness") is not None:
         text += f", within {row['flatness']:.1%} of a straight line"
     if "rest_ms" in row:
@@ -22,15 +24,14 @@ def describe_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         text += f", peak {row['peak_bytes'] / 1e9:.1f} GB, decoding {row['decode_bytes'] / 1e9:.1f} GB"
     if dense := dense_beside(row, rows):
         text += f"; {row['tokens_per_s'] / dense['tokens_per_s']:.2f} of dense tokens/s"
-        text += f", {row['ttft_s'] / dense['ttft_s']:.2f} of its time to the first token"
+        text += f", {row['ttft_s'] / dense['ttft_s']:.2f} of its time to the first token" if "ttft_s" in row else ""
         text += f", {row['batch'] / dense['batch']:.2f} of its batch" if row["largest"] else ""
     return text
 
 
 def dense_beside(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The row of the same case with a dense cache, if it ran; for the largest batch, dense's own largest."""
-    fields = ("shape", "context", "new_tokens", "largest", "limit_bytes" if row["largest"] else "batch")
-    same = [r for r in rows if case_of(r).is_dense and r["status"] == "ok" and all(r[f] == row[f] for f in fields)]
+    same = [r for r in rows if case_of(r).is_dense and r["status"] == "ok" and setting(r) == setting(row)]
     return same[-1] if same and not case_of(row).is_dense else None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import mustafar_jax as mj
 from mustafar_jax import layout
@@ -104,21 +105,58 @@ def full_cache(
         scales: of channels, by which entries are chosen: float32 [2, kv_heads, head_dim].
         sink: factor on the first four packed keys of a sequence.
     """
-    return _filled(empty_cache(shape, config), jnp.full(shape.batch, shape.tokens, jnp.int32), scales, sink)
+    lengths = jnp.full(shape.batch, shape.tokens, jnp.int32)
+    return filled(empty_cache(shape, config), lengths, seed_of(0), scales, sink)
 
 
-def _filled(cache: Any, lengths: jax.Array, scales: jax.Array, sink: jax.Array | float) -> mj.LayerCache:
-    seeds = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 3)  # it compiles in a fraction of the time
+def seed_of(number: int) -> jax.Array:
+    """A key of `jax.random` for all that is made here: of a kind that compiles in a fraction of the time."""
+    return jax.random.key(number, impl="unsafe_rbg")
+
+
+def filled_like(like: mj.LayerCache, lengths: jax.Array, seed: jax.Array) -> mj.LayerCache:
+    """A cache of random rows, made a sequence at a time: temporaries are those of one, however large the batch is.
+
+    Args:
+        like: a cache, or its shapes as `jax.eval_shape` gives them.
+        lengths: int32 [B], tokens that it is to hold.
+        seed: see `seed_of`.
+    """
+
+    def one(sequence: tuple[jax.Array, jax.Array]) -> mj.LayerCache:
+        length, seed = sequence
+        empty = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), like)
+        return filled(empty, length[None], seed, jnp.ones((2, like.num_kv_heads, like.head_dim)))
+
+    cache = lax.map(one, (lengths, jax.random.split(seed, like.batch)))
+    return jax.tree.map(lambda leaf: jnp.squeeze(leaf, 1), cache)
+
+
+def filled(
+    cache: mj.LayerCache, lengths: jax.Array, seed: jax.Array, scales: jax.Array, sink: jax.Array | float = 1.0
+) -> mj.LayerCache:
+    """The cache with random rows everywhere, of its own formats, and random statistics, where it has some.
+
+    Args:
+        cache: an empty one.
+        lengths: int32 [B], tokens that it is to hold.
+        seed: see `seed_of`.
+        scales, sink: as in `full_cache`.
+    """
+    seeds = jax.random.split(seed, 5)
     if isinstance(cache, DenseCache):
         key, value = (jax.random.normal(seed, cache.key.shape, cache.dtype) for seed in seeds[:2])
         return dataclasses.replace(cache, key=key, value=value, lengths=lengths)
     assert isinstance(cache, PackedCache)
-    mean = cache.key_mean
+    mean, norm, queries = cache.key_mean, cache.query_norm, cache.queries
+    sparsities = cache.config.removed(cache.head_dim)
     return dataclasses.replace(
         cache,
-        keys=_filled_store(cache.keys, seeds[0], cache.config.k_sparsity, scales[0], sink),
-        values=_filled_store(cache.values, seeds[1], cache.config.v_sparsity, scales[1], 1.0),
+        keys=_filled_store(cache.keys, seeds[0], sparsities[0], scales[0], sink),
+        values=_filled_store(cache.values, seeds[1], sparsities[1], scales[1], 1.0),
         key_mean=None if mean is None else 0.5 * jax.random.normal(seeds[2], mean.shape),
+        query_norm=None if norm is None else jax.random.uniform(seeds[3], norm.shape, minval=0.5, maxval=1.5),
+        queries=None if queries is None else jax.random.normal(seeds[4], queries.shape, queries.dtype),
         lengths=lengths,
     )
 
@@ -126,7 +164,8 @@ def _filled(cache: Any, lengths: jax.Array, scales: jax.Array, sink: jax.Array |
 def _filled_store(store: Store, seed: jax.Array, sparsity: float, scales: jax.Array, sink: jax.Array | float) -> Store:
     of_dense, of_packed = jax.random.split(seed)
     dense = jax.random.normal(of_dense, store.dense.shape, store.dense.dtype)
-    return Store(dense, random_rows(store.packed, of_packed, sparsity, scales, sink))
+    room = store.packed.slots / store.packed.head_dim  # may be less than an unequal rule keeps on average
+    return Store(dense, random_rows(store.packed, of_packed, max(sparsity, 1 - room), scales, sink))
 
 
 def random_rows(like: Rows, seed: jax.Array, sparsity: float, scales: jax.Array, sink: jax.Array | float = 1.0) -> Rows:

@@ -143,6 +143,16 @@ def test_a_row_that_failed_is_missing(folder):
     assert found == {"Triton", "bytes"}
 
 
+def test_generations_without_a_prefill_are_not_judged(folder):
+    path = folder / "generation.json"
+    rows = json.loads(path.read_text())["rows"]
+    filled = [row | {"filled": True, "tokens_per_s": 1.0} for row in rows]
+    for row in filled:
+        del row["ttft_s"]
+    path.write_text(json.dumps({"rows": [*rows, *filled]}))
+    assert set(verdicts(folder).values()) == {"pass"}
+
+
 def test_a_line_tells_what_was_measured_and_what_is_wanted(folder):
     bar = Bar("speed", 2.0, lambda results: 1.5, at_least=True)
     assert bar.line(Results(folder)) == "FAIL     speed: 1.5 (>= 2 is wanted)"

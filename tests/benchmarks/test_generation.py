@@ -3,15 +3,19 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mustafar_jax as mj
 from benchmarks import device_time, generation, generation_cases, generation_measure, generation_plots
+from benchmarks.attention import RULES
 from benchmarks.generation_cases import Case
 from benchmarks.table import Table
+from mustafar_jax.generation import decode_step
 from mustafar_jax.models import memory
 
 TINY = Case("tiny", 40, 0.7, 3, "xla", new_tokens=128)
+SIZES = ["--shapes", "tiny", "--contexts", "40", "--batches", "3", "--new-tokens", "128"]
 LLAMA = Case("llama-3-8b", 16384, 0.7, 8, "triton")
 GB = 10**9
 
@@ -54,8 +58,7 @@ def test_a_run_replaces_its_own_earlier_row_and_keeps_the_others(tmp_path, capsy
     there = {"tokens_per_s": 1.0, "where": {"device": "cpu", "commit": "another"}}
     earlier = [row_of(case, **there) for case in (dense, TINY, dataclasses.replace(TINY, batch=2))]
     (tmp_path / "generation.json").write_text(json.dumps({"rows": earlier}))
-    sizes = ["--shapes", "tiny", "--contexts", "40", "--batches", "3", "--sparsities", "0"]
-    sizes += ["--new-tokens", "128", "--resume"]
+    sizes = [*SIZES, "--sparsities", "0", "--resume"]
     generation.main([*sizes, "--dense-implementation", "xla", "--output", str(tmp_path)])
     written = json.loads((tmp_path / "generation.json").read_text())
     assert written["rows"][:2] == earlier[1:]
@@ -165,6 +168,63 @@ def test_a_preset_is_measured():
     assert row["cache_bytes"] < TINY.plan.caches
 
 
+FILLED = {
+    "dense": {"sparsity": 0.0, "preset": "dense"},
+    "recommended": {},
+    "queries": {"rule": "output-aware"},
+    "small": {"preset": "small"},
+}
+"""Caches with each kind of rows and statistics."""
+
+
+@pytest.mark.parametrize("kind", FILLED)
+def test_filled_caches_hold_finite_rows_to_go_on_from(kind, monkeypatch):
+    monkeypatch.setitem(RULES, "output-aware", lambda k, v: mj.CompressionConfig(k, v, k_method="output_aware"))
+    case = dataclasses.replace(TINY, context=200, filled=True, **FILLED[kind])
+    model, tokens = generation_measure._model_and_tokens(case)
+    token, [cache] = generation_measure.fill(tokens, case)
+    assert token.tolist() == tokens[:, -1].tolist()
+    assert cache.lengths.tolist() == [200] * 3
+    assert not cache.overflow.any()
+    [empty] = jax.eval_shape(lambda: model.init_cache(case.compression, batch=3, capacity=case.capacity))
+    assert jax.tree.structure(cache) == jax.tree.structure(empty)
+    kinds = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(each)] for each in (cache, empty)]
+    assert kinds[0] == kinds[1]
+    for held in cache.to_dense()[:2]:
+        assert np.isfinite(held).all()
+        assert (held[:, :200] != 0).any(axis=(2, 3)).all()
+        assert (held[0] != held[1]).any()
+    packed = None if case.is_dense else cache.packed_lengths.tolist()
+    step = jax.jit(decode_step)
+    for _ in range(33):  # every sequence packs a group
+        logits, [cache] = step(model, token, (cache,))
+        assert np.isfinite(logits).all()
+    assert cache.lengths.tolist() == [233] * 3
+    assert not cache.overflow.any()
+    assert case.is_dense or cache.packed_lengths.tolist() == [n + 32 for n in packed]
+    assert all(np.isfinite(x).all() for x in cache.to_dense()[:2])
+
+
+def test_a_filled_case_is_one_of_its_own_without_a_first_token():
+    case = dataclasses.replace(TINY, filled=True)
+    assert case.plan == TINY.plan
+    assert str(case) == "tiny, 40 tokens, batch 3, recommended 0.7, filled (xla)"
+    assert str(dataclasses.replace(case, sparsity=0.0)) == "tiny, 40 tokens, batch 3, dense, filled"
+    row = generation_measure.run_here(case, generation_measure.measure)
+    assert row["status"] == "ok", row["reason"]
+    assert not {"ttft_s", "ttft_from"} & row.keys()
+    assert row["cache_bytes"] == case.plan.caches
+    assert generation_measure.run_here(case, generation_measure.complete) == {"status": "ok"}
+    row = dataclasses.asdict(case) | row | {"limit_bytes": None, "tokens_per_s": 20.0}
+    assert generation_cases.identity(row) != generation_cases.identity(row | {"filled": False})
+    slower = row | {"sparsity": 0.0, "tokens_per_s": 10.0}
+    others = [slower | {"filled": False, "tokens_per_s": 1.0, "ttft_s": 1.0}]
+    assert generation_plots.describe_row(row, [slower, *others]).endswith("; 2.00 of dense tokens/s")
+    assert "of dense" not in generation_plots.describe_row(row, others)
+    [asked] = generation.cases_of(options(*SIZES, "--sparsities", "0.7", "--filled"), None)
+    assert asked == dataclasses.replace(case, implementation=None)
+
+
 def test_what_is_known_not_to_fit_is_not_run():
     case = dataclasses.replace(LLAMA, batch=500)
     row = generation.run_one(case, 80 * GB, lambda arguments: pytest.fail(f"{arguments} was run"))
@@ -212,6 +272,7 @@ def test_plots_are_drawn(tmp_path):
     held = {"weights_bytes": 16 * GB, "cache_bytes": 5 * GB, "decode_bytes": 22 * GB, "tokens_per_s": 5.0}
     cases = [dataclasses.replace(LLAMA, sparsity=s, batch=b, largest=b == 20) for s in (0.0, 0.7) for b in (1, 8, 20)]
     rows = [row_of(case, **held) for case in cases] + [row_of(LLAMA, status="failed", reason="it rained")]
+    rows += [row | {"filled": True} for row in rows]
     generation_plots.plot_speed(rows, tmp_path / "speed.png")
     generation_plots.plot_memory(rows, tmp_path / "memory.png")
     assert {path.name for path in tmp_path.iterdir()} == {"speed.png", "memory.png"}
