@@ -86,10 +86,10 @@ class Results:
         return self._all("compression", lambda row: row["us"], what=what, rule=rule)
 
     def generation(self, **fields: Any) -> list[Row]:
-        """The rows of the model that ran, with a prefill."""
+        """The rows of the model that ran, with a prefill in one piece."""
 
         def good(row: Row) -> bool:
-            return row["status"] == "ok" and not row.get("filled")
+            return row["status"] == "ok" and not row.get("filled") and not row.get("chunk")
 
         return self._all("generation", good, shape=MODEL, **fields)
 

@@ -112,7 +112,7 @@ def case_with(
     preset: str | None = None,
 ) -> Case:
     """The case of these sizes; batch 0 is the largest that fits, which is an error where `limit` is None."""
-    how = options.rule, split, preset, options.filled
+    how = options.rule, split, preset, options.filled, options.chunk
     case = Case(shape, context, sparsity, batch or 1, None, not batch, new_tokens, *how)
     name = options.dense_implementation if case.is_dense else options.implementation
     case = dataclasses.replace(case, implementation=name)
@@ -283,6 +283,9 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument(
         "--filled", action="store_true", help="fill caches with random rows in place of a prefill, and time steps alone"
     )
+    kind.add_argument(
+        "--chunk", type=_tokens, metavar="N", help="prefill N tokens of all prompts at a time (prompts in one piece)"
+    )
     parser.add_argument(
         "--check-plan", action="store_true", help="try 5 %% more than the largest batch, too; --bars does"
     )
@@ -299,6 +302,12 @@ def _batch(text: str) -> int:
     if number < 1 and text != "largest":
         raise argparse.ArgumentTypeError(f"{text!r} must be at least 1, or largest")
     return number
+
+
+def _tokens(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 def _new_tokens(text: str) -> int:

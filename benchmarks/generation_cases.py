@@ -21,6 +21,10 @@ SHAPES = {
         vocab_size=128256, intermediate_size=14336, num_kv_heads=8, max_position_embeddings=1 << 20,
         rope_theta=500000.0, **_COMMON,
     ),
+    "qwen2.5-7b": ModelConfig(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28, num_kv_heads=4,
+        head_dim=128, max_position_embeddings=1 << 20, rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True,
+    ),
     "smollm2-135m": ModelConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
         head_dim=64, max_position_embeddings=1 << 20, rope_theta=100000.0, tie_word_embeddings=True,
@@ -50,6 +54,8 @@ class Case:
         preset: the caches' config by its name, in place of a rule and a sparsity.
         filled: whether caches are filled with random rows in place of a prefill, which a large batch takes minutes for.
             The plan is that with a prefill all the same: the largest batch is one that can be prefilled.
+        chunk: tokens of all prompts that are prefilled at a time, of which the plan knows nothing; None: prompts go in
+            one piece.
     """
 
     shape: str
@@ -63,6 +69,7 @@ class Case:
     split: bool = True
     preset: str | None = None
     filled: bool = False
+    chunk: int | None = None
 
     @property
     def compression(self) -> CompressionConfig:
@@ -91,7 +98,7 @@ class Case:
     def name(self) -> str:
         """Of the caches, and how they came about unless by a plain prefill."""
         caches = "dense" if self.is_dense else self.preset or f"{self.rule} {self.sparsity}"
-        return caches + ", filled" * self.filled
+        return caches + ", filled" * self.filled + (f", chunks of {self.chunk}" if self.chunk else "")
 
     def __str__(self) -> str:
         cache = self.name if self.is_dense else f"{self.name} ({self.implementation or 'best'})"
@@ -107,7 +114,7 @@ def setting(row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows that are compared have in common; the largest batch is one with the same memory."""
     case = case_of(row)
     batch = ("largest", row["limit_bytes"]) if case.largest else case.batch
-    return (case.shape, case.context, case.new_tokens, case.filled, batch)
+    return (case.shape, case.context, case.new_tokens, case.filled, case.chunk, batch)
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:

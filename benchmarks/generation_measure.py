@@ -81,16 +81,19 @@ def _model_and_tokens(case: Case) -> tuple[Llama, jax.Array]:
 def random_model(config: ModelConfig) -> Llama:
     """A model with random weights, made on the device one by one."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, dtype=DTYPE, rngs=nnx.Rngs(0))))
-    leaves, structure = jax.tree.flatten(state)
+    leaves, structure = jax.tree.flatten_with_path(state)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    weights = [_random_weight(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    weights = [
+        _random_weight(key, leaf.shape, is_scale="['scale']" in jax.tree_util.keystr(path))
+        for key, (path, leaf) in zip(keys, leaves, strict=True)
+    ]
     return nnx.merge(graph, jax.tree.unflatten(structure, weights))
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _random_weight(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A norm's scale where there is one axis, a matrix where there are more."""
-    return jnp.ones(shape, DTYPE) if len(shape) == 1 else 0.02 * jax.random.normal(key, shape, DTYPE)
+@functools.partial(jax.jit, static_argnames=("shape", "is_scale"))
+def _random_weight(key: jax.Array, shape: tuple[int, ...], is_scale: bool) -> jax.Array:
+    """A norm's scale, which is 1, or a matrix or a bias."""
+    return jnp.ones(shape, DTYPE) if is_scale else 0.02 * jax.random.normal(key, shape, DTYPE)
 
 
 def fill(tokens: jax.Array, case: Case) -> tuple[jax.Array, Caches]:
@@ -133,7 +136,7 @@ def _prefill(model: Llama, tokens: jax.Array, case: Case, *, show: bool) -> tupl
         caches = model.init_cache(case.compression, batch=case.batch, capacity=case.capacity)
         lengths = jnp.full(case.batch, case.context, jnp.int32)
         how: dict[str, Any] = {"implementation": case.implementation, "progress": progress if show else None}
-        logits, caches = prefill_prompt(model, tokens, lengths, caches, **how)
+        logits, caches = prefill_prompt(model, tokens, lengths, caches, chunk=case.chunk, **how)
         token = jax.block_until_ready(jnp.argmax(logits, axis=-1).astype(jnp.int32))
         jax.block_until_ready(caches)
         seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from benchmarks import device_time, generation, generation_cases, generation_mea
 from benchmarks.attention import RULES
 from benchmarks.generation_cases import Case
 from benchmarks.table import Table
-from mustafar_jax.generation import decode_step
+from mustafar_jax.generation import decode_step, prefill_prompt
 from mustafar_jax.models import memory
 
 TINY = Case("tiny", 40, 0.7, 3, "xla", new_tokens=128)
@@ -141,7 +141,9 @@ def test_cases_are_those_asked_for_dense_ones_first():
         assert case.plan.total <= 80 * GB < dataclasses.replace(case, batch=case.batch + 1).plan.total
     with pytest.raises(ValueError, match="does not say how much memory"):
         list(generation.cases_of(given, None))
-    for wrong in (["--batches", "0"], ["--new-tokens", "100"], ["--new-tokens", "64"]):
+    wrongs = [["--batches", "0"], ["--new-tokens", "100"], ["--new-tokens", "64"], ["--chunk", "0"]]
+    wrongs += [["--chunk", "8", "--filled"], ["--chunk", "8", "--bars"], ["--filled", "--bars"]]
+    for wrong in wrongs:
         with pytest.raises(SystemExit):
             options(*wrong)
 
@@ -225,6 +227,27 @@ def test_a_filled_case_is_one_of_its_own_without_a_first_token():
     assert asked == dataclasses.replace(case, implementation=None)
 
 
+def test_prompts_are_prefilled_in_chunks(monkeypatch):
+    given = []
+
+    def prefill(*arguments, **how):
+        given.append(how["chunk"])
+        return prefill_prompt(*arguments, **how)
+
+    monkeypatch.setattr(generation_measure, "prefill_prompt", prefill)
+    case = dataclasses.replace(TINY, chunk=16)
+    row = generation_measure.run_here(case, generation_measure.measure)
+    assert row["status"] == "ok", row["reason"]
+    assert row["ttft_s"] > 0
+    assert set(given) == {16}
+    assert str(case) == "tiny, 40 tokens, batch 3, recommended 0.7, chunks of 16 (xla)"
+    row = row_of(case)
+    assert generation_cases.case_of(row) == case
+    assert generation_cases.identity(row) != generation_cases.identity(row_of(TINY))
+    [asked] = generation.cases_of(options(*SIZES, "--sparsities", "0.7", "--chunk", "16"), None)
+    assert asked == dataclasses.replace(case, implementation=None)
+
+
 def test_what_is_known_not_to_fit_is_not_run():
     case = dataclasses.replace(LLAMA, batch=500)
     row = generation.run_one(case, 80 * GB, lambda arguments: pytest.fail(f"{arguments} was run"))
@@ -285,6 +308,20 @@ def test_the_random_model_has_the_planned_weights():
     assert sum(leaf.size for leaf in leaves) == memory.num_weights(generation_cases.SHAPES["tiny"])
     spreads = {float(leaf.std()) for leaf in leaves if leaf.ndim > 1}
     assert all(0.015 < spread < 0.025 for spread in spreads)
+
+
+def test_norms_alone_are_ones():
+    config = dataclasses.replace(generation_cases.SHAPES["tiny"], attention_bias=True, mlp_bias=True, qk_norm=True)
+    layer = generation_measure.random_model(config).layers[0]
+    attention = layer.self_attn
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm):
+        assert (norm.scale[...] == 1).all()
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+        assert 0.01 < linear.bias[...].std() < 0.03
+
+
+def test_qwen_has_the_weights_of_its_checkpoint():
+    assert memory.num_weights(generation_cases.SHAPES["qwen2.5-7b"]) == 7_615_616_512
 
 
 # device_time
