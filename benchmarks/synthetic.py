@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 import mustafar_jax as mj
 from mustafar_jax import layout
@@ -81,7 +82,9 @@ def query(shape: Shape) -> jax.Array:
     return jax.random.normal(jax.random.key(2), (shape.batch, shape.kv_heads * shape.group, shape.head_dim), DTYPE)
 
 
-def empty_cache(shape: Shape, config: mj.CompressionConfig, capacity: int | None = None) -> mj.LayerCache:
+def empty_cache(
+    shape: Shape, config: mj.CompressionConfig, capacity: int | None = None, dtype: DTypeLike = DTYPE
+) -> mj.LayerCache:
     """A cache with room for `capacity` tokens, or for those of the shape."""
     return mj.LayerCache.init(
         config,
@@ -89,7 +92,7 @@ def empty_cache(shape: Shape, config: mj.CompressionConfig, capacity: int | None
         capacity=capacity or shape.tokens,
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        dtype=DTYPE,
+        dtype=dtype,
         inv_freq=shape.inv_freq,
     )
 

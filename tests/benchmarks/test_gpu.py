@@ -24,7 +24,7 @@ WANTS_GPU = [
     ("torch_attention", ["[]", "0"]),
     ("tune", []),
 ]
-WANTS_NONE = {"agreement", "bars", "likelihood", "quality_report", "quality_sweep", "stacked"}
+WANTS_NONE = {"agreement", "bars", "likelihood", "quality_report", "quality_sweep", "stacked", "turns"}
 
 
 def test_every_program_is_known_to_want_one_or_not():
