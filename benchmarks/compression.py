@@ -30,6 +30,7 @@ from benchmarks.origin import where
 from benchmarks.synthetic import DTYPE, Shape
 from benchmarks.table import Row, Table, attempt, folder_of
 from mustafar_jax.backends.xla import packing as xla
+from mustafar_jax.cache import PackedCache
 from mustafar_jax.cache.packing import Leaving, packing_of
 from mustafar_jax.operands import Mean, Packing
 from mustafar_jax.pallas_kernels.triton import backend as triton
@@ -271,10 +272,14 @@ class Steps:
 
         return lax.scan(step, (cache, jnp.zeros_like(query)), tokens)[0]
 
-    def packed_last(self, cache: mj.LayerCache) -> list[jax.Array]:
-        """Keys and values, float32, of the tokens that were packed or written last."""
-        first = self.length + 1 - self.config.residual_length - self.config.group
-        return [x[:, first : self.length + self.config.group].astype(jnp.float32) for x in cache.to_dense()[:2]]
+    def written(self, cache: mj.LayerCache) -> list[jax.Array]:
+        """What the steps left, float32: the group packed, as it is held, and the dense slots; of keys and of values."""
+        assert isinstance(cache, PackedCache)
+        first = self.length + 1 - self.config.residual_length - self.config.group - self.config.sink_tokens
+        rows = [
+            store.packed.to_array()[:, :, first : first + self.config.group] for store in (cache.keys, cache.values)
+        ]
+        return [x.astype(jnp.float32) for x in (*rows, cache.keys.dense, cache.values.dense)]
 
 
 def measure_steps(shape: Shape, options: argparse.Namespace) -> Iterator[Row]:
@@ -304,7 +309,7 @@ def measure_step(steps: Steps, programs: dict[Steps, Any], reference: Steps) -> 
     tokens, query = steps.tokens(), synthetic.query(steps.shape)
 
     def held(steps: Steps) -> list[jax.Array]:
-        return steps.packed_last(device_time.run(programs[steps], steps.cache(), tokens, query)[0])
+        return steps.written(device_time.run(programs[steps], steps.cache(), tokens, query)[0])
 
     error = max(float(different(one, other)) for one, other in zip(held(steps), held(reference), strict=True))
     if not error < TOLERANCE:
