@@ -16,32 +16,24 @@ _BIAS = 127
 
 
 class CodedQuery:
-    """The queries of a block's KV head, which its warps share; a warp begins to load its first one at once."""
+    """The queries of a block's KV head, which its warps share."""
 
-    def __init__(self, w: Warp, query: Any, head: Register, at: Places, plan: Plan) -> None:
+    def __init__(self, w: Warp, at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
-        self.row = w.row(query, head, plan.group * plan.head_dim * 2)
-        self.own = w.lane() * (2 * (plan.head_dim // LANES))
-        self.first = self._load(w.warp())
 
     def share(self) -> None:
-        """Leave the queries in the block's memory, each warp some."""
+        """Leave the queries in the block's memory, the last warps first: the first ones have more to do for a mean."""
         w, plan = self.w, self.plan
         for first in range(0, plan.group, plan.warps):
-            number = w.warp() + first
-            words = self._load(number) if first else self.first
-            w.branch(number < plan.group, words, functools.partial(self._store, number))
-        w.sync_block()
+            number = w.integer(plan.warps - 1 + first) - w.warp()
+            w.branch(number < plan.group, [], functools.partial(self._store, number))
 
-    def _load(self, number: Register) -> list[Register]:
-        """One query, if it is there: neighbouring channels in each lane."""
+    def _store(self, number: Register, _: list[Register]) -> list[Register]:
+        """One query: neighbouring channels in each lane."""
         w, plan = self.w, self.plan
-        where, size = number < plan.group, plan.head_dim * 2
-        return w.load(self.row, number * size + self.own, plan.head_dim // LANES // 2, where=where)
-
-    def _store(self, number: Register, words: list[Register]) -> list[Register]:
-        """One query, of words as `_load` gives them."""
-        w, plan, own = self.w, self.plan, self.own
+        channels = plan.head_dim // LANES
+        own = w.lane() * (2 * channels)
+        words = w.load_shared(self.at.staged_queries + number * plan.query_stride + own, channels // 2)
         x = [y for word in words for y in w.unpack_pair(word)]
         x = hadamard.turn(w, x) if plan.turned_keys else x
         down, up = self._powers(x)
@@ -49,14 +41,14 @@ class CodedQuery:
         last = (own & 16) > 0  # of 16 channels the last 8: see `codes.operands`
         factors = codes.Factors.of(plan.key)
         less = w.select(last, w.number(1 / factors.inner), w.number(1))
-        place = self.at.coded_queries + number * plan.coded_query_stride
+        place = self.at.coded_queries + number * plan.query_stride
         w.store_shared(place + own, self._halves([y * less for y in x]))
         rounded = [y for word in self._halves(x) for y in w.unpack_pair(word, float16=True)]
         total = self._over_lanes(functools.reduce(lambda a, b: a + b, rounded), lambda a, b: a + b)
         unit = up * plan.scale
         offset = total * (unit * -factors.middle)
         w.store_shared(place, [unit * factors.unit, offset], plan.head_dim * 2, where=w.lane() == 0)
-        return words
+        return []
 
     def _powers(self, x: list[Register]) -> tuple[Register, Register]:
         """The power of two that scales a query, and its inverse."""
@@ -105,4 +97,4 @@ class CodedQuery:
         """Of a query, or of the last one for those that there are none of."""
         w, plan = self.w, self.plan
         number = w.select(number < plan.group, number, w.integer(plan.group - 1))
-        return self.at.coded_queries + number * plan.coded_query_stride
+        return self.at.coded_queries + number * plan.query_stride

@@ -26,6 +26,7 @@ from mustafar_jax.pallas_kernels.mosaic.plan import MOST_UNITS, TOKENS, Layout, 
 from mustafar_jax.pallas_kernels.mosaic.products import LOWEST, clear_tile, products
 from mustafar_jax.pallas_kernels.mosaic.sides import keys_of, values_of
 from mustafar_jax.pallas_kernels.mosaic.sources import smaller, source
+from mustafar_jax.pallas_kernels.mosaic.staged import Staged
 from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 from mustafar_jax.pallas_kernels.rows import check_rows, check_tail, is_dense
 from mustafar_jax.rows import Rows
@@ -181,18 +182,20 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     firsts, lasts, query, *inputs, out, m, l = refs  # noqa: E741
     block = w.block()
     head, split = block // plan.splits, block % plan.splits
+    at = Places.of(w, shared, plan)
     key, value = (source(w, inputs, head, side, plan) for side in (plan.key, plan.value))
+    staged = Staged(w, query, inputs[0] if plan.centred else None, head, at, plan)
     first, last = (w.load(x, (head // plan.kv_heads) << 2, 1)[0] for x in (firsts, lasts))
     last = smaller(w, last, w.integer(plan.rows))
     begin = split * plan.units_per_split
     end = smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)
     begin = _larger(w, begin, first >> 5) + w.warp()
-    at = Places.of(w, shared, plan)
     # in flight while the rest is made ready
     loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
     multiply = products(w, at, plan)
-    mean = MeanKey(w, inputs, head, at, plan) if plan.centred else None
-    keys = keys_of(key, query, head, multiply, mean, end, w, at, plan)
+    mean = MeanKey(w, inputs[1:], at, plan) if plan.centred else None
+    staged.share()
+    keys = keys_of(key, multiply, mean, end, w, at, plan)
     values = values_of(value, multiply, w, at, plan)
     if plan.has_tile:
         clear_tile(w, at, plan)

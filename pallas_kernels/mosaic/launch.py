@@ -62,8 +62,8 @@ def coded_params(*, heads: int, rows: int, group: int, head_dim: int, words: int
     """Launch parameters where keys or values are codes, from static facts alone.
 
     A multiprocessor has one launched block, of as many teams as registers suffice for: the more warps, the more loads
-    are on their way. Where one wave of wide blocks fills the device, these are faster by what starting a block costs.
-    As measured on an H200 (docs/kernels.md).
+    are on their way. Where one wave of wide blocks fills the device, and each warp has 2 units or more, they are faster
+    by what starting a block costs. As measured on an H200 (docs/kernels.md).
 
     Args:
         heads, rows, group: as in `mosaic_params`.
@@ -74,7 +74,7 @@ def coded_params(*, heads: int, rows: int, group: int, head_dim: int, words: int
     tiles = max(1, -(-rows // launch.TILE))
     small = words is not None and words <= 32 and group <= 8
     wide = launch.cores() // heads
-    if small and head_dim > 64 and heads * wide >= _FULL * launch.cores() and tiles * 4 >= wide * _WIDE * _WIDE:
+    if small and head_dim > 64 and heads * wide >= _FULL * launch.cores() and tiles * 4 >= wide * _WIDE * 2:
         return MosaicParams(wide, _WIDE)
     teams = _teams(group, head_dim, words, centred=centred)
     forms = [(4, teams)] + [(8, teams // 2)] * small

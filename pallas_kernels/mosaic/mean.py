@@ -11,12 +11,14 @@ each, one lane's beside the next's. Queries are turned a piece at a time: piece 
 0 to 3, which these lanes multiply in two steps of a product.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.mosaic.plan import TOKENS, Places, Plan
+from mustafar_jax.pallas_kernels.mosaic.staged import read_mean, read_query
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
 
 _QUADS = TOKENS // 4
@@ -55,99 +57,72 @@ def _cos_and_sin(angle: np.ndarray, axis: int) -> np.ndarray:
 
 
 class MeanKey:
-    """The mean key of a block's KV head, for one of its warps, which begins to load what `share` wants at once."""
+    """The mean key of a block's KV head, for one of its warps."""
 
-    def __init__(self, w: Warp, refs: list[Any], head: Register, at: Places, plan: Plan) -> None:
+    def __init__(self, w: Warp, refs: list[Any], at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
-        key, self.turns, *self.middles = refs
-        self.row = w.row(key, head, plan.head_dim * 4)
-        self.for_table = self._load_for_table()
-        self.slow = [self._load_pair((at.t << 2), 4 * p) for p in range(plan.fast_pairs, plan.pairs, 4)]
-        self.first_middles = self._load_middles(w.warp()) if self.middles else []
+        self.turns, *self.middles = refs
 
-    def _load_pair(self, offset: Register, constant: int) -> list[Register]:
-        """A pair of the mean's channels."""
-        w, size = self.w, 4 * self.plan.pairs
-        return [w.as_float(w.load(self.row, offset, 1, constant + half)[0]) for half in (0, size)]
-
-    def _load_for_table(self) -> tuple[Piece, Piece, list[list[Register]]]:
-        """Turns to the first 8 tokens, and by 8, and the pairs to turn. Warps that store nothing repeat others."""
-        w, at, plan = self.w, self.at, self.plan
-        piece = ((w.warp() & (plan.pieces // 4 - 1)) << 2) + at.t
-        to_first = self._load_turn(at.g + plan.units, piece)
-        by_eight = self._load_turn(w.integer(plan.units + _QUADS), piece)
-        first = ((piece >> 2) << 6) + (at.t << 2)
-        return to_first, by_eight, [self._load_pair(first, 16 * i) for i in range(4)]
-
-    def share(
-        self,
-        query: list[Register],
-        numbers: list[Register],
-        columns: list[Register],
-        end: Register,
-    ) -> None:
-        """Leave the table, the queries and the slow pairs' scores in the block's memory.
-
-        Args:
-            query: a lane's words of queries, as `Products.load_query` gives them.
-            numbers: which queries these are.
-            columns: the same of the queries g of each octet.
-            end: the block's units end before this one.
-        """
-        w, pieces, size = self.w, self.plan.pieces, self.plan.pairs // 4
-        w.branch(w.warp() < pieces // 4, [], self._store_table)
-        for k in range(pieces // 4):
-            words = [x for i in range(len(numbers)) for x in query[i * size + 4 * k :][:4]]
-            w.branch(w.warp() == k, words, lambda words: self._store_queries(words, numbers))
+    def share(self, end: Register) -> None:
+        """Leave the table, the queries and the slow pairs' scores of units before `end` in the block's memory."""
+        w, steps = self.w, self.plan.pieces // 4
+        w.branch(w.warp() < steps, [], self._store_table)
+        for k in range(steps):
+            w.branch(w.warp() == k, [], functools.partial(self._store_queries, k))
         if self.middles:
-            self._store_slow(columns, end)
-        w.sync_block()
+            self._store_slow(end)
 
-    def _store_slow(self, columns: list[Register], end: Register) -> None:
+    def _store_slow(self, end: Register) -> None:
         """Scores of slow pairs, each warp of 16 units at a time: rows of a product, whose columns are queries."""
         w, at, plan = self.w, self.at, self.plan
+        slow = range(plan.fast_pairs, plan.pairs, 4)
+        pairs = read_mean(w, at.t << 2, slow, at, plan)
+        columns = [read_query(w, at.g + 8 * octet, slow, at, plan) for octet in range(plan.octets)]
         units = w.select(at.first_unit < end, end - at.first_unit, w.integer(0))
 
-        def store(tile: Register, middles: list[Register]) -> list[Register]:
-            for octet, of_heads in enumerate(self._slow_sums(middles, columns)):
+        def store(tile: Register, carry: list[Register]) -> list[Register]:
+            for octet, of_heads in enumerate(self._slow_sums(self._load_middles(tile), pairs, columns)):
                 for i, unit in enumerate(_units_of(tile, at)):
                     place = at.slow + unit * plan.slow_stride + (at.t << 3)
                     w.store_shared(place, of_heads[2 * i : 2 * i + 2], 32 * octet)
-            return self._load_middles(tile + plan.warps)
+            return carry
 
-        w.loop(w.warp(), (units + 15) >> 4, plan.warps, self.first_middles, store)
+        w.loop(w.warp(), (units + 15) >> 4, plan.warps, [], store)
 
     def _load_middles(self, tile: Register) -> list[Register]:
         """Turns of slow pairs to the middles of 16 units, of g and g + 8: [steps][2][4]."""
         w, at, plan = self.w, self.at, self.plan
-        where = tile < plan.slow_rows // 16
         starts = [(at.first_unit + unit) * (plan.slow_pairs * 8) + (at.t << 4) for unit in _units_of(tile, at)]
         turns: list[Register] = []
         for step in range(plan.slow_pairs // 8):
             for start in starts:
-                turns += map(w.as_float, w.load(self.middles[0], start, 4, 64 * step, where=where))
+                turns += map(w.as_float, w.load(self.middles[0], start, 4, 64 * step))
         return turns
 
-    def _slow_sums(self, middles: list[Register], columns: list[Register]) -> list[list[Register]]:
+    def _slow_sums(
+        self, middles: list[Register], pairs: list[list[Register]], columns: list[list[Register]]
+    ) -> list[list[Register]]:
         """Products [octets][4] of the mean's pairs p + t, rotated by `_load_middles`' turns, with the queries."""
         w, plan = self.w, self.plan
         sums = [[w.number(0)] * 4] * plan.octets
         for step in range(plan.slow_pairs // 8):
             turns = [middles[8 * step : 8 * step + 4], middles[8 * step + 4 : 8 * step + 8]]
             operand = []
-            for pair, (low, high) in enumerate(self.slow[2 * step : 2 * step + 2]):
+            for pair, (low, high) in enumerate(pairs[2 * step : 2 * step + 2]):
                 for cos, sin in (turn[2 * pair : 2 * pair + 2] for turn in turns):
                     x, y = rotate(w, [[low], [high]], [[cos], [sin]])
                     operand.append(w.pack_pair(*x, *y))
-            for octet in range(plan.octets):
-                words = columns[octet * (plan.pairs // 4) + plan.fast_pairs // 4 + 2 * step :][:2]
-                sums[octet] = w.multiply_add(operand, words, sums[octet])
+            for octet, words in enumerate(columns):
+                sums[octet] = w.multiply_add(operand, words[2 * step : 2 * step + 2], sums[octet])
         return sums
 
     def _store_table(self, carry: list[Register]) -> list[Register]:
         """Warp k has pairs 16 k to 16 k + 15: lane 4 g + t has piece 4 k + t for quad g."""
-        w, at = self.w, self.at
-        to_first, by_eight, pairs = self.for_table
+        w, at, plan = self.w, self.at, self.plan
+        piece = (w.warp() << 2) + at.t
+        to_first = self._load_turn(at.g + plan.units, piece)
+        by_eight = self._load_turn(w.integer(plan.units + _QUADS), piece)
+        pairs = read_mean(w, (w.warp() << 6) + (at.t << 2), range(0, 16, 4), at, plan)
         tokens = [rotate(w, [list(half) for half in zip(*pairs, strict=True)], to_first)]
         for _ in range(3):
             tokens.append(rotate(w, tokens[-1], by_eight))
@@ -159,15 +134,16 @@ class MeanKey:
             w.store_shared(place, [*a, *b], block * _BLOCK)
         return carry
 
-    def _store_queries(self, words: list[Register], numbers: list[Register]) -> list[Register]:
-        """Warp k has pieces 4 k to 4 k + 3 of all queries, lane 4 g + t words of piece 4 k + t."""
+    def _store_queries(self, k: int, carry: list[Register]) -> list[Register]:
+        """Pieces 4 k to 4 k + 3 of all queries, lane 4 g + t piece 4 k + t of queries g."""
         w, at, plan = self.w, self.at, self.plan
-        for i, number in enumerate(numbers):
-            channels = zip(*(w.unpack_pair(x) for x in words[4 * i : 4 * i + 4]), strict=True)
-            place = at.queries + ((number * plan.pieces + (w.warp() << 2) + at.t) << 4)
-            for half, x in enumerate(channels):
+        for octet in range(plan.octets):
+            number = at.g + 8 * octet
+            words = read_query(w, number, range(16 * k, 16 * k + 16, 4), at, plan)
+            place = at.queries + ((number * plan.pieces + 4 * k + at.t) << 4)
+            for half, x in enumerate(zip(*map(w.unpack_pair, words), strict=True)):
                 w.store_shared(place, x, half * plan.queries_bytes // 2)
-        return words
+        return carry
 
     def load_turn(self, unit: Register) -> Piece:
         """Begin to load the turn back from a unit, of the piece that this lane turns."""

@@ -198,17 +198,21 @@ class Plan:
     def shared_bytes(self) -> int:
         """Of a block: its warps' shares, then what they share."""
         of_mean = self.table_bytes + self.queries_bytes + self.slow_bytes
-        return self.warps * self.warp_bytes + of_mean + self.coded_queries_bytes
+        staged = self.group * self.query_stride + self.centred * self.head_dim * 4
+        return self.warps * self.warp_bytes + of_mean + self.coded_queries_bytes + staged
 
     @property
-    def coded_query_stride(self) -> int:
-        """Bytes from one query for codes to the next: float16, then two factors; 8 neighbours meet all banks."""
+    def query_stride(self) -> int:
+        """Bytes from one query to the next, as it came or for codes: 8 neighbours meet all banks.
+
+        Of a query for codes, two factors follow the channels.
+        """
         return self.head_dim * 2 + 16
 
     @property
     def coded_queries_bytes(self) -> int:
         """Of the queries for codes, which a block's warps share."""
-        return (self.key.bits > 0) * self.group * self.coded_query_stride
+        return (self.key.bits > 0) * self.group * self.query_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +221,8 @@ class Places:
 
     Attributes:
         tile, scores, weights, turned: where its parts of shared memory begin: see `Plan.warp_bytes`.
-        table, queries, slow, coded_queries: where what the block's warps share begins: see `Plan.shared_bytes`.
+        table, queries, slow, coded_queries, staged_queries, staged_mean: where what the block's warps share begins: see
+            `Plan.shared_bytes`.
         first_unit: of the block.
         token: of a unit, that this lane stands for, in the order of `layout.to_lanes`: quad g holds tokens 8 i + g.
         lane, g, t: numbers of this lane.
@@ -231,6 +236,8 @@ class Places:
     queries: Register
     slow: Register
     coded_queries: Register
+    staged_queries: Register
+    staged_mean: Register
     first_unit: Register
     token: Register
     lane: Register
@@ -249,11 +256,12 @@ class Places:
         queries = table + plan.table_bytes
         slow = queries + plan.queries_bytes
         coded = slow + plan.slow_bytes
+        staged = coded + plan.coded_queries_bytes
+        mean = staged + plan.group * plan.query_stride
         first = w.block() % plan.splits * plan.units_per_split
         token = ((lane & 3) << 3) + (lane >> 2)
-        return Places(
-            tile, scores, weights, turned, table, queries, slow, coded, first, token, lane, lane >> 2, lane & 3
-        )
+        of_block = table, queries, slow, coded, staged, mean
+        return Places(tile, scores, weights, turned, *of_block, first, token, lane, lane >> 2, lane & 3)
 
 
 @dataclasses.dataclass

@@ -9,13 +9,14 @@ t below are these two.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from mustafar_jax.pallas_kernels.mosaic import codes
 from mustafar_jax.pallas_kernels.mosaic.mean import read_slow, read_table, read_turned
 from mustafar_jax.pallas_kernels.mosaic.plan import ROW, TOKENS, Places, Plan, State
+from mustafar_jax.pallas_kernels.mosaic.staged import read_query
 from mustafar_jax.pallas_kernels.mosaic.warp import LANES, Register, Warp
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -32,8 +33,8 @@ class Products(Protocol):
     def heads(self) -> list[Register]:
         """The query heads of which this lane holds words, one of each octet; lanes of one t have 8 different ones."""
 
-    def load_query(self, query: Any, head: Register) -> list[Register]:
-        """The queries of a KV head, as `multiply_keys` wants them: of each of `heads`, of each 8 pairs two words."""
+    def read_query(self) -> list[Register]:
+        """The block's queries, as `multiply_keys` wants them: of each of `heads`, of each 8 pairs two words."""
 
     def multiply_keys(self, query: list[Register], unit: Register) -> list[Register]:
         """Multiply the queries with a unit's tile of keys, and empty it; what `weigh` wants.
@@ -60,9 +61,6 @@ class Products(Protocol):
     def mean_sums(self, unit: Register, octet: int = 0) -> list[list[Register]]:
         """The mean's products with an octet's queries, not scaled."""
 
-    def load_columns(self, query: Any, head: Register) -> list[Register]:
-        """Words of query g of each octet, as `load_query_head` gives them."""
-
     def publish(self, state: State) -> None:
         """Leave the result in shared memory: out [G, H] in the tile; m [16] and l [16] in place of the scores."""
 
@@ -78,15 +76,10 @@ class _Common(Products):
     def __init__(self, w: Warp, at: Places, plan: Plan) -> None:
         self.w, self.at, self.plan = w, at, plan
 
-    def load_query(self, query: Any, head: Register) -> list[Register]:
+    def read_query(self) -> list[Register]:
         """Lane (g, t) has numbers t and 4 + t of each 8 pairs."""
-        of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in self.heads()]
-        return [x for words in of_heads for x in words]
-
-    def load_columns(self, query: Any, head: Register) -> list[Register]:
-        """See `Products`."""
-        numbers = [self.at.g + 8 * octet for octet in range(self.plan.octets)]
-        of_heads = [load_query_head(self.w, query, head, number, self.at, self.plan) for number in numbers]
+        pairs = range(0, self.plan.pairs, 4)
+        of_heads = [read_query(self.w, number, pairs, self.at, self.plan) for number in self.heads()]
         return [x for words in of_heads for x in words]
 
     def mean_sums(self, unit: Register, octet: int = 0) -> list[list[Register]]:
@@ -385,16 +378,3 @@ def clear_tile(w: Warp, at: Places, plan: Plan) -> None:
     for start in range(0, plan.tile_bytes, 16 * LANES):
         w.store_shared(at.tile + (at.lane << 4), zeros, start)
     w.sync_warp()
-
-
-def load_query_head(w: Warp, query: Any, head: Register, number: Register, at: Places, plan: Plan) -> list[Register]:
-    """Words (p, p + pairs) of query head `number`, zeros if there is none, at pairs 8 step + t and 8 step + 4 + t."""
-    row = w.row(query, head, plan.group * plan.head_dim * 2)
-    odd, there = (at.t & 1) > 0, number < plan.group
-    start = number * (plan.head_dim * 2) + ((at.t >> 1) << 2)
-    words = []
-    for pair in range(0, plan.pairs, 4):  # channels pair + t and pair + t + pairs, each with a neighbour
-        low, high = (w.load(row, start, 1, 2 * (pair + i * plan.pairs), where=there)[0] for i in range(2))
-        word = w.select(odd, w.pick_halves(low, high, 1), w.pick_halves(low, high, 0))
-        words.append(w.select(there, word, w.integer(0)))
-    return words

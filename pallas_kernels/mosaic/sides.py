@@ -3,7 +3,7 @@
 Either side takes a unit's registers, which are then free to be loaded again, and gives its result afterwards.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from mustafar_jax.pallas_kernels.mosaic import codes
 from mustafar_jax.pallas_kernels.mosaic.coded_query import CodedQuery
@@ -129,8 +129,6 @@ class CodedValues(Values):
 
 def keys_of(
     source: Source,
-    query: Any,
-    head: Register,
     multiply: Products,
     mean: MeanKey | None,
     end: Register,
@@ -138,16 +136,16 @@ def keys_of(
     at: Places,
     plan: Plan,
 ) -> Keys:
-    """The keys of a KV head, of units before `end`; the block's warps share what they need of the queries."""
-    words = multiply.load_query(query, head) if mean or not plan.key.bits else []
-    coded = CodedQuery(w, query, head, at, plan) if plan.key.bits else None
+    """The keys of a KV head, of units before `end`; the block's warps share what they need of queries and mean."""
+    coded = CodedQuery(w, at, plan)
     if mean:
-        columns = words if plan.many_heads else multiply.load_columns(query, head)
-        mean.share(words, multiply.heads(), columns, end)
-    if coded is None:
+        mean.share(end)
+    if plan.key.bits:
+        coded.share()
+    w.sync_block()
+    if not plan.key.bits:
         assert not isinstance(source, CodedSource)
-        return TileKeys(source, words, multiply, w, at, plan)
-    coded.share()
+        return TileKeys(source, multiply.read_query(), multiply, w, at, plan)
     return CodedKeys(source, coded, multiply, w, at, plan)
 
 

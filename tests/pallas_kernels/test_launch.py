@@ -93,7 +93,8 @@ def test_takes_tuned_splits_for_sizes_near_the_tuned_ones(monkeypatch):
     [
         ({"heads": 64, "rows": 16384}, mosaic.MosaicParams(2, 12)),  # one wave of wide blocks
         ({"heads": 48, "rows": 16384}, mosaic.MosaicParams(11, 4, 4)),  # 96 of 132 could have a wide one
-        ({"heads": 64, "rows": 64 * 128}, mosaic.MosaicParams(4, 8, 2)),  # 10.7 units per warp
+        ({"heads": 8, "rows": 16384}, mosaic.MosaicParams(16, 12)),  # 2.7 units per warp
+        ({"heads": 8, "rows": 64 * 128}, mosaic.MosaicParams(32, 8, 2)),  # 1.3 of wide ones
         ({"heads": 256, "rows": 4096}, mosaic.MosaicParams(1, 8, 2)),
         ({"heads": 128, "rows": 16384, "head_dim": 64, "words": 16}, mosaic.MosaicParams(2, 8, 2)),
         ({"heads": 8, "rows": 131072}, mosaic.MosaicParams(16, 12)),
