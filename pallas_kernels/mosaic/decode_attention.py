@@ -191,7 +191,9 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
     end = smaller(w, begin + plan.units_per_split, (last + (TOKENS - 1)) >> 5)
     begin = _larger(w, begin, first >> 5) + w.warp()
     # in flight while the rest is made ready
-    loaded = [x for rows in (key, value) for x in rows.load(w, begin, at, begin < end)]
+    loaded = [
+        x for rows in (key, value) for load in (rows.load, rows.load_scales) for x in load(w, begin, at, begin < end)
+    ]
     multiply = products(w, at, plan)
     mean = MeanKey(w, inputs[1:], at, plan) if plan.centred else None
     staged.share()
@@ -215,10 +217,11 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
             mean.turn_queries(turn)
         w.sync_warp()
         scores = keys.scores(taken, unit)
+        next_key += key.load_scales(w, ahead, at, ahead < end)  # not before: those of the unit are needed until here
         w.sync_warp()
         weights = multiply.weigh(state, scores, unit, seen_of, values.scales(of_value))
         values.take(of_value, state, weights, unit, seen)
-        next_value = value.load(w, ahead, at, ahead < end)
+        next_value = value.load(w, ahead, at, ahead < end) + value.load_scales(w, ahead, at, ahead < end)
         w.sync_warp()
         values.add(state, weights)
         w.sync_warp()

@@ -24,7 +24,7 @@ class PackedSource:
         self.registers = plan.words + self.words + 2 * len(scale)
 
     def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
-        """Begin to load a unit's bitmap and words, then its scales, if there are any; undefined where not `where`."""
+        """Begin to load a unit's bitmap and words; undefined where not `where`."""
         words = w.load(
             self.bitmap, (unit * TOKENS + at.token) * (4 * self.bitmap_words), self.bitmap_words, where=where
         )
@@ -32,7 +32,11 @@ class PackedSource:
         offset = unit * (TOKENS * 4 * self.words) + at.token * size
         for i in range(self.words // self.vector):
             words += w.load(self.payload, offset, self.vector, i * TOKENS * size, where=where)
-        return words + [x for scale in self.scale for x in load_scales(w, scale, unit, at, where)]
+        return words
+
+    def load_scales(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
+        """Begin to load a unit's scales, if there are any."""
+        return [x for scale in self.scale for x in _load_scales(w, scale, unit, at, where)]
 
     def unpack(
         self, w: Warp, registers: list[Register], _unit: Register, seen: Register, at: Places, plan: Plan
@@ -54,6 +58,10 @@ class DenseSource:
 
     def load(self, _w: Warp, _unit: Register, _at: Places, _where: Register) -> list[Register]:
         """Load nothing yet."""
+        return []
+
+    def load_scales(self, _w: Warp, _unit: Register, _at: Places, _where: Register) -> list[Register]:
+        """There are none."""
         return []
 
     def unpack(
@@ -81,15 +89,19 @@ class CodedSource:
         self.registers = self.words + 2
 
     def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
-        """Begin to load a unit's words, then its scales; undefined where not `where`."""
+        """Begin to load a unit's words; undefined where not `where`."""
         words, size = [], 4 * self.vector
         offset = unit * (TOKENS * 4 * self.words) + at.lane * size
         for i in range(self.vectors):
             words += w.load(self.payload, offset, self.vector, i * TOKENS * size, where=where)
-        return words + load_scales(w, self.scale, unit, at, where)
+        return words
+
+    def load_scales(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
+        """Begin to load a unit's scales."""
+        return _load_scales(w, self.scale, unit, at, where)
 
 
-def load_scales(w: Warp, scale: Any, unit: Register, at: Places, where: Register) -> list[Register]:
+def _load_scales(w: Warp, scale: Any, unit: Register, at: Places, where: Register) -> list[Register]:
     """Begin to load the scales of tokens g, g + 8, g + 16 and g + 24: two words, see `codes.row_scales`."""
     return w.load(scale, (unit << 6) + (at.g << 3), 2, where=where)
 
