@@ -210,7 +210,7 @@ def attend_split(w: Warp, shared: Register, *refs: Any, plan: Plan) -> None:
         of_key, of_value = carry[: key.registers], carry[key.registers : len(loaded)]
         state = State.from_flat(carry[len(loaded) :], plan)
         turn = mean.load_turn(unit) if mean else []
-        seen, ahead = seen_of(unit * TOKENS + at.token), unit + plan.warps
+        seen, ahead = seen_of(unit * TOKENS + at.lane), unit + plan.warps
         taken = keys.take(of_key, unit, seen)
         next_key = key.load(w, ahead, at, ahead < end)
         if mean:

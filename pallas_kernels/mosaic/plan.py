@@ -224,7 +224,8 @@ class Places:
         table, queries, slow, coded_queries, staged_queries, staged_mean: where what the block's warps share begins: see
             `Plan.shared_bytes`.
         first_unit: of the block.
-        token: of a unit, that this lane stands for, in the order of `layout.to_lanes`: quad g holds tokens 8 i + g.
+        token: of a unit, in column `lane` of the tile; as `layout.to_lanes` orders them, quad g has tokens 8 i + g.
+        column: of the tile, that holds token `lane`.
         lane, g, t: numbers of this lane.
     """
 
@@ -240,6 +241,7 @@ class Places:
     staged_mean: Register
     first_unit: Register
     token: Register
+    column: Register
     lane: Register
     g: Register
     t: Register
@@ -259,9 +261,9 @@ class Places:
         staged = coded + plan.coded_queries_bytes
         mean = staged + plan.group * plan.query_stride
         first = w.block() % plan.splits * plan.units_per_split
-        token = ((lane & 3) << 3) + (lane >> 2)
+        token, column = ((lane & 3) << 3) + (lane >> 2), ((lane & 7) << 2) + (lane >> 3)
         of_block = table, queries, slow, coded, staged, mean
-        return Places(tile, scores, weights, turned, *of_block, first, token, lane, lane >> 2, lane & 3)
+        return Places(tile, scores, weights, turned, *of_block, first, token, column, lane, lane >> 2, lane & 3)
 
 
 @dataclasses.dataclass

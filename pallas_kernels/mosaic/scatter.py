@@ -31,7 +31,7 @@ def scatter(
         plan: the plan.
     """
     words = [w.select(seen, x, w.integer(0)) for x in words]
-    column = at.tile + (at.lane << 2)
+    column = at.tile + (at.column << 2)
     # of the words' first channels
     places = [column + (32 * i % plan.pairs * ROW + 32 * i // plan.pairs * 2) for i in range(plan.words)]
     guess = Guess.of(usual, plan.words)

@@ -11,7 +11,10 @@ from mustafar_jax.pallas_kernels.mosaic.warp import Register, Warp
 
 
 class PackedSource:
-    """Packed rows of one KV head in global memory. A lane reads its token's row in pieces of 4 to 16 bytes."""
+    """Packed rows of one KV head in global memory.
+
+    Lane i reads the row of token i, in pieces of 4 to 16 bytes: neighbours read what stands side by side.
+    """
 
     def __init__(self, w: Warp, arrays: list[Any], head: Register, layout: Layout, plan: Plan) -> None:
         self.layout, self.bitmap_words = layout, plan.words
@@ -25,11 +28,9 @@ class PackedSource:
 
     def load(self, w: Warp, unit: Register, at: Places, where: Register) -> list[Register]:
         """Begin to load a unit's bitmap and words; undefined where not `where`."""
-        words = w.load(
-            self.bitmap, (unit * TOKENS + at.token) * (4 * self.bitmap_words), self.bitmap_words, where=where
-        )
+        words = w.load(self.bitmap, (unit * TOKENS + at.lane) * (4 * self.bitmap_words), self.bitmap_words, where=where)
         size = 4 * self.vector
-        offset = unit * (TOKENS * 4 * self.words) + at.token * size
+        offset = unit * (TOKENS * 4 * self.words) + at.lane * size
         for i in range(self.words // self.vector):
             words += w.load(self.payload, offset, self.vector, i * TOKENS * size, where=where)
         return words
@@ -68,8 +69,8 @@ class DenseSource:
         self, w: Warp, _registers: list[Register], unit: Register, seen: Register, at: Places, plan: Plan
     ) -> None:
         """Copy a unit's rows to the tile, a row per lane; zeros for tokens that are not seen."""
-        row = smaller(w, unit * TOKENS + at.token, w.integer(self.rows - 1)) * (plan.head_dim * 2)
-        column = at.tile + (at.lane << 2)
+        row = smaller(w, unit * TOKENS + at.lane, w.integer(self.rows - 1)) * (plan.head_dim * 2)
+        column = at.tile + (at.column << 2)
         for pair in range(0, plan.pairs, 8):
             low, high = (w.load(self.ref, row, 4, 2 * channel) for channel in (pair, pair + plan.pairs))
             for i in range(8):
