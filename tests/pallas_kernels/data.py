@@ -124,6 +124,22 @@ WHERE = [pytest.param(True, id="interpret"), pytest.param(False, marks=pytest.ma
 """Parameters for `interpret`: plain JAX or numpy anywhere, and the compiled kernel where there is a GPU."""
 
 
+def everywhere(cases, few):
+    """Parameters (*case, interpret): every case on a device, the few interpreted, and the others so with --exhaustive.
+
+    A case is a tuple, or one parameter. Interpreted, each takes seconds.
+    """
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), *where.values,
+            id=f"{'-'.join(map(str, case)) if isinstance(case, tuple) else case}-{where.id}",
+            marks=[*where.marks, *([pytest.mark.exhaustive] if where.values[0] and case not in few else [])],
+        )
+        for case in cases
+        for where in WHERE
+    ]  # fmt: skip
+
+
 def specs(batch, kv_heads, group, rows, head_dim, key, value, dtype):
     """Shapes of a query, of keys and of values.
 

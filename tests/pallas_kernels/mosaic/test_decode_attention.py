@@ -11,11 +11,11 @@ from mustafar_jax.operands import Mean
 from mustafar_jax.pallas_kernels.mosaic import decode_attention as kernels
 from mustafar_jax.pallas_kernels.mosaic.launch import MosaicParams
 from mustafar_jax.pallas_kernels.mosaic.scatter import Guess
-from tests.helpers import exhaustive, rope_frequencies
+from tests.helpers import rope_frequencies
 from tests.pallas_kernels.data import (
-    WHERE,
     attend,
     coded_format,
+    everywhere,
     masks,
     merge_splits,
     pack_rows,
@@ -46,8 +46,9 @@ def edge_masks(rng, slots, words):
     return np.array([np.concatenate([rng.permutation(32) < count for count in counts]) for counts in both])
 
 
-@pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize(("slots", "words"), [(40, 4), (64, 4), (20, 2), (32, 2)])
+@pytest.mark.parametrize(
+    ("slots", "words", "interpret"), everywhere([(40, 4), (64, 4), (20, 2), (32, 2)], [(40, 4), (32, 2)])
+)
 def test_masks_on_the_edge_of_the_usual(slots, words, interpret):
     rng = np.random.default_rng(slots)
     # a unit goes the way that suits all of its rows, so all of a unit's rows have one mask
@@ -63,11 +64,15 @@ def test_masks_on_the_edge_of_the_usual(slots, words, interpret):
     check(actual, attend(query, dense_key, dense_value, first, last, options["scale"]), F16)
 
 
-@pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize("centred", [False, True])
+GROWING = [(1, 64, 16), (4, 128, 16), (16, 128, 16), (4, 128, 4), (2, 128, 16), (6, 64, 16), (9, 64, 2)]
+
+
 @pytest.mark.parametrize(
-    ("group", "head_dim", "bits"),
-    [(1, 64, 16), (4, 128, 16), (16, 128, 16), (4, 128, 4), *exhaustive((2, 128, 16), (6, 64, 16), (9, 64, 2))],
+    ("group", "head_dim", "bits", "centred", "interpret"),
+    everywhere(
+        [(*case, centred) for case in GROWING for centred in (False, True)],
+        [(1, 64, 16, False), (16, 128, 16, True), (4, 128, 4, True)],
+    ),
 )
 def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, bits, centred, interpret):
     """A warp takes several units, each of which has scores far above all those before."""
@@ -95,14 +100,11 @@ def test_scores_that_grow_rescale_what_is_summed_up(group, head_dim, bits, centr
     check(actual, attend(query, dense_key, dense_value, first, last, options["scale"]), F16)
 
 
-@pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize(
-    ("group", "warps", "head_dim", "theta"),
-    [
-        *[(1, 4, 128, 5e5), (1, 12, 64, 1e4), (4, 4, 128, 5e5), (8, 12, 128, 1e4), (16, 4, 128, 5e5)],
-        *exhaustive((2, 4, 128, 1e4), (3, 12, 64, 1e4), (9, 4, 64, 10)),
-    ],
-)
+FAR = [(1, 4, 128, 5e5), (1, 12, 64, 1e4), (4, 4, 128, 5e5), (8, 12, 128, 1e4), (16, 4, 128, 5e5)]
+FAR += [(2, 4, 128, 1e4), (3, 12, 64, 1e4), (9, 4, 64, 10)]
+
+
+@pytest.mark.parametrize(("group", "warps", "head_dim", "theta", "interpret"), everywhere(FAR, [FAR[1], FAR[2]]))
 def test_centred_keys_far_into_a_sequence(group, warps, head_dim, theta, interpret):
     """Warps share 9 units of one sequence, and 3 of another, so that some have none.
 

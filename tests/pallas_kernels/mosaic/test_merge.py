@@ -13,7 +13,7 @@ from mustafar_jax.pallas_kernels import launch
 from mustafar_jax.pallas_kernels.mosaic.merge import merge
 from mustafar_jax.pallas_kernels.mosaic.merge_plan import queries_per_block
 from mustafar_jax.rotation import turn_back
-from tests.pallas_kernels.data import WHERE, float32
+from tests.pallas_kernels.data import WHERE, everywhere, float32
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -57,6 +57,9 @@ CASES = {
 }
 
 
+FEW = ("no splits", "a block per query head", "5 query heads", "more than 8 tiles", "a window with sinks", "turned")
+
+
 def sequences(case):
     """(length, packed rows) of each: none, not all sinks, a full ring, one that has turned, one just emptied."""
     whole = case.sinks + case.ring
@@ -93,8 +96,7 @@ def attend(query, key, value, splits, seen, scale):
     return sums / np.where(total > 0, total, 1)[:, None]
 
 
-@pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "interpret"), everywhere(CASES, FEW))
 def test_agrees_with_plain_attention(name, interpret, monkeypatch):
     """Also that slots that hold no visible token have no effect, and that nothing visible gives zeros."""
     case, rng = CASES[name], np.random.default_rng(zlib.crc32(name.encode()))

@@ -171,15 +171,15 @@ def result_words(name):
     return counts[0]
 
 
-def apply(name, dtype, words, *, interpret, teams=1):
-    """An instruction on [3, threads] words; [threads, results]."""
-    threads, results = words.shape[1], result_words(name)
+def apply(names, dtype, words, *, interpret, teams=1):
+    """Instructions, one after the other, on [3, threads] words; [threads, results of all]."""
+    threads, results = words.shape[1], sum(map(result_words, names))
 
     def body(w, shared, source, out):
         thread = (w.block() * WARPS + w.warp()) * LANES + w.lane()
         row = w.row(source, w.block(), 0)
         a, b, c = (w.load(row, thread << 2, 1, 4 * threads * i, early=i > 0)[0] for i in range(3))
-        for i, x in enumerate(BOTH[name](w, shared, a, b, c)):
+        for i, x in enumerate(x for name in names for x in BOTH[name](w, shared, a, b, c)):
             w.store(out, (thread * results + i) << 2, x, where=thread < threads)
 
     [out] = lowering.kernel_call(
@@ -205,7 +205,7 @@ def test_every_instruction_is_tested():
 @pytest.mark.parametrize("name", BOTH)
 def test_an_instruction_does_what_its_twin_does(name, dtype):
     one, other = (
-        np.asarray(jax.jit(functools.partial(apply, name, dtype, interpret=interpret))(random_words()))
+        np.asarray(jax.jit(functools.partial(apply, [name], dtype, interpret=interpret))(random_words()))
         for interpret in (True, False)
     )
     if name in INEXACT:
@@ -219,7 +219,7 @@ def test_an_instruction_does_what_its_twin_does(name, dtype):
 def test_teams_do_what_blocks_by_themselves_do(name):
     """Three blocks, two at a time: one is run twice."""
     one, other = (
-        jax.jit(functools.partial(apply, name, jnp.bfloat16, interpret=interpret, teams=2))(random_words(3))
+        jax.jit(functools.partial(apply, [name], jnp.bfloat16, interpret=interpret, teams=2))(random_words(3))
         for interpret in (True, False)
     )
     np.testing.assert_array_equal(one, other)
@@ -238,11 +238,10 @@ def snippets():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ptx.Warp, "_asm", spy)
-        for name in BOTH:
-            for dtype in (jnp.bfloat16, jnp.float16):
-                call = functools.partial(apply, name, dtype, interpret=False)
-                assert "mosaic_gpu" in lower_for_cuda(call, random_words())
-                assert "mosaic_gpu" in lower_for_cuda(functools.partial(call, teams=3), random_words(3))
+        for dtype in (jnp.bfloat16, jnp.float16):
+            call = functools.partial(apply, list(BOTH), dtype, interpret=False)
+            assert "mosaic_gpu" in lower_for_cuda(call, random_words())
+            assert "mosaic_gpu" in lower_for_cuda(functools.partial(call, teams=3), random_words(3))
     return [*found]
 
 

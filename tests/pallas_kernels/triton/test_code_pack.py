@@ -49,19 +49,19 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "keys in 4 bits, centred": Case(4, centred=True),
+    "keys in 4 bits, narrow": Case(4, 64, F16, centred=True),
     "values in 2 bits": Case(2, 64, F16, "tokens", head_axis=1),
     "keys pruned, centred and weighed": Case(4, 64, slots=24, turn=False, centred=True, weighed=True),
 }
 MORE = {
     "keys in 4 bits": Case(4),
+    "keys in 4 bits, centred": Case(4, centred=True),
     "values in 4 bits": Case(4, pairs="tokens"),
     "values in 2 bits, wide": Case(2, pairs="tokens"),
     "values in 3 bits": Case(3, pairs="tokens"),
     "values in 3 bits, narrow": Case(3, 64, pairs="tokens"),
     "8 bits, not turned": Case(8, turn=False, centred=True, dtype=F16),
     "4 bits, not turned": Case(4, turn=False),
-    "keys in 4 bits, narrow": Case(4, 64, F16, centred=True),
     "keys pruned": Case(4, slots=40, turn=False),
     "keys pruned, centred and weighed, wide": Case(4, slots=40, turn=False, centred=True, weighed=True),
     "values pruned in 8 bits": Case(8, slots=20, turn=False, dtype=F16, pairs="tokens"),

@@ -29,7 +29,7 @@ from tests.helpers import (
     rope_frequencies,
     unpack,
 )
-from tests.pallas_kernels.data import WHERE, jit, rows_of_words
+from tests.pallas_kernels.data import everywhere, jit, rows_of_words
 from tests.pallas_kernels.lowering import describe, lower_for_cuda, pairwise
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -82,8 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "interpret"), everywhere(CASES, ["group"]))
 def test_is_bit_equal_to_xla(case, interpret):
     batch, kv_heads, tokens, head_dim, kept, dtype, head_axis, first, start, held, rows = CASES[case]
     rng = np.random.default_rng(1)
@@ -112,7 +111,7 @@ def within_an_ulp(actual, expected):
 
 
 HALF_INTERPRETED = [
-    pytest.param(128, BF16, True, id="interpret"),
+    pytest.param(64, BF16, True, id="interpret"),
     pytest.param(128, BF16, False, marks=pytest.mark.gpu, id="device-128"),
     pytest.param(64, F16, False, marks=pytest.mark.gpu, id="device-64"),
 ]
@@ -303,7 +302,7 @@ KEPT = {"one slot chunk": lambda _: 4, "in eights": lambda h: h // 4 + 8, "in fo
 
 
 @pytest.mark.parametrize(
-    "case", [*pairwise(AXES)[:4], *exhaustive(*((case,) for case in pairwise(AXES)[4:]))], ids=describe
+    "case", [*pairwise(AXES)[:2], *exhaustive(*((case,) for case in pairwise(AXES)[2:]))], ids=describe
 )
 def test_lowers_for_cuda(case):
     """Any two choices occur together."""
