@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mustafar_jax import models
 from mustafar_jax.models import LazyTensor, Llama, Mistral, Qwen2, Qwen3, load_weights
 from mustafar_jax.models.folder import open_safetensors
+from tests import quick
 from tests.helpers import exhaustive
 from tests.models.odd import HF_SMALL, SMALL, lazy, small_arrays, write_small
 from tests.models.reference import TINY, TOLERANCE, forward, random_model, random_tokens, torch_logits
@@ -327,7 +328,7 @@ def test_a_model_on_two_devices_gives_the_same_logits(kind, tmp_path):
     write_small(tmp_path)
     printed = run(
         MESH_PROGRAM, str(tmp_path), str(tmp_path / "out.npz"), kind,
-        JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        JAX_PLATFORMS="cpu", XLA_FLAGS=f"{quick.flags()} --xla_force_host_platform_device_count=2",
     )  # fmt: skip
     specs = dict(line.split(" ", 1) for line in printed.splitlines())
     assert specs["embed_tokens.embedding"] == "('model', None)"

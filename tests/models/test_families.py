@@ -14,10 +14,11 @@ from tests.helpers import exhaustive
 from tests.models.reference import TOLERANCE, cached_logits, forward, random_tokens, saved_and_loaded, torch_logits
 from tests.models.variants import VARIANTS, tiny_model
 
-ONE_OF_EACH = ["llama-3.1", "mistral-0.1", "qwen2", "qwen3"]
-FURTHER = ["llama-3", "mistral-0.2", "mistral-0.3", "qwen2.5"]
-"""What they say beside their family's other variants, variants of another family say, too."""
-OTHERS = [name for name in VARIANTS if name not in ONE_OF_EACH]
+WITHOUT_AND_WITH_WINDOW = ["llama-3.1", "mistral-0.1"]
+FURTHER = ["llama-2", "llama-3", "llama-3.2", "linear-scaling", "mistral-0.2", "mistral-0.3", "qwen2.5", "qwen2-window"]
+FURTHER += ["qwen3"]
+"""What they say beside their family's other variants, these say as well, or variants of another family."""
+OTHERS = [name for name in VARIANTS if name not in WITHOUT_AND_WITH_WINDOW]
 
 
 @pytest.mark.parametrize("variant", [*(name for name in VARIANTS if name not in FURTHER), *exhaustive(*FURTHER)])
@@ -38,7 +39,7 @@ def test_logits_equal_transformers(variant, tmp_path):
     assert [cache.lengths.tolist() for cache in caches] == [[100, 100]] * len(model.layers)
 
 
-@pytest.mark.parametrize("variant", [*ONE_OF_EACH, *exhaustive(*OTHERS)])
+@pytest.mark.parametrize("variant", [*WITHOUT_AND_WITH_WINDOW, *exhaustive(*OTHERS)])
 def test_a_ragged_batch_equals_its_prompts_one_by_one(variant, tmp_path):
     reference = tiny_model(variant)
     model = saved_and_loaded(reference, tmp_path)
@@ -54,9 +55,9 @@ def test_a_ragged_batch_equals_its_prompts_one_by_one(variant, tmp_path):
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        ("llama-3.1", "bfloat16"),
         ("llama-3.1", "float16"),
         ("qwen3", "bfloat16"),
+        *exhaustive(("llama-3.1", "bfloat16")),
         *exhaustive(*itertools.product(["mistral-0.1", "qwen2", "qwen3-window-and-biases"], ["bfloat16", "float16"])),
     ],
 )
