@@ -25,6 +25,7 @@ from mustafar_jax.cli import compression, generate
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.models import ModelConfig, checkpoint
 from mustafar_jax.quality.evaluate import TOKENS, Evaluator
+from tests.helpers import exhaustive
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = [f"w{index}" for index in range(64)]
@@ -124,6 +125,7 @@ def test_generate_prints_the_text_and_one_line_of_statistics(run, tiny):
     assert re.fullmatch(rf"{statistics(config, tiny[0])} · {sparsity}\n", err)
 
 
+@pytest.mark.exhaustive
 def test_the_options_reach_the_cache(run, tiny):
     options = ["--k-sparsity", "0.5", "--v-sparsity", "0.25", "--residual-length", "8", "--preset", "published"]
     status, out, err = run(*GENERATE, "--prompt", PROMPT, *options)
@@ -432,7 +434,7 @@ def test_memory_that_is_exhausted_asks_for_a_smaller_batch(run, tmp_path, monkey
         run("eval", "choice", "--model", "tiny", "--data", str(exam))
 
 
-@pytest.mark.parametrize("module", ["mustafar_jax", "mustafar_jax.cli"])
+@pytest.mark.parametrize("module", ["mustafar_jax", *exhaustive("mustafar_jax.cli")])
 def test_the_command_runs_as_a_module(module):
     command = [sys.executable, "-m", module, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -836,20 +838,33 @@ def write_rows(file, *rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_eval_choice_names_bad_lines_and_keeps_the_rest(run, folder, monkeypatch):
+CHOICE = ["eval", "choice", "--model", "tiny", "--data", "exam.jsonl", "--batch", "2"]
+NAMED = "mustafar eval: exam.jsonl:2: field 'choices' is an empty list; left out\n"
+
+
+@pytest.fixture
+def _exam(folder):
+    """A file of which the second line is bad."""
     row = {"context": PROMPT, "question": "w1", "choices": ["w2 w1", "w3 w4"], "answer": 0}
     write_rows(folder / "exam.jsonl", row, row | {"choices": []}, row | {"answer": 1})
-    arguments = ["eval", "choice", "--model", "tiny", "--data", "exam.jsonl", "--batch", "2"]
-    named = "mustafar eval: exam.jsonl:2: field 'choices' is an empty list; left out\n"
+
+
+@pytest.mark.usefixtures("_exam")
+def test_eval_choice_names_bad_lines_before_the_work(run, monkeypatch):
+    """Which may take hours."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(Evaluator, "run", interrupt)
-        assert run(*arguments) == (130, "", named)  # before the work, which may take hours
-    status, _, err = run(*arguments)
-    assert (status, err) == (0, named)
+    monkeypatch.setattr(Evaluator, "run", interrupt)
+    assert run(*CHOICE) == (130, "", NAMED)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("_exam")
+def test_eval_choice_keeps_what_is_no_bad_line(run, folder):
+    status, _, err = run(*CHOICE)
+    assert (status, err) == (0, NAMED)
     results = folder / "results" / "choice" / "magnitude-0.7_magnitude-0.7"
     metrics = json.loads((results / "metrics.json").read_text())
     assert metrics["metrics"]["all"] == {"accuracy": {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2}}  # one of each

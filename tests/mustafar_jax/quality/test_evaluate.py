@@ -20,6 +20,7 @@ from mustafar_jax.quality.examples import Example
 from mustafar_jax.quality.forcing import compare, hidden_states
 from mustafar_jax.quality.quantised import Quantised, quantise
 from mustafar_jax.quality.runs import Run
+from tests.helpers import exhaustive
 
 VOCABULARY, HEAD_DIM = 96, 32
 PUBLISHED = mj.CompressionConfig(0.7, 0.7)
@@ -100,6 +101,7 @@ def test_divergence_and_the_likeliest_token(two_layers):
     assert scores.agrees.tolist() == [[True, False, False]]
 
 
+@pytest.mark.exhaustive
 def test_prompts_of_different_lengths_are_scored_as_alone(model):
     text, gold, other = tokens(2, 100), tokens(2, 40, seed=2), tokens(2, 100, seed=3)
     [both] = hidden_states(model, [PUBLISHED], text, np.array([100, 77]), gold)
@@ -108,7 +110,7 @@ def test_prompts_of_different_lengths_are_scored_as_alone(model):
     np.testing.assert_allclose(both[1], moved[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", [False, *exhaustive(True)])
 def test_values_that_do_not_fit_are_an_error_that_names_the_examples(model, tokenizer, tmp_path, given):
     config = mj.CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=8, residual_length=0)
     after = {"gold": tokens(3)} if given else {"max_new_tokens": 1, "score": len}
@@ -275,7 +277,7 @@ def test_answers_without_finite_logits_are_left_out(model, tokenizer, tmp_path):
     assert [record["id"] for record in run.records] == ["e0", "e2"]
 
 
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("order", [1, *exhaustive(-1)])
 def test_every_example_stops_by_its_own_tokens(model, tokenizer, tmp_path, order):
     prompt = tokens(40)
     free = np.asarray(mj.generate(model, [prompt] * 2, max_new_tokens=5, config=PUBLISHED).tokens[0])
@@ -320,7 +322,7 @@ def test_quantised_numbers(bits, levels):
 
 
 def test_a_quantised_cache_rounds_what_leaves_the_window(model, two_layers):
-    config, text = Quantised(bits=4), tokens(2, 140)  # a batch of the shape that other tests compile
+    config = Quantised(bits=4)
     cache = model.init_cache(config, batch=1, capacity=140)[0]
     key, value = (
         jnp.asarray(np.random.default_rng(i).standard_normal((1, 100, 1, HEAD_DIM)), jnp.float32) for i in (0, 1)
@@ -335,13 +337,18 @@ def test_a_quantised_cache_rounds_what_leaves_the_window(model, two_layers):
     held = 2 * (2 * (96 * HEAD_DIM * 5 // 8 + 64 * HEAD_DIM * 2) + 5)
     bytes_of = cache_bytes(two_layers, config, 140)
     assert bytes_of["held"] == bytes_of["own_count"] == held
+
+
+@pytest.mark.exhaustive
+def test_a_cache_quantised_to_more_bits_is_closer_to_the_dense_one(model):
+    text = tokens(2, 140)  # a batch of the shape that other tests compile
     args = text[:, :100], np.array([100, 100]), text[:, 100:]
-    dense, *rounded = hidden_states(model, [DENSE, config, Quantised(bits=8)], *args)
+    dense, *rounded = hidden_states(model, [DENSE, Quantised(bits=4), Quantised(bits=8)], *args)
     kl = [scores.kl.mean() for scores in compare(model, dense, rounded, args[2])]
     assert kl[1] < kl[0] / 10
 
 
-@pytest.mark.parametrize("config", [Quantised(bits=8), mj.CompressionConfig(0, 0, k_bits=8, v_bits=8)])
+@pytest.mark.parametrize("config", [mj.CompressionConfig(0, 0, k_bits=8, v_bits=8), *exhaustive(Quantised(bits=8))])
 def test_coded_caches_write_answers(config, model, tokenizer, tmp_path):
     """At 8 bits those of a dense cache, but for the last tokens at most."""
     examples = [Example("e", tokens(100), max_new_tokens=6, score=len)]
