@@ -61,33 +61,33 @@ def filled(model: Llama, config: mj.CompressionConfig) -> Any:
 @pytest.fixture(
     scope="module", params=[pytest.param("recommended"), pytest.param("dense", marks=pytest.mark.exhaustive)]
 )
-def setting(llama, request):
+def setting(one_layer, request):
     """A config, what it first generates, and which tokens then stop sequences at several lengths."""
     config = CONFIGS.get(request.param, DENSE)
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": config, "eos_id": NEVER, "capacity": CAPACITY}
-    free = mj.generate(llama, PROMPTS, lengths=LENGTHS, **options)
+    free = mj.generate(one_layer, PROMPTS, lengths=LENGTHS, **options)
     return config, np.asarray(free.tokens)[[0, 1, 2], [3, 9, NEW - 1]].tolist()
 
 
-def test_caches_hold_the_prompts_and_all_tokens_once_and_the_next_prompts_follow(llama, setting):
+def test_caches_hold_the_prompts_and_all_tokens_once_and_the_next_prompts_follow(one_layer, setting):
     config, stops = setting
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": config, "eos_id": stops}
-    first = mj.generate(llama, PROMPTS, lengths=LENGTHS, capacity=CAPACITY, **options)
+    first = mj.generate(one_layer, PROMPTS, lengths=LENGTHS, capacity=CAPACITY, **options)
     assert len(set(first.lengths.tolist())) > 2
     assert first.caches is not None
-    wanted = through(llama, filled(llama, config), first)
-    assert first.caches[1].lengths.tolist() == (LENGTHS + np.asarray(first.lengths)).tolist()
+    wanted = through(one_layer, filled(one_layer, config), first)
+    assert first.caches[0].lengths.tolist() == (LENGTHS + np.asarray(first.lengths)).tolist()
     assert_caches(first.caches, wanted)
 
     _, grown = extend_prompt(
-        llama, jnp.asarray(TURN), jnp.asarray(TURN_LENGTHS, jnp.int32), jax.tree.map(jnp.copy, wanted)
+        one_layer, jnp.asarray(TURN), jnp.asarray(TURN_LENGTHS, jnp.int32), jax.tree.map(jnp.copy, wanted)
     )
-    second = mj.generate(llama, TURN, lengths=TURN_LENGTHS, caches=first.caches, **options)
+    second = mj.generate(one_layer, TURN, lengths=TURN_LENGTHS, caches=first.caches, **options)
     assert second.caches is not None
     assert second.caches[0].lengths.tolist() == (grown[0].lengths + second.lengths).tolist()
-    assert_caches(second.caches, through(llama, grown, second))
+    assert_caches(second.caches, through(one_layer, grown, second))
 
-    steps = Returned(mj.stream(llama, TURN, lengths=TURN_LENGTHS, caches=wanted, **options))
+    steps = Returned(mj.stream(one_layer, TURN, lengths=TURN_LENGTHS, caches=wanted, **options))
     seen = np.stack(list(steps), axis=1)
     np.testing.assert_array_equal(seen, second.tokens[:, : seen.shape[1]])
     np.testing.assert_array_equal(steps.value.lengths, second.lengths)
@@ -108,10 +108,10 @@ def test_turns_of_dense_caches_write_what_one_prompt_would(llama):
 
 
 @pytest.mark.parametrize("shown", [1, 2, NEW])
-def test_a_stream_that_is_told_to_stop_leaves_what_was_shown(llama, shown):
+def test_a_stream_that_is_told_to_stop_leaves_what_was_shown(one_layer, shown):
     config = CONFIGS["recommended"]
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": config, "eos_id": NEVER, "capacity": CAPACITY}
-    steps = mj.stream(llama, PROMPTS, lengths=LENGTHS, **options)
+    steps = mj.stream(one_layer, PROMPTS, lengths=LENGTHS, **options)
     seen = [next(steps) for _ in range(shown)]
     with pytest.raises(StopIteration) as end:
         steps.send(True)
@@ -119,7 +119,7 @@ def test_a_stream_that_is_told_to_stop_leaves_what_was_shown(llama, shown):
     assert result.lengths.tolist() == [shown] * 4
     np.testing.assert_array_equal(result.tokens[:, :shown], np.stack(seen, axis=1))
     assert not result.tokens[:, shown:].any()
-    assert_caches(result.caches, through(llama, filled(llama, config), result))
+    assert_caches(result.caches, through(one_layer, filled(one_layer, config), result))
 
 
 def test_a_stream_that_keeps_nothing_stops_as_well():
@@ -131,14 +131,14 @@ def test_a_stream_that_keeps_nothing_stops_as_well():
     assert end.value.value.lengths.tolist() == [2, 2]
 
 
-def test_later_turns_compile_nothing(llama):
+def test_later_turns_compile_nothing(one_layer):
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": CONFIGS["recommended"], "eos_id": NEVER}
-    result = mj.generate(llama, PROMPTS, lengths=LENGTHS, capacity=CAPACITY, **options)
-    result = mj.generate(llama, TURN[:, :1], caches=result.caches, **options)
+    result = mj.generate(one_layer, PROMPTS, lengths=LENGTHS, capacity=CAPACITY, **options)
+    result = mj.generate(one_layer, TURN[:, :1], caches=result.caches, **options)
     with Compilations() as compiled:
         for length in (33, 40):
             turn = TURN[:, :length].tolist()
-            result = mj.generate(llama, turn, caches=result.caches, capacity=CAPACITY, **options)
+            result = mj.generate(one_layer, turn, caches=result.caches, capacity=CAPACITY, **options)
     assert compiled == []
     assert result.caches is not None
     assert result.caches[0].lengths.tolist() == (LENGTHS + 1 + 33 + 40 + 4 * NEW).tolist()
