@@ -88,7 +88,7 @@ def test_equals_dense_attention_on_what_is_held_and_given(name, seed, calls):
         count = np.minimum(lengths, CAPACITY - np.asarray(before))
         expected = reference(query, held, before, key, value, window, soft_cap)
         there = np.arange(MOST)[None] < count[:, None]
-        query, key, value = (x.at[~there].set(jnp.nan) for x in (query, key, value))
+        query, key, value = (jnp.where(there[..., None, None], x, jnp.nan) for x in (query, key, value))
         out, lse, cache = attend_jit(poisoned(cache), query, key, value, jnp.asarray(count), **how)
         for actual, wanted, nothing in zip((out, lse), expected, (0, -np.inf), strict=True):
             np.testing.assert_allclose(np.asarray(actual)[there], np.asarray(wanted)[there], atol=2e-5, rtol=2e-6)

@@ -135,7 +135,11 @@ def weights(rng, *shape):
     return jnp.asarray(np.exp(3 * rng.standard_normal(shape) - 8) * (rng.random(shape) > 0.1), jnp.float32)
 
 
-@pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "interpret"),
+    # interpreted, the keys that are centred below are weighed as well
+    [*exhaustive(HALF_INTERPRETED[0].values), *HALF_INTERPRETED[1:]],
+)
 def test_weighed_keys_are_bit_equal_to_xla(head_dim, dtype, interpret):
     rng = np.random.default_rng(10)
     x, weight = data(rng, (2, 2, 72, head_dim), dtype), weights(rng, 2, 2, head_dim)
