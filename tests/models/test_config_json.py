@@ -190,18 +190,17 @@ def alone(family: str) -> list[dict[str, Any]]:
     return [{}, harmless(family), *({name: value} for name, values in FIELDS.items() for value in values)]
 
 
-def together(family: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def alone_and_together(family: str) -> list[dict[str, Any]]:
+    found = alone(family)
     for first, second, beside in TOGETHER[family]:
         for (one, ones), (two, twos) in itertools.product(first.items(), second.items()):
             found += [{one: a, two: b, **beside} for a, b in itertools.product(ones, twos)]
     return found
 
 
-FURTHER = [(cases, family) for cases in (alone, together) for family in MODELS if (cases, family) != (alone, "llama")]
-
-
-@pytest.mark.parametrize(("cases", "family"), [(alone, "llama"), *exhaustive(*FURTHER)])
+@pytest.mark.parametrize(
+    ("cases", "family"), [(alone, "llama"), *exhaustive(*((alone_and_together, family) for family in MODELS))]
+)
 def test_logits_are_those_of_transformers_or_a_field_is_named(cases, family, tmp_path):
     odd.copy(family, tmp_path)
     original = (tmp_path / "config.json").read_text()

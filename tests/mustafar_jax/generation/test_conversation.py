@@ -125,21 +125,21 @@ def test_undo_and_fork(llama):
     assert talk.say(SAID[0]) == first
 
 
-def test_a_saved_conversation_goes_on(llama, passed, tmp_path):
-    talk = mj.Conversation(llama, tokenizer_with(), **DENSE, config=CONFIGS["recommended"])
+def test_a_saved_conversation_goes_on(one_layer, passed, tmp_path):
+    talk = mj.Conversation(one_layer, tokenizer_with(), **DENSE, config=CONFIGS["recommended"])
     talk.save(tmp_path / "talk")
-    assert mj.Conversation.load(tmp_path / "talk", llama, tokenizer_with()).num_tokens == 0
+    assert mj.Conversation.load(tmp_path / "talk", one_layer, tokenizer_with()).num_tokens == 0
     for said in SAID[:2]:
         talk.say(said)
         talk.save(tmp_path / "talk")
     assert len(list((tmp_path / "talk").iterdir())) == 2
-    again = mj.Conversation.load(tmp_path / "talk", llama, tokenizer_with(), max_new_tokens=NEW)
+    again = mj.Conversation.load(tmp_path / "talk", one_layer, tokenizer_with(), max_new_tokens=NEW)
     assert (again.messages, again.capacity, again.config) == (talk.messages, CAPACITY, CONFIGS["recommended"])
     assert again.say(SAID[2]) == talk.say(SAID[2])
     assert passed[-1] == passed[-2] < 12
     (tmp_path / "talk" / "conversation.json").write_text("{}")
     with pytest.raises(ValueError, match=r"conversation\.json says that it is of format None"):
-        mj.Conversation.load(tmp_path / "talk", llama, tokenizer_with())
+        mj.Conversation.load(tmp_path / "talk", one_layer, tokenizer_with())
 
 
 @pytest.mark.parametrize("how", ["send", "close", "finish"])
