@@ -1,6 +1,7 @@
 """How the four packages hang together: which imports which, what importing costs, and what they export."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import importlib.metadata
@@ -33,9 +34,10 @@ def files(package: str) -> list[pathlib.Path]:
     return found
 
 
-def imports(file: pathlib.Path, *, lazy: bool) -> set[str]:
+@functools.cache
+def imports(file: pathlib.Path, *, lazy: bool) -> frozenset[str]:
     """What a file imports, as `package.module.name`: when it is imported itself, or later in functions, too."""
-    return set(_imports(ast.parse(file.read_text(encoding="utf-8")), lazy))
+    return frozenset(_imports(ast.parse(file.read_text(encoding="utf-8")), lazy))
 
 
 def _imports(node: ast.AST, lazy: bool) -> Iterator[str]:

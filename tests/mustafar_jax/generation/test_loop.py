@@ -77,6 +77,7 @@ def test_compressed_tokens_are_those_of_a_loop_over_the_decode_step(one_layer, n
     assert (result.tokens != dense.tokens).any(axis=1).all()  # pruning leaves a mark on every row
 
 
+@pytest.mark.exhaustive
 @compressed
 def test_a_ragged_batch_equals_its_prompts_one_by_one(one_layer, config):
     together = mj.generate(one_layer, PROMPTS, lengths=LENGTHS, max_new_tokens=NEW, config=config)

@@ -21,7 +21,7 @@ NEW = 40
 RULES = CompressionConfig(0.5, 0.5, k_method="output_aware", v_method="channel_output_aware")
 COMPRESSED = CONFIGS | {"by queries": RULES}
 NAMES = ["by queries", *exhaustive(*sorted(COMPRESSED.keys() - {"by queries"}))]
-WRITTEN = ["published", *exhaustive(*sorted(COMPRESSED.keys() - {"published"}))]
+WRITTEN = ["dense", *exhaustive(*sorted(COMPRESSED.keys() - {"dense"}))]
 
 
 def test_lengths_are_padded_to_powers_of_two_and_what_lies_between():

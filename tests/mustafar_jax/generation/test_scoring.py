@@ -46,7 +46,7 @@ def test_a_window_s_model_far_past_it_equals_its_dense_cache_where_every_entry_i
         assert store.packed.slots == TINY.head_dim
 
 
-@pytest.mark.parametrize("prompt_length", [1, 99])
+@pytest.mark.parametrize("prompt_length", [1, *exhaustive(99)])
 def test_log_likelihoods_equal_a_full_forward_pass(llama, prompt_length):
     tokens = np.random.default_rng(2).integers(0, VOCABULARY, (2, 100))
     scores = mj.log_likelihoods(llama, tokens, prompt_length=prompt_length)

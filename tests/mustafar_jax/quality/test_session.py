@@ -35,6 +35,7 @@ def text(tmp_path):
     return file
 
 
+@pytest.mark.exhaustive  # the command's test of an evaluation has one in the quick run
 def test_a_session_from_python(model, byte_tokenizer, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = Session("perplexity", RECOMMENDED, data=[str(text)], options=SMALL, limit=1)
