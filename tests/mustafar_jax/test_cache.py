@@ -159,7 +159,7 @@ def test_holds_what_the_rule_says(name, seed, prompts, steps):
 
 @pytest.mark.parametrize(
     "name",
-    [*(few := ("dense", "no window")), *exhaustive(*(name for name in CONFIGS if name not in few))],
+    [*(ends := ("dense", "no window")), *exhaustive(*(name for name in CONFIGS if name not in ends))],
 )
 def test_past_capacity_nothing_is_written(name):
     key, value = sequences(0)
@@ -489,8 +489,8 @@ def context_of(config, query, keys_seen, lengths, positions):
 @pytest.mark.parametrize(
     "name",
     [
-        *(few := ("output-aware keys", "channel output-aware")),
-        *exhaustive(*(name for name in METHODS if name not in few)),
+        *(by_queries := ("output-aware keys", "channel output-aware")),
+        *exhaustive(*(name for name in METHODS if name not in by_queries)),
     ],
 )
 def test_methods_prune_prompts_and_groups_as_their_rule_says(name):
