@@ -135,6 +135,7 @@ def test_the_options_reach_the_cache(run, tiny):
     assert re.fullmatch(rf"{statistics(config, tiny[0])} · {sparsity}\n", err)
 
 
+@pytest.mark.exhaustive
 def test_sparsities_of_0_are_a_dense_cache(run, folder):
     deep, none = models.load(folder / "deep"), ["--k-sparsity", "0", "--v-sparsity", "0"]
     status, out, err = run("generate", "--model", "deep", "--max-new-tokens", str(NEW), "--prompt", PROMPT, *none)
@@ -871,6 +872,7 @@ def test_eval_choice_keeps_what_is_no_bad_line(run, folder):
     assert metrics["problems"] == ["exam.jsonl:2: field 'choices' is an empty list"]
 
 
+@pytest.mark.exhaustive
 def test_eval_longbench_scores_what_is_written(run, folder, tiny):
     row = {"context": PROMPT, "input": "w1 w2", "answers": ["w0"], "all_classes": None}
     write_rows(folder / "hotpotqa.jsonl", row)

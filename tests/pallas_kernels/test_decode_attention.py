@@ -448,7 +448,7 @@ def filled_cache(name):
     return cache, query, expected
 
 
-FEW_CACHES = ("recommended", "window", "too short to pack", "fast", "pruned keys, values in 2 bits")
+FEW_CACHES = ("recommended", "window", "too short to pack", "fast")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_float16_that_overflows_is_told_of_with_what_helps():
         list(mj.stream(model, PROMPTS[3:], max_new_tokens=2))
 
 
-@pytest.mark.parametrize("config", [None, CompressionConfig.recommended()])
+@pytest.mark.parametrize("config", [None, *exhaustive(CompressionConfig.recommended())])
 def test_texts_that_have_no_likelihood_are_named(poisoned, config):
     texts = np.where(PROMPTS == 60, 59, PROMPTS)
     texts[1, 50] = texts[2, 60] = 60  # the second one is given from step 11 on, and so is predicted from at step 12

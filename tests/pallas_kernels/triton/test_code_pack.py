@@ -49,13 +49,13 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "keys in 4 bits, narrow": Case(4, 64, F16, centred=True),
     "values in 2 bits": Case(2, 64, F16, "tokens", head_axis=1),
     "keys pruned, centred and weighed": Case(4, 64, slots=24, turn=False, centred=True, weighed=True),
 }
 MORE = {
     "keys in 4 bits": Case(4),
     "keys in 4 bits, centred": Case(4, centred=True),
+    "keys in 4 bits, narrow": Case(4, 64, F16, centred=True),
     "values in 4 bits": Case(4, pairs="tokens"),
     "values in 2 bits, wide": Case(2, pairs="tokens"),
     "values in 3 bits": Case(3, pairs="tokens"),
