@@ -24,7 +24,7 @@ def main() -> None:
     document = pathlib.Path(__file__).with_name("declaration.txt").read_text(encoding="utf-8")
     tokens = text.encode(tokenizer, document + QUESTION, chat=True)
     print(f"SmolLM2-135M-Instruct on {jax.devices()[0].device_kind}; prompt of {tokens.shape[1]} tokens\n")
-    configs = {"dense cache": DENSE, "compressed cache": mj.CompressionConfig.recommended(0.7, 0.7)}
+    configs = {"dense cache": DENSE, "compressed cache": mj.CompressionConfig.preset("fast")}
     for name, config in configs.items():
         print(f"--- {name} ---")
         write(model, tokenizer, tokens, config)

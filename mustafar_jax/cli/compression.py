@@ -86,19 +86,24 @@ def add_compression(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--preset",
         choices=PRESETS,
-        default="recommended",
         help="where the other options begin: fast (4 bits), balanced (keys 4, values 2), small (keys pruned in 4, "
-        "values 2), dense, published (pruned as the methods' papers have it) (%(default)s: pruned, with what helps it)",
+        "values 2), recommended (pruned, with what helps it), published (pruned as the methods' papers have it), dense "
+        "(fast; recommended beside options of pruning)",
     )
 
 
 def config_of(options: argparse.Namespace) -> CompressionConfig:
     """The config; ValueError for values out of range, and for an option that has no effect beside the others."""
     given = {field: value for field in FLAGS if (value := getattr(options, field)) is not None}
-    config = CompressionConfig.preset(options.preset, **given)
+    begins = "recommended" if any(_is_of_pruning(field) for field in given) else "fast"
+    config = CompressionConfig.preset(options.preset or begins, **given)
     for field in given:
         _check_effect(flag_of(field), FLAGS[field], config)
     return config
+
+
+def _is_of_pruning(field: str) -> bool:
+    return FLAGS[field].of_pruning or field.endswith("_sparsity")
 
 
 def _check_effect(name: str, flag: Flag, config: CompressionConfig) -> None:

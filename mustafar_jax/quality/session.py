@@ -158,7 +158,10 @@ class Session:
 
 
 def folder_name(config: CompressionConfig) -> str:
-    """Methods and sparsities, and what else differs from what is recommended."""
+    """A preset's name where it is one of codes; else methods, sparsities, and what differs from what is recommended."""
+    for name in ("fast", "balanced", "small"):
+        if config == CompressionConfig.preset(name):
+            return name
     sides = {name: getattr(config, name) for name in _SIDES}
     usual = CompressionConfig.recommended(**sides)
     others = [field.name for field in dataclasses.fields(config) if field.name not in sides]

@@ -33,7 +33,7 @@ PROMPT = " ".join(f"w{index % 61}" for index in range(70))
 NEW = 40
 SHORT = "w3 w1 w4"
 CAPACITY = 70 + NEW
-RECOMMENDED = CompressionConfig.recommended(0.7, 0.7)
+FAST = CompressionConfig.preset("fast")
 KV_HEADS, HEAD_DIM = 1, 32
 GENERATE = ["generate", "--model", "tiny", "--max-new-tokens", str(NEW)]
 
@@ -117,12 +117,10 @@ def broken(folder, tiny):
 
 def test_generate_prints_the_text_and_one_line_of_statistics(run, tiny):
     status, out, err = run(*GENERATE, "--prompt", PROMPT)
-    config = CompressionConfig.recommended(0.7, 0.7)
     assert status == 0
-    assert out == written(tiny, config=config) + "\n"
-    # 12 of 32 entries are kept, the smallest multiple of 4 that is at least 9.6.
-    sparsity = r"bits of a packed entry: keys 13 \(0.625 removed\), values 13 \(0.625 removed\)"
-    assert re.fullmatch(rf"{statistics(config, tiny[0])} · {sparsity}\n", err)
+    assert out == written(tiny, config=FAST) + "\n"
+    # 4 bits, and a scale of 16 for the 32 entries of a vector.
+    assert re.fullmatch(rf"{statistics(FAST, tiny[0])} · bits of a packed entry: keys 4.5, values 4.5\n", err)
 
 
 @pytest.mark.exhaustive
@@ -148,14 +146,14 @@ def test_sparsities_of_0_are_a_dense_cache(run, folder):
 
 def test_stream_gives_the_same_text(run, tiny):
     status, out, err = run(*GENERATE, "--prompt", PROMPT, "--stream")
-    assert (status, out) == (0, written(tiny, config=CompressionConfig.recommended(0.7, 0.7)) + "\n")
+    assert (status, out) == (0, written(tiny, config=FAST) + "\n")
     assert len(err.splitlines()) == 1
 
 
 def test_a_terminal_shows_progress(run, tiny, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     status, out, err = run(*GENERATE, "--prompt", PROMPT)
-    assert (status, out) == (0, written(tiny, config=CompressionConfig.recommended(0.7, 0.7)) + "\n")
+    assert (status, out) == (0, written(tiny, config=FAST) + "\n")
     assert "loading" in err
     assert "prefilling" in err
     assert "100 %" in err
@@ -186,7 +184,7 @@ def talking(folder, tiny):
     shutil.copytree(folder / "tiny", folder / "talking")
     (folder / "talking" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     model, tokenizer = models.load(folder / "talking")
-    return mj.Conversation(model, tokenizer, capacity=200, max_new_tokens=8, config=RECOMMENDED)
+    return mj.Conversation(model, tokenizer, capacity=200, max_new_tokens=8, config=FAST)
 
 
 def test_a_chat_answers_line_by_line(run, talking, monkeypatch):
@@ -220,7 +218,7 @@ def eager(folder, tiny):
     """The model `eager`: as `tiny`, but for a token that ends what it writes after this prompt."""
     shutil.copytree(folder / "tiny", folder / "eager")
     model, tokenizer = tiny
-    tokens = mj.generate(model, np.asarray([tokenizer(SHORT)["input_ids"]]), max_new_tokens=NEW, config=RECOMMENDED)
+    tokens = mj.generate(model, np.asarray([tokenizer(SHORT)["input_ids"]]), max_new_tokens=NEW, config=FAST)
     row = tokens.tokens[0].tolist()
     stop = next(token for i, token in enumerate(row) if i > 2 and token not in row[:i])
     (folder / "eager" / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
@@ -240,10 +238,10 @@ def test_several_prompts_are_a_batch(run, tiny, eager):
     tokens, lengths = np.zeros((3, 70), np.int32), [70, 3, 31]
     for row, prompt, length in zip(tokens, prompts, lengths, strict=True):
         row[:length] = tokenizer(prompt)["input_ids"]
-    options = {"lengths": lengths, "max_new_tokens": NEW, "config": RECOMMENDED, "eos_id": model.config.eos_ids}
+    options = {"lengths": lengths, "max_new_tokens": NEW, "config": FAST, "eos_id": model.config.eos_ids}
     wanted = mj.generate(model, tokens, **options)
     assert lines[1::2] == [tokenizer.decode(row[:n]) for row, n in zip(wanted.tokens, wanted.lengths, strict=True)]
-    caches = tiny[0].init_cache(RECOMMENDED, batch=3, capacity=CAPACITY)
+    caches = tiny[0].init_cache(FAST, batch=3, capacity=CAPACITY)
     assert f"cache {sum(leaf.nbytes for leaf in jax.tree.leaves(caches)) / 1e3:.4g} kB" in err
 
 
@@ -282,13 +280,13 @@ def test_sampling_is_that_of_the_library(run, tiny):
     sampling = {"temperature": 3.0, "top_p": 0.9, "key": jax.random.key(5)}
     options = ["--temperature", "3", "--top-p", "0.9", "--seed", "5"]
     status, out, _ = run(*GENERATE, "--prompt", PROMPT, *options)
-    config = CompressionConfig.recommended(0.7, 0.7)
+    config = FAST
     assert (status, out) == (0, written(tiny, config=config, **sampling) + "\n")
     assert out != written(tiny, config=config) + "\n"
 
 
 def test_the_prompt_can_come_from_a_file_or_from_standard_input(run, tiny, tmp_path, monkeypatch):
-    wanted = written(tiny, config=CompressionConfig.recommended(0.7, 0.7)) + "\n"
+    wanted = written(tiny, config=FAST) + "\n"
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT)
     assert run(*GENERATE, "--prompt-file", str(file))[:2] == (0, wanted)
@@ -473,7 +471,7 @@ def cells(out):
 def test_info_shows_the_shape_and_the_costs(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "llama")
-    status, out, err = run("info", "llama")
+    status, out, err = run("info", "llama", "--preset", "recommended")
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     shape, costs = cells(out)[:9], cells(out)[9:]
@@ -529,7 +527,7 @@ def test_info_takes_the_same_compression_as_generate(run, tmp_path):
 
 def test_info_says_how_many_sequences_fit(run, tmp_path):
     folder = write_config(tmp_path / "llama")
-    status, out, err = run("info", str(folder), "--memory", "80GB")
+    status, out, err = run("info", str(folder), "--memory", "80GB", "--preset", "recommended")
     assert (status, err) == (0, "")
     assert "fit in 80 GB, 95% of it used; weights 13.48 GB" in " ".join(out.split())
     # Llama-2-7B: 6.738e9 weights. What is left of 76 GB is for the caches, all but the allowance.
@@ -701,7 +699,10 @@ IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, weigh_keys=True, r
 @pytest.mark.parametrize(
     ("flags", "base", "changes"),
     [
-        ("", IMPROVED, {}),
+        ("", FAST, {}),
+        ("--preset recommended", IMPROVED, {}),
+        ("--k-sparsity 0.5", IMPROVED, {"k_sparsity": 0.5}),
+        ("--k-bits 8 --sink-tokens 2", FAST, {"k_bits": 8, "sink_tokens": 2}),
         ("--preset published", CompressionConfig(), {}),
         *((f"--preset {name}", CompressionConfig.preset(name), {}) for name in ("fast", "balanced", "small", "dense")),
         (
@@ -709,8 +710,8 @@ IMPROVED = CompressionConfig(sink_tokens=4, center_keys=True, weigh_keys=True, r
             CompressionConfig.preset("fast"),
             {"v_bits": 3, "rotate_values": False},
         ),
-        ("--sink-tokens 2 --group 64", IMPROVED, {"sink_tokens": 2, "group": 64}),
-        ("--no-center-keys", IMPROVED, {"center_keys": False}),
+        ("--sink-tokens 2 --group 64", FAST, {"sink_tokens": 2, "group": 64}),
+        ("--no-center-keys", FAST, {"center_keys": False}),
         ("--no-weigh-keys", IMPROVED, {"weigh_keys": False}),
         ("--no-rescale-values", IMPROVED, {"rescale_values": False}),
         (
@@ -761,7 +762,7 @@ def test_every_field_of_the_config_has_a_flag():
             "rotate_keys=True is for codes of every entry, k_sparsity=0 and fewer bits; got",
         ),
         ("--preset dense --center-keys", "--center-keys has no effect with --k-sparsity 0 and --k-bits 16, which"),
-        ("--k-bits 3", "k_bits=3 must be one of [16, 8, 4] where entries are pruned"),
+        ("--k-sparsity 0.5 --k-bits 3", "k_bits=3 must be one of [16, 8, 4] where entries are pruned"),
     ],
 )
 def test_options_without_effect_are_errors(flags, message):

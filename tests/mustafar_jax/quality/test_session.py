@@ -145,6 +145,7 @@ def test_a_model_is_known_by_its_path_and_its_description(tmp_path, monkeypatch)
 
 def test_folders_are_named_after_what_they_hold():
     names = {
+        **{name: CompressionConfig.preset(name) for name in ("fast", "balanced", "small")},
         "magnitude-0.7_magnitude-0.7": CompressionConfig.recommended(),
         "magnitude-0.7_channel_magnitude-0.7": CompressionConfig.recommended(v_method="channel_magnitude"),
         "2-4-0.5_magnitude-0": CompressionConfig.recommended(0.5, 0, k_method="2:4"),
