@@ -33,10 +33,13 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, head_dim: int, scale: float | None, sliding_window: Any, logits_soft_cap: Any) -> "Scores":
-        """From the arguments of `decode_attention`; ValueError for a window or a cap out of its range."""
+        """From the arguments of `decode_attention`; ValueError for one that is out of its range, or traced."""
         check_window(sliding_window)
-        soft_cap = check_soft_cap(logits_soft_cap)
-        return cls(1 / math.sqrt(head_dim) if scale is None else float(scale), sliding_window, soft_cap)
+        factor = 1 / math.sqrt(head_dim) if scale is None else _number("scale", scale, "a number", least=-math.inf)
+        soft_cap = logits_soft_cap
+        if soft_cap is not None:
+            soft_cap = _number("logits_soft_cap", soft_cap, "a positive number", least=0)
+        return cls(factor, sliding_window, soft_cap)
 
 
 class Options(TypedDict, total=False):
@@ -255,13 +258,13 @@ def check_window(sliding_window: Any) -> None:
         raise ValueError(f"{sliding_window=} must be an integer of at least 1, or None")
 
 
-def check_soft_cap(logits_soft_cap: Any) -> float | None:
-    """The argument as a float, or None; ValueError unless it is a positive number, or None."""
-    if logits_soft_cap is None:
-        return None
-    if not isinstance(logits_soft_cap, int | float | np.number) or not 0 < logits_soft_cap < math.inf:
-        raise ValueError(f"{logits_soft_cap=} must be a positive number, or None")
-    return float(logits_soft_cap)
+def _number(name: str, given: Any, wanted: str, *, least: float) -> float:
+    """An argument as a float; ValueError unless it is a concrete real number, finite and above `least`."""
+    traced = isinstance(given, jax.core.Tracer)
+    is_number = isinstance(given, int | float | np.number) or (isinstance(given, jax.Array) and given.ndim == 0)
+    if traced or not is_number or not least < given < math.inf:
+        raise ValueError(f"{name}={given!r} must be {wanted}, or None" + "; it is compiled in" * traced)
+    return float(given)
 
 
 def prefill_attention_nbytes(

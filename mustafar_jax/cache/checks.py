@@ -19,7 +19,7 @@ def check_lengths(
     """
     if lengths is None:
         return np.full(batch, longest, np.int32)
-    given = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    given = lengths if isinstance(lengths, jax.Array) else _array(lengths)
     if given.shape != (batch,) or not jnp.issubdtype(given.dtype, jnp.integer):
         raise ValueError(f"lengths is {given.dtype}{list(given.shape)}; wanted integers [{batch}]")
     if isinstance(given, jax.core.Tracer):
@@ -28,6 +28,12 @@ def check_lengths(
     if given.min() < shortest or given.max() > longest:
         raise ValueError(f"lengths={given.tolist()} must lie in {shortest} .. {longest}")
     return given.astype(np.int32)
+
+
+def _array(numbers: Any) -> np.ndarray | jax.Array:
+    """Numbers as an array, of numpy unless some are traced."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(numbers))
+    return jnp.asarray(numbers) if traced else np.asarray(numbers)
 
 
 def check_rows(rows: ArrayLike | Sequence[int], batch: int) -> int:

@@ -107,7 +107,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"{path} says that it is of format {metadata.get('format')!r}; wanted {_FORMAT!r}")
     try:
         about = json.loads(metadata["about"])
-        return {"caches": list(about["caches"]), "alone": bool(about["alone"])}, arrays
+        return {"caches": [dict(kind) for kind in about["caches"]], "alone": bool(about["alone"])}, arrays
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its metadata does not say what it holds ({error!r})") from error
 

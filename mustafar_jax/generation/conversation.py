@@ -1,13 +1,14 @@
 """Text in, text out: one answer to messages, and conversations whose turns go on from the same caches."""
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import os
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -18,8 +19,10 @@ from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import check_config, check_integer, check_model
 from mustafar_jax.generation.loop import Generation
 from mustafar_jax.generation.messages import Message, check_messages, check_template, check_text, tokens_of
+from mustafar_jax.generation.prefill import embed
 from mustafar_jax.generation.programs import padded
 from mustafar_jax.generation.protocols import Caches, Model
+from mustafar_jax.generation.sampling import check_key
 from mustafar_jax.generation.text import check_stop, finish, stream_text
 
 CAPACITY = 4096
@@ -27,6 +30,8 @@ CAPACITY = 4096
 
 _FILE, _CACHES = "conversation.json", "caches-*.safetensors"
 _FORMAT = "mustafar_jax conversation, version 1"
+_FINGERPRINTED = 16
+"""Tokens whose embeddings tell models apart."""
 
 
 def chat(
@@ -53,7 +58,7 @@ def chat(
     Raises:
         ValueError, TypeError, NotImplementedError: as `Conversation` and `generate` do, before any work.
     """
-    given = check_messages(messages)
+    given = check_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
     if not given or given[-1]["role"] != "user":
         raise ValueError(f"messages ends with {given[-1]['role'] if given else 'nothing'}; wanted a user's last")
     check_model(model)
@@ -124,6 +129,8 @@ class Conversation:
             raise ValueError(f"{max_new_tokens=} must be an integer of at least 1")
         self.model, self.tokenizer, self.config = model, tokenizer, check_config(config)
         self.messages = check_messages(messages)
+        if key is not None:
+            check_key(key)
         self.key = key
         self.options: dict[str, Any] = {
             "stop": check_stop(stop),
@@ -228,6 +235,7 @@ class Conversation:
             save(self._caches, folder / name)
         about: dict[str, Any] = {"format": _FORMAT, "messages": self.messages, "tokens": self._tokens, "caches": name}
         about |= {"capacity": self.capacity, "config": dataclasses.asdict(self.config)}
+        about |= {"model": None if name is None else _fingerprint(self.model, self._tokens)}
         part = folder / f".{_FILE}.{os.getpid()}.part"
         part.write_text(json.dumps(about), encoding="utf-8")
         part.replace(folder / _FILE)
@@ -246,29 +254,22 @@ class Conversation:
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: a folder that is damaged; caches of a model of another shape, or, where keys are centred, with
-                other RoPE frequencies. Another model of the same shape is not noticed.
+            ValueError: a folder that is damaged; caches of another model: of another shape, with other RoPE frequencies
+                where keys are centred, or with other embeddings of the conversation's first tokens.
         """
         folder = Path(path)
-        about = _read(folder / _FILE)
-        made = cls(
-            model,
-            tokenizer,
-            about["messages"],
-            capacity=about["capacity"],
-            config=CompressionConfig(**about["config"]),
-            **options,
-        )
-        if about["caches"] is not None:
+        saved = _read(folder / _FILE)
+        made = cls(model, tokenizer, saved.messages, capacity=saved.capacity, config=saved.config, **options)
+        if saved.caches is not None:
             make = functools.partial(model.init_cache, made.config, batch=1, capacity=made.capacity)
-            made._caches = load_cache(folder / about["caches"], like=jax.eval_shape(make))
-            made._tokens = list(about["tokens"])
-            if [cache.lengths.tolist() for cache in made._caches or ()] != [[len(made._tokens)]] * len(
-                made._caches or ()
-            ):
+            caches = load_cache(folder / saved.caches, like=jax.eval_shape(make))
+            if any(cache.lengths.tolist() != [len(saved.tokens)] for cache in caches):
                 raise ValueError(
-                    f"{folder} is damaged: its caches do not hold the {len(made._tokens)} tokens that it says"
+                    f"{folder} is damaged: its caches do not hold the {len(saved.tokens)} tokens that it says"
                 )
+            if saved.model != _fingerprint(model, saved.tokens):
+                raise ValueError(f"{folder} holds caches of another model, which has other embeddings")
+            made._caches, made._tokens = caches, saved.tokens
         return made
 
     def _continued(self, tokens: list[int]) -> tuple[int, Caches | None]:
@@ -334,7 +335,24 @@ def _eos_of(model: Model, tokenizer: Any) -> Any:
     return () if (token := getattr(tokenizer, "eos_token_id", None)) is None else token
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _fingerprint(model: Model, tokens: list[int]) -> int:
+    """A number that tells models apart, by their embeddings of a conversation's first tokens."""
+    first = np.resize(np.asarray(tokens, np.int32), (1, _FINGERPRINTED))
+    return zlib.crc32(np.asarray(embed(model, first)).tobytes())
+
+
+class _Saved(NamedTuple):
+    """What a conversation's file says."""
+
+    messages: list[Message]
+    tokens: list[int]
+    caches: str | None
+    capacity: int
+    config: CompressionConfig
+    model: int | None
+
+
+def _read(file: Path) -> _Saved:
     """The content of a conversation's file; ValueError for one that is damaged."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -343,6 +361,23 @@ def _read(file: Path) -> dict[str, Any]:
     found = about.get("format") if isinstance(about, dict) else None
     if found != _FORMAT:
         raise ValueError(f"{file} says that it is of format {found!r}; wanted {_FORMAT!r}")
-    if missing := [name for name in ("messages", "tokens", "caches", "capacity", "config") if name not in about]:
+    if missing := [name for name in _Saved._fields if name not in about]:
         raise ValueError(f"{file} is damaged: it lacks {missing[0]!r}")
-    return about
+    try:
+        return _Saved(
+            check_messages(about["messages"]),
+            [check_integer("tokens", token) for token in about["tokens"]],
+            _name_of_caches(about["caches"]),
+            check_integer("capacity", about["capacity"]),
+            CompressionConfig(**about["config"]),
+            about["model"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _name_of_caches(name: Any) -> str | None:
+    """The file's name, which lies in the folder itself."""
+    if name is None or (isinstance(name, str) and fnmatch.fnmatch(name, _CACHES) and Path(name).name == name):
+        return name
+    raise ValueError(f"caches={name!r} is no name of a file of caches")

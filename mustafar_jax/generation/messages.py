@@ -16,16 +16,14 @@ _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")  # the first 
 
 
 def check_messages(messages: Any) -> list[Message]:
-    """Messages, as they are given or, of a text, one of the user's.
+    """Messages, as they are given.
 
     Raises:
-        TypeError: anything else than a text or a sequence of mappings; a role or content that is no text.
+        TypeError: anything else than a sequence of mappings; a role or content that is no text.
         ValueError: a message with another field, without one, or of an unknown role; a text that is no text.
     """
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
-        raise TypeError(f"messages is of type {type(messages).__name__}; wanted a text, or a list of messages")
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise TypeError(f"messages is of type {type(messages).__name__}; wanted a list of messages")
     return [_check_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
 
 

@@ -81,7 +81,7 @@ def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, key: An
     if top_k is not None and top_k < 1:
         raise ValueError(f"{top_k=} must be at least 1, or None for all tokens")
     if key is not None:
-        _check_key(key)
+        check_key(key)
     if temperature == 0:
         without = {"top_k": top_k is not None and f"{top_k=}", "top_p": top_p < 1 and f"{top_p=}"}
         without["min_p"] = min_p > 0 and f"{min_p=}"
@@ -98,7 +98,8 @@ def check_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, key: An
     return Sampling(key, *map(jax.device_put, scalars))
 
 
-def _check_key(key: Any) -> None:
+def check_key(key: Any) -> None:
+    """Raise TypeError for what is no jax.random.key, ValueError for several."""
     if not isinstance(key, jax.Array):
         raise TypeError(f"{key=} is of type {type(key).__name__}; wanted one jax.random.key")
     given = f"key is {key.dtype}{list(key.shape)}; wanted one jax.random.key"

@@ -279,6 +279,8 @@ def test_what_is_named_for_a_part_leaves_the_rest_to_others(name, implementation
         (ValueError, r"lengths=\[1, 9, 0\] must lie in 0 .. 8", {"lengths": [1, 9, 0]}),
         (ValueError, r"lengths is int.*\[2\]; wanted integers \[3\]", {"lengths": [1, 8]}),
         (ValueError, "logits_soft_cap=0 must be a positive number, or None", {"logits_soft_cap": 0}),
+        (ValueError, "scale=nan must be a number, or None", {"scale": float("nan")}),
+        (ValueError, "scale='1' must be a number, or None", {"scale": "1"}),
         (ValueError, "sliding_window=0 must be an integer of at least 1", {"sliding_window": 0}),
         (ValueError, "implementation='pallas' must be one of", {"implementation": "pallas"}),
     ],
@@ -290,6 +292,23 @@ def test_bad_arguments(error, message, changed):
     arguments = {"cache": empty("recommended"), "query": query, "key": key, "value": key} | changed
     with pytest.raises(error, match=message):
         attend(**arguments)
+
+
+def test_numbers_may_be_of_any_kind_but_not_traced():
+    query, key = jnp.ones((1, 2, 2, 32)), jnp.ones((1, 2, 1, 32))
+    cache = LayerCache.init(CONFIGS["dense"], batch=1, capacity=8, num_kv_heads=1, head_dim=32, dtype=jnp.float32)
+
+    def attended(lengths, **options):
+        return attend(cache, query, key, key, lengths, **options)[0]
+
+    wanted = attended([1], scale=0.5, logits_soft_cap=4)
+    given = attended([1], scale=jnp.float32(0.5), logits_soft_cap=np.float32(4))
+    np.testing.assert_array_equal(given, wanted)
+    traced = jax.jit(lambda length: attended([length], scale=0.5, logits_soft_cap=4))
+    np.testing.assert_allclose(traced(1), wanted, rtol=1e-6)
+    for name in ("scale", "logits_soft_cap"):
+        with pytest.raises(ValueError, match=rf"{name}=.* must be a .*number, or None; it is compiled in"):
+            jax.jit(lambda x, name=name: attended([1], **{name: x}))(0.5)
 
 
 @pytest.mark.parametrize("name", ["dense", *exhaustive("recommended", "fast")])

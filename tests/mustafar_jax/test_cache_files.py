@@ -81,7 +81,12 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="says that it is of format None; wanted 'mustafar_jax caches, version 1'"):
         load_cache(path)
     about = json.loads(metadata["about"])
-    for broken in ("no JSON", json.dumps({"caches": about["caches"]}), json.dumps(about | {"caches": [{"batch": 1}]})):
+    for broken in (
+        "no JSON",
+        json.dumps({"caches": about["caches"]}),
+        json.dumps(about | {"caches": [{"batch": 1}]}),
+        json.dumps(about | {"caches": [3]}),
+    ):
         save_file(arrays, path, metadata | {"about": broken})
         with pytest.raises(ValueError, match="is damaged: its metadata does not say what it holds"):
             load_cache(path)

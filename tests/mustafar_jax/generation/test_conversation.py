@@ -1,12 +1,15 @@
 """Conversations: what the model sees each turn, what its caches keep, and what a turn that fails leaves."""
 
 import itertools
+import json
 import re
+import shutil
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import mustafar_jax as mj
 from mustafar_jax.generation import conversation, loop, text
 from mustafar_jax.generation.messages import tokens_of
+from mustafar_jax.models import Llama
 from tests.mustafar_jax.generation.setting import CONFIGS, VOCABULARY, Compilations, always
 
 ROLES = ("<user>", "<assistant>", "<system>", "</s>", "<date>")
@@ -137,9 +141,48 @@ def test_a_saved_conversation_goes_on(one_layer, passed, tmp_path):
     assert (again.messages, again.capacity, again.config) == (talk.messages, CAPACITY, CONFIGS["recommended"])
     assert again.say(SAID[2]) == talk.say(SAID[2])
     assert passed[-1] == passed[-2] < 12
-    (tmp_path / "talk" / "conversation.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"conversation\.json says that it is of format None"):
-        mj.Conversation.load(tmp_path / "talk", one_layer, tokenizer_with())
+    other = Llama(one_layer.config, rngs=nnx.Rngs(7))
+    with pytest.raises(ValueError, match="talk holds caches of another model, which has other embeddings"):
+        mj.Conversation.load(tmp_path / "talk", other, tokenizer_with())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": None}, "says that it is of format None; wanted 'mustafar_jax conversation, version 1'"),
+        ({"messages": "w1"}, "is damaged: messages is of type str; wanted a list"),
+        ({"tokens": None}, "is damaged: 'NoneType' object is not iterable"),
+        ({"tokens": ["w1"]}, "is damaged: tokens='w1' must be an integer"),
+        ({"tokens": [1]}, "is damaged: its caches do not hold the 1 tokens that it says"),
+        ({"caches": 3}, "is damaged: caches=3 is no name of a file of caches"),
+        ({"caches": "../caches-0.safetensors"}, "is damaged: caches='../caches-0.safetensors' is no name of a file"),
+        ({"capacity": "many"}, "is damaged: capacity='many' must be an integer"),
+        ({"config": {"k_sparsities": 0.5}}, "is damaged: .*k_sparsities"),
+        ({"config": None}, "is damaged: .*"),
+        ({"model": 1}, "holds caches of another model"),
+    ],
+)
+def test_a_damaged_folder_is_named(one_layer, saved_talk, changed, message):
+    file = saved_talk / "conversation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ValueError, match=message):
+        mj.Conversation.load(saved_talk, one_layer, tokenizer_with())
+
+
+@pytest.fixture(scope="module")
+def said_once(one_layer, tmp_path_factory):
+    """A folder with a conversation of one turn."""
+    folder = tmp_path_factory.mktemp("talk")
+    talk = mj.Conversation(one_layer, tokenizer_with(), **DENSE)
+    talk.say(SAID[0])
+    talk.save(folder)
+    return folder
+
+
+@pytest.fixture
+def saved_talk(said_once, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(said_once, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("how", ["send", "close", "finish"])
@@ -211,7 +254,7 @@ def test_what_only_began_as_a_stop_text_is_shown_at_the_end():
         ([{"role": "user", "content": 3}], TypeError, r"messages\[0\]\['content'\] is of type int"),
         ([{"role": "user", "content": "\udc80"}], ValueError, r"messages\[0\]\['content'\]=.* holds bytes"),
         (["w1"], TypeError, r"messages\[0\] is of type str"),
-        ({"role": "user"}, TypeError, "messages is of type dict; wanted a text, or a list of messages"),
+        ({"role": "user"}, TypeError, "messages is of type dict; wanted a list of messages"),
         ([], ValueError, "messages ends with nothing; wanted a user's last"),
         ([{"role": "assistant", "content": "w1"}], ValueError, "messages ends with assistant"),
     ],
@@ -239,6 +282,8 @@ def test_chat_is_one_turn(llama):
         ({"stop": [""]}, ValueError, "stop='' is empty"),
         ({"stop": [3]}, TypeError, "stop is of type int; wanted one text"),
         ({"messages": [{"role": "user", "text": "a"}]}, ValueError, "unknown field 'text'"),
+        ({"messages": "w1"}, TypeError, "messages is of type str; wanted a list of messages"),
+        ({"key": 5}, TypeError, "key=5 is of type int; wanted one jax.random.key"),
     ],
 )
 def test_arguments_of_a_conversation_are_checked_at_once(llama, options, error, message):
