@@ -13,6 +13,7 @@ from benchmarks.generation_cases import Case
 from benchmarks.table import Table
 from mustafar_jax.generation import decode_step, prefill_prompt
 from mustafar_jax.models import memory
+from tests.helpers import exhaustive
 
 TINY = Case("tiny", 40, 0.7, 3, "xla", new_tokens=128)
 SIZES = ["--shapes", "tiny", "--contexts", "40", "--batches", "3", "--new-tokens", "128"]
@@ -179,7 +180,7 @@ FILLED = {
 """Caches with each kind of rows and statistics."""
 
 
-@pytest.mark.parametrize("kind", FILLED)
+@pytest.mark.parametrize("kind", ["recommended", *exhaustive(*(kind for kind in FILLED if kind != "recommended"))])
 def test_filled_caches_hold_finite_rows_to_go_on_from(kind, monkeypatch):
     monkeypatch.setitem(RULES, "output-aware", lambda k, v: mj.CompressionConfig(k, v, k_method="output_aware"))
     case = dataclasses.replace(TINY, context=200, filled=True, **FILLED[kind])
@@ -207,6 +208,7 @@ def test_filled_caches_hold_finite_rows_to_go_on_from(kind, monkeypatch):
     assert all(np.isfinite(x).all() for x in cache.to_dense()[:2])
 
 
+@pytest.mark.exhaustive
 def test_a_filled_case_is_one_of_its_own_without_a_first_token():
     case = dataclasses.replace(TINY, filled=True)
     assert case.plan == TINY.plan
@@ -320,6 +322,7 @@ def test_norms_alone_are_ones():
         assert 0.01 < linear.bias[...].std() < 0.03
 
 
+@pytest.mark.exhaustive
 def test_qwen_has_the_weights_of_its_checkpoint():
     assert memory.num_weights(generation_cases.SHAPES["qwen2.5-7b"]) == 7_615_616_512
 

@@ -30,6 +30,7 @@ def rows(tmp_path_factory):
     return json.loads((folder / "turns.json").read_text())["rows"]
 
 
+@pytest.mark.exhaustive
 def test_a_cache_takes_every_number_of_tokens(rows):
     assert [(row["cache"], row["new"]) for row in rows] == [(name, n) for name in ("dense", "small") for n in (1, 40)]
     for row in rows:

@@ -323,6 +323,7 @@ MESH_PROGRAM = """
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["Explicit", *exhaustive("Auto")])
 def test_a_model_on_two_devices_gives_the_same_logits(kind, tmp_path):
     write_small(tmp_path)

@@ -198,6 +198,7 @@ def alone_and_together(family: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("cases", "family"), [(alone, "llama"), *exhaustive(*((alone_and_together, family) for family in MODELS))]
 )

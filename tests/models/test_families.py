@@ -39,7 +39,7 @@ def test_logits_equal_transformers(variant, tmp_path):
     assert [cache.lengths.tolist() for cache in caches] == [[100, 100]] * len(model.layers)
 
 
-@pytest.mark.parametrize("variant", [*WITHOUT_AND_WITH_WINDOW, *exhaustive(*OTHERS)])
+@pytest.mark.parametrize("variant", ["mistral-0.1", *exhaustive("llama-3.1", *OTHERS)])
 def test_a_ragged_batch_equals_its_prompts_one_by_one(variant, tmp_path):
     reference = tiny_model(variant)
     model = saved_and_loaded(reference, tmp_path)
@@ -56,8 +56,7 @@ def test_a_ragged_batch_equals_its_prompts_one_by_one(variant, tmp_path):
     ("variant", "dtype"),
     [
         ("llama-3.1", "float16"),
-        ("qwen3", "bfloat16"),
-        *exhaustive(("llama-3.1", "bfloat16")),
+        *exhaustive(("qwen3", "bfloat16"), ("llama-3.1", "bfloat16")),
         *exhaustive(*itertools.product(["mistral-0.1", "qwen2", "qwen3-window-and-biases"], ["bfloat16", "float16"])),
     ],
 )

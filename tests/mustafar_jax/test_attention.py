@@ -125,7 +125,7 @@ def test_equals_dense_attention_on_what_is_held(name, seed, lengths, window):
     np.testing.assert_array_equal(attend(query, poisoned(cache), sliding_window=window), out)
 
 
-@pytest.mark.parametrize("name", ["dense", "published", "small", *exhaustive("fast")])
+@pytest.mark.parametrize("name", ["fast", *exhaustive("dense", "published", "small")])
 def test_what_is_not_a_number_comes_out_as_such(name):
     """Of the sequence that has it among its packed keys, and of no other."""
     rng = np.random.default_rng(3)
@@ -161,6 +161,7 @@ def test_equals_dense_attention_in_every_dtype(name, dtype):
     assert rms_error_ratio(out, attention_on_dense(query, *to_dense(cache))) < TOLERANCE[dtype]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("head_dim", "group"), [(96, 4), *exhaustive((64, 1), (128, 16), (256, 1), (256, 3))])
 def test_every_head_dim_and_group(head_dim, group):
     rng = np.random.default_rng(2)
@@ -169,6 +170,7 @@ def test_every_head_dim_and_group(head_dim, group):
     assert_close(attend(query, cache), attention_on_dense(query, *to_dense(cache)))
 
 
+@pytest.mark.exhaustive
 def test_after_appending_past_every_boundary():
     rng = np.random.default_rng(3)
     cache = filled(CONFIGS["recommended"], [300, 0, 35], rng)
@@ -388,6 +390,7 @@ def test_none_tries_the_fastest_kernel_first(monkeypatch):
     assert seen == ["mosaic_gpu", "triton"]
 
 
+@pytest.mark.exhaustive
 def test_a_jax_without_pallas_s_backends_attends_packs_and_multiplies_through_xla(monkeypatch):
     """On a GPU."""
     on_a_gpu(monkeypatch)

@@ -117,7 +117,7 @@ def test_on_an_empty_cache_it_is_prefill(name):
                 jax.tree.map(np.testing.assert_array_equal, getattr(cache, field), getattr(filled, field))
 
 
-@pytest.mark.parametrize("name", ["recommended", *exhaustive("dense", "output-aware", "small")])
+@pytest.mark.parametrize("name", ["dense", *exhaustive("recommended", "output-aware", "small")])
 def test_one_token_is_append_and_decode_attention(name):
     """Of the sequences that get one; bit for bit."""
     rng = np.random.default_rng(1)
@@ -156,6 +156,7 @@ def test_tokens_that_fill_no_group_are_as_one_by_one(name):
         np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["recommended", *exhaustive("dense", "fast", "small")])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, *exhaustive(*(dtype for dtype in DTYPES if dtype != jnp.bfloat16))])
 def test_every_dtype(name, dtype):
@@ -186,6 +187,7 @@ def test_more_tokens_than_are_attended_at_a_time(name, monkeypatch):
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["recommended", *exhaustive("dense", "small")])
 def test_what_is_not_a_number_reaches_no_other_sequence(name):
     rng = np.random.default_rng(5)

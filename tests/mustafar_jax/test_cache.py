@@ -489,7 +489,7 @@ def context_of(config, query, keys_seen, lengths, positions):
 @pytest.mark.parametrize(
     "name",
     [
-        *(by_queries := ("output-aware keys", "channel output-aware")),
+        *(by_queries := ("output-aware keys",)),
         *exhaustive(*(name for name in METHODS if name not in by_queries)),
     ],
 )
@@ -627,6 +627,7 @@ def test_weights_do_not_depend_on_the_queries_scale(size):
     assert np.isfinite(to_dense(usual)[0]).all()
 
 
+@pytest.mark.exhaustive
 def test_a_prompt_and_later_calls_weigh_alike():
     """Also where a window is longer than the queries that a long prompt is weighed by."""
     config = CompressionConfig.preset("small", residual_length=640)
@@ -657,6 +658,7 @@ def test_keys_that_queries_hardly_use_are_kept_all_the_same():
     assert (np.linalg.norm(kept, axis=-1) > 0.5 * np.linalg.norm(np.where(used, 0, key)[:, 4 : 4 + 128], axis=-1)).all()
 
 
+@pytest.mark.exhaustive
 def test_queries_that_are_zero_weigh_all_channels_alike():
     key, value = (x[:, :PROMPT] for x in sequences(14))
     weighed, plain = (

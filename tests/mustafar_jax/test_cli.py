@@ -260,6 +260,7 @@ def test_logits_that_are_not_finite_are_an_error(run, broken, stream):
     assert (status, out, err) == (1, "", f"mustafar generate: error: {message}\n")
 
 
+@pytest.mark.exhaustive
 def test_of_several_prompts_the_one_without_logits_is_named_after_the_others_answers(run, broken):
     prompts = ["--prompt", "w1 w2", "--prompt", "w1 w7"]
     status, out, err = run("generate", "--model", "broken", *prompts, "--max-new-tokens", "2")
@@ -276,6 +277,7 @@ def test_two_tokens_are_too_few_to_time(run):
     assert err.endswith(" · too few tokens to pack any\n")
 
 
+@pytest.mark.exhaustive
 def test_sampling_is_that_of_the_library(run, tiny):
     sampling = {"temperature": 3.0, "top_p": 0.9, "key": jax.random.key(5)}
     options = ["--temperature", "3", "--top-p", "0.9", "--seed", "5"]

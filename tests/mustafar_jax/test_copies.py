@@ -73,6 +73,7 @@ def test_a_sequence_cut_to_nothing_is_as_an_empty_one(name):
     )
 
 
+@pytest.mark.exhaustive
 def test_recent_queries_that_are_cut_are_not_scored_with():
     """A sequence whose queries are all still there is as if the later tokens had never come."""
     query, key, value = tokens(np.random.default_rng(9), MOST)

@@ -100,6 +100,7 @@ EVAL = ["eval", "perplexity", "--model", "tiny", "--data", "text.txt", "--prompt
 EVAL += ["--windows", "60", "--batch", "1"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("arguments", "moment"),
     [

@@ -62,6 +62,9 @@ def runs(*kernels):
 
 
 RUNS = runs(*KERNELS)
+INTERPRETED, *ON_A_DEVICE = runs(TRITON)
+FEW_RUNS = [*exhaustive(INTERPRETED.values), *ON_A_DEVICE, *runs(MOSAIC)]
+"""The same, Triton's interpreted kernels left to --exhaustive."""
 
 
 def runs_of(cases, by_triton):
@@ -168,7 +171,8 @@ FURTHER += [
 ]
 """Each differs from another case in a size or two, and compiles for seconds."""
 FURTHER_OF_TRITON = ["8 bits", "keys in 2 bits, values in 8", "balanced, window", "recommended", "dense keys"]
-FURTHER_OF_TRITON += ["two KV heads", "dense values", "keys in 4 bits, values in 2", "small"]
+FURTHER_OF_TRITON += ["two KV heads", "dense values", "keys in 4 bits, values in 2", "small", "window"]
+FURTHER_OF_TRITON += ["centred, 2 query heads"]
 """The same, interpreted by Triton's kernels."""
 
 
@@ -272,7 +276,7 @@ def test_agrees_with_dense_attention(name, kernel, interpret):
             np.testing.assert_array_equal(bits(one), bits(other))
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
+@pytest.mark.parametrize(("kernel", "interpret"), FEW_RUNS)
 def test_a_large_mean_overflows_no_float16(kernel, interpret):
     """A channel's product of query and mean is beyond 65504; the score of a token far above those of the others."""
     query, mean_key = (jnp.zeros((1, 1, 1, 64), dtype).at[..., 0].set(300) for dtype in (F16, jnp.float32))
@@ -358,7 +362,7 @@ def powers(of_sequences):
     return least, most
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
+@pytest.mark.parametrize(("kernel", "interpret"), FEW_RUNS)
 def test_rows_of_zeros(kernel, interpret):
     """One sequence's values are all zero, half of the other's are; so are half of all keys."""
     rng, shape = np.random.default_rng(8), (2, 1, 64, 64)
@@ -391,7 +395,7 @@ def attention_on_codes(kernel, interpret):
     return jit(call, interpret=interpret)
 
 
-@pytest.mark.parametrize(("kernel", "interpret"), RUNS)
+@pytest.mark.parametrize(("kernel", "interpret"), FEW_RUNS)
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_a_row_that_is_not_finite_makes_its_sequence_so_and_no_other(side, kernel, interpret):
     rng = np.random.default_rng(7)

@@ -332,6 +332,7 @@ def test_a_stream_that_was_left_changes_nothing_later(llama, ends, then):
     assert talk.say("w1") == talk.messages[-1]["content"]
 
 
+@pytest.mark.exhaustive
 def test_an_answer_takes_no_more_than_the_room(llama):
     talk = mj.Conversation(llama, tokenizer_with(), capacity=CAPACITY, max_new_tokens=100, eos_id=())
     talk.say("w1 " * (CAPACITY - 7))
@@ -348,6 +349,7 @@ def test_logits_that_are_not_finite_take_back_the_turn():
     assert talk.messages == []
 
 
+@pytest.mark.exhaustive
 def test_each_turn_draws_with_a_key_of_its_own(llama):
     options: dict[str, Any] = {**DENSE, "temperature": 3.0, "eos_id": ()}
     talk = mj.Conversation(llama, tokenizer_with(), key=jax.random.key(1), **options)

@@ -73,7 +73,7 @@ def poisoned(one_layer) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("name", ["dense", "recommended", *exhaustive("pruned in 8 bits", "published")])
+@pytest.mark.parametrize("name", ["dense", *exhaustive("recommended", "pruned in 8 bits", "published")])
 def test_one_sequence_s_nan_does_not_touch_the_others(poisoned, name):
     clean = np.where(PROMPTS == 60, 59, PROMPTS)
     options: dict[str, Any] = {"lengths": LENGTHS, "max_new_tokens": NEW, "config": CONFIGS[name]}

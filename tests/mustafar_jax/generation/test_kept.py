@@ -69,6 +69,7 @@ def setting(one_layer, request):
     return config, np.asarray(free.tokens)[[0, 1, 2], [3, 9, NEW - 1]].tolist()
 
 
+@pytest.mark.exhaustive
 def test_caches_hold_the_prompts_and_all_tokens_once_and_the_next_prompts_follow(one_layer, setting):
     config, stops = setting
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": config, "eos_id": stops}

@@ -87,6 +87,7 @@ def test_a_ragged_batch_equals_its_prompts_one_by_one(one_layer, config):
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0], err_msg=f"{row=}")
 
 
+@pytest.mark.exhaustive
 def test_padding_leaves_no_mark(one_layer):
     config = CONFIGS["recommended"]
     padded = mj.generate(one_layer, PROMPTS, lengths=LENGTHS, max_new_tokens=NEW, config=config)
@@ -161,6 +162,7 @@ def sampled(one_layer) -> Sampled:
     return Sampled(generate, functools.partial(mj.stream, one_layer, **options), result)
 
 
+@pytest.mark.exhaustive
 def test_a_sampled_stream_yields_the_tokens_of_generate_and_compiles_one_step(sampled):
     steps = sampled.stream(PROMPTS)
     tokens = [next(steps)]
@@ -311,6 +313,7 @@ def test_where_integers_have_64_bits_tokens_are_the_same(llama, config):
     np.testing.assert_array_equal(result.tokens, expected.tokens)
 
 
+@pytest.mark.exhaustive
 def test_progress_is_told_after_each_layer_in_order(llama):
     calls: list[tuple[int, int]] = []
 

@@ -26,7 +26,7 @@ def test_as_many_prompts_at_a_time_as_fit_in_even_parts(batch, length, rows, mon
     assert prefill._rows_at_a_time(batch, length) == rows
 
 
-@pytest.mark.parametrize("name", ["dense", "recommended"])
+@pytest.mark.parametrize("name", ["dense", *exhaustive("recommended")])
 def test_prompts_prefilled_some_at_a_time_equal_all_at_once(llama, name, monkeypatch):
     prompts, lengths = (jnp.asarray(np.concatenate([x, x[:1]]), jnp.int32) for x in (PROMPTS, LENGTHS))
 

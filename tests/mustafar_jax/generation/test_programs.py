@@ -53,6 +53,7 @@ def test_padding_leaves_no_mark_on_draws_and_on_a_window(mistral):
     jax.tree.map(np.testing.assert_array_equal, mj.generate(mistral, PROMPTS, **options), wanted)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_leaves_no_mark_on_what_a_prompt_tells(one_layer, name):
     """Means, weights and queries, entries that are kept, and the logits after it."""
@@ -149,6 +150,7 @@ def test_padding_leaves_no_mark_on_likelihoods(one_layer, name):
     np.testing.assert_allclose(mj.log_likelihoods(one_layer, tokens, **options), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_what_pads_a_text_overflows_no_cache(one_layer):
     """Its 31 tokens that go into the cache fill no group; what pads them would, and so does one more."""
     config = CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=4, residual_length=0)

@@ -78,6 +78,7 @@ def test_log_likelihoods_raise_where_a_cache_overflows():
         mj.log_likelihoods(model, texts, prompt_length=1)
 
 
+@pytest.mark.exhaustive
 def test_texts_prefilled_some_at_a_time_score_as_all_at_once(one_layer, monkeypatch):
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, (5, 80))
     score = functools.partial(mj.log_likelihoods, one_layer, tokens, prompt_length=70)
@@ -129,6 +130,7 @@ def test_prompts_pass_once_for_all_caches_by_blocks(llama, monkeypatch):
     assert passed == list(llama.layers)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("way", [scoring.by_blocks, *exhaustive(scoring.by_tokens)])
 def test_what_overflows_is_what_given_tokens_pack(one_layer, way):
     """The 32nd token fills the first group, whose values do not fit; the continuation's last goes into no cache."""

@@ -110,6 +110,7 @@ def test_prompts_of_different_lengths_are_scored_as_alone(model):
     np.testing.assert_allclose(both[1], moved[0], atol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("given", [False, *exhaustive(True)])
 def test_values_that_do_not_fit_are_an_error_that_names_the_examples(model, tokenizer, tmp_path, given):
     config = mj.CompressionConfig(0, 0.5, v_method="channel_magnitude", v_slots=8, residual_length=0)
@@ -321,6 +322,7 @@ def test_quantised_numbers(bits, levels):
     np.testing.assert_array_equal(quantise(jnp.full((1, 32), 3.0), bits), np.full((1, 32), 3.0))
 
 
+@pytest.mark.exhaustive
 def test_a_quantised_cache_rounds_what_leaves_the_window(model, two_layers):
     config = Quantised(bits=4)
     cache = model.init_cache(config, batch=1, capacity=140)[0]
@@ -348,6 +350,7 @@ def test_a_cache_quantised_to_more_bits_is_closer_to_the_dense_one(model):
     assert kl[1] < kl[0] / 10
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("config", [mj.CompressionConfig(0, 0, k_bits=8, v_bits=8), *exhaustive(Quantised(bits=8))])
 def test_coded_caches_write_answers(config, model, tokenizer, tmp_path):
     """At 8 bits those of a dense cache, but for the last tokens at most."""
