@@ -67,3 +67,7 @@ if not TYPE_CHECKING:  # to a type checker, every name would be there
             warnings.warn("mustafar_jax.BitmapArray is now mustafar_jax.Rows", DeprecationWarning, stacklevel=2)
             return Rows
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        # What a user looks for, the models too before they are loaded; not what this module imports for itself.
+        return [*__all__, "__version__"]

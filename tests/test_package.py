@@ -261,6 +261,12 @@ assert mustafar_jax.__version__ == "0+unknown"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+def test_dir_names_what_there_is_for_users():
+    package = importlib.import_module("mustafar_jax")
+    assert set(dir(package)) == {*package.__all__, "__version__"}
+    assert all(hasattr(package, name) for name in dir(package))
+
+
 def test_the_readme_begins_with_what_can_be_made():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
