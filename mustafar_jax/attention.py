@@ -15,6 +15,9 @@ from mustafar_jax.backends.registry import Candidates, Implementation, candidate
 from mustafar_jax.backends.xla.prompt import CHUNK
 from mustafar_jax.cache import DenseCache, LayerCache, PackedCache
 from mustafar_jax.cache.base import check_cache
+from mustafar_jax.cache.dealing import merged
+from mustafar_jax.cache.devices import each_device, each_device_typed
+from mustafar_jax.cache.filling import PROMPT, TOKEN
 from mustafar_jax.operands import DenseAttention, PackedAttention, PromptAttention
 
 
@@ -102,10 +105,18 @@ def decode_attention(
     check_cache(cache)
     check_query(query, cache, (cache.batch,), "[{}, N, {}]")
     scores = Scores.of(cache.head_dim, scale, sliding_window, logits_soft_cap)
-    grouped = query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim)
     chosen = candidates(operation_of(cache), implementation)
     with jax.named_scope("decode_attention"):  # a profile shows it by this name
-        out = _decode(grouped, cache, scores, return_lse, chosen)
+        how = scores, return_lse, chosen
+        results = (TOKEN, TOKEN[:2]) if return_lse else TOKEN
+        out: Attended = each_device(_decode_part, cache, (query,), how, axes=(TOKEN,), results=results)
+    return out
+
+
+def _decode_part(cache: LayerCache, query: jax.Array, scores: Scores, return_lse: bool, chosen: Candidates) -> Attended:
+    """See `decode_attention`."""
+    grouped = query.reshape(cache.batch, cache.num_kv_heads, -1, cache.head_dim)
+    out = _decode(grouped, cache, scores, return_lse, chosen)
     if not return_lse:
         return out.reshape(query.shape).astype(query.dtype)
     return out[0].reshape(query.shape).astype(query.dtype), out[1].reshape(query.shape[:2])
@@ -167,7 +178,13 @@ def prefill_attention(
         NotImplementedError: no implementation that was named can run this.
     """
     scores = Scores.of(query.shape[-1], scale, sliding_window, logits_soft_cap)
-    out = _prefill(query, key, value, lengths, scores, return_lse, candidates("attend_prompt", implementation))
+    out = each_device_typed(
+        _prefill,
+        (query, key, value, lengths),
+        (scores, return_lse, candidates("attend_prompt", implementation)),
+        axes=(PROMPT, PROMPT, PROMPT, ("batch",)),
+        results=(PROMPT, PROMPT[:3]) if return_lse else PROMPT,
+    )
     return (out[0].astype(query.dtype), out[1]) if return_lse else out.astype(query.dtype)
 
 
@@ -202,7 +219,22 @@ def attend_prompt(
 
 @functools.partial(jax.jit, static_argnames=("scores", "return_lse", "chosen"))
 def _decode(query: jax.Array, cache: LayerCache, scores: Scores, return_lse: bool, chosen: Candidates) -> Any:
-    return registry.run(operation_of(cache), decode_operands(query, cache, *scores, return_lse=return_lse), chosen)
+    return attend_held(query, cache, scores, return_lse, chosen)
+
+
+def attend_held(
+    query: jax.Array, cache: LayerCache, scores: Scores, return_lse: bool, chosen: Candidates, *, new: int = 0
+) -> Any:
+    """Queries [B, K, Q, H] on what a cache holds, on all devices where its tokens are dealt to several."""
+    shared = cache.dealt.count > 1
+    operands = decode_operands(query, cache, *scores, return_lse=return_lse or shared, new=new)
+    out = registry.run(operation_of(cache), operands, chosen)
+    if not shared:
+        return out
+    assert cache.sharding is not None
+    assert cache.sharding.context is not None
+    out, lse = merged(*out, cache.sharding.context)
+    return (out, lse) if return_lse else out
 
 
 def operation_of(cache: LayerCache) -> OperationName:
@@ -222,16 +254,16 @@ def decode_operands(
 ) -> DenseAttention | PackedAttention:
     """What a backend is given to attend queries [B, K, Q, H] to a cache; see `DenseAttention` for `new`."""
     how: dict[str, Any] = {"soft_cap": soft_cap, "return_lse": return_lse, "new": new}
+    if window is not None and cache.dealt.count > 1:
+        raise ValueError(f"sliding_window={window}, but tokens are dealt to {cache.dealt.count} devices; wanted None")
     if isinstance(cache, DenseCache):
-        return DenseAttention(query, cache.key, cache.value, cache.lengths, scale, window, **how)
+        return DenseAttention(query, cache.key, cache.value, cache.dealt.held(cache.lengths), scale, window, **how)
     assert isinstance(cache, PackedCache)
     return PackedAttention(
         query,
         cache.keys.packed,
         cache.values.packed,
-        cache.tail,
-        cache.lengths,
-        cache.packed_lengths,
+        *cache.own(),
         cache.mean,
         scale,
         window,

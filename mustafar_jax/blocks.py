@@ -14,17 +14,18 @@ from jax.typing import ArrayLike
 from mustafar_jax.attention import (
     Options,
     Scores,
+    attend_held,
     attend_prompt,
     check_query,
     decode_attention,
-    decode_operands,
     operation_of,
 )
-from mustafar_jax.backends import registry
 from mustafar_jax.backends.registry import Candidates, Implementation, candidates, packers, preferring
 from mustafar_jax.cache import LayerCache
 from mustafar_jax.cache.base import check_cache
 from mustafar_jax.cache.checks import check_kv, check_lengths
+from mustafar_jax.cache.devices import CACHE, each_device
+from mustafar_jax.cache.filling import PROMPT, append_to, as_held
 
 
 @overload
@@ -109,19 +110,12 @@ def attend(
         return _attend_one(cache, query, key, value, there, scores, return_lse, implementation)
     _check_room(cache, given)
     chosen = preferring("attend_prompt", implementation), preferring(operation_of(cache), implementation)
+    how = scores, *chosen, candidates("pack", packers(implementation))
+    arrays = query, *as_held(cache, key, value, axis=2), jnp.asarray(given)
     with jax.named_scope("attend"):  # a profile shows it by this name
-        out, lse, cache = _attend_several(
-            cache,
-            query,
-            key,
-            value,
-            jnp.asarray(given),
-            scores,
-            *chosen,
-            candidates("pack", packers(implementation)),
-            return_lse=return_lse,
-        )
-    return (out, cache) if lse is None else (out, lse, cache)
+        axes, results = (PROMPT, PROMPT, PROMPT, ("batch",)), (PROMPT, PROMPT[:3], CACHE)
+        out, lse, cache = each_device(_attend_several, cache, arrays, how, axes=axes, results=results)
+    return (out, lse, cache) if return_lse else (out, cache)
 
 
 def _check_room(cache: LayerCache, lengths: np.ndarray | jax.Array) -> None:
@@ -150,7 +144,8 @@ def _attend_one(
     """One token [B, 1, ..] of each sequence, or of those whose length is not 0: pack, then attend."""
     there = None if lengths is None else lengths > 0
     with jax.named_scope("append"):
-        cache = cache._append(key[:, 0], value[:, 0], query[:, 0], candidates("pack", packers(implementation)), there)
+        chosen = candidates("pack", packers(implementation))
+        cache = append_to(cache, key[:, 0], value[:, 0], query[:, 0], chosen, there)
     if lengths is not None:
         cache = dataclasses.replace(cache, overflow=cache.overflow | (lengths != jnp.clip(lengths, 0, 1)))
     options: Options = {
@@ -171,7 +166,7 @@ def _attend_one(
     return (out, *lse, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("scores", "by_prompt", "by_cache", "packers", "return_lse"))
+@functools.partial(jax.jit, static_argnames=("scores", "by_prompt", "by_cache", "packers"))
 def _attend_several(
     cache: LayerCache,
     query: jax.Array,
@@ -182,9 +177,7 @@ def _attend_several(
     by_prompt: Candidates,
     by_cache: Candidates,
     packers: Candidates,
-    *,
-    return_lse: bool,
-) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+) -> tuple[jax.Array, jax.Array, LayerCache]:
     """See `attend`."""
     count = jnp.clip(lengths, 0, query.shape[1])  # under jit they are not known to lie there
     new = attend_prompt(query, key, value, count, scores, True, by_prompt)
@@ -194,7 +187,7 @@ def _attend_several(
     grown = cache._extend(key, value, _after(lse, count), query, packers)
     grown = dataclasses.replace(grown, overflow=grown.overflow | (count != lengths))
     out = jnp.where(there[..., None], out, 0).astype(query.dtype)
-    return out, jnp.where(there, lse, -jnp.inf) if return_lse else None, grown
+    return out, jnp.where(there, lse, -jnp.inf), grown
 
 
 def _after(first: jax.Array, count: jax.Array) -> jax.Array:
@@ -214,8 +207,7 @@ def _attend_held(
     batch, tokens, _, head_dim = query.shape
     kv_heads = cache.num_kv_heads
     by_head = query.reshape(batch, tokens, kv_heads, -1, head_dim).swapaxes(1, 2).reshape(batch, kv_heads, -1, head_dim)
-    operands = decode_operands(by_head, cache, *scores, return_lse=True, new=tokens)
-    found: tuple[jax.Array, jax.Array] = registry.run(operation_of(cache), operands, chosen)
+    found: tuple[jax.Array, jax.Array] = attend_held(by_head, cache, scores, True, chosen, new=tokens)
     out, lse = (x.reshape(batch, kv_heads, tokens, -1, *x.shape[3:]).swapaxes(1, 2) for x in found)
     return out.reshape(query.shape), lse.reshape(query.shape[:3])
 

@@ -195,6 +195,11 @@ class CompressionConfig:
         """Whether keys or values are pruned by a rule that scores with the attention that tokens receive."""
         return any(method.needs_attention for method in self._methods())
 
+    @property
+    def by_group(self) -> bool:
+        """Whether the rules choose from a group of 32 tokens as they do from all of them."""
+        return all(method.by_group for method in self._methods())
+
     def _methods(self) -> list[Method]:
         """The rules that are in use."""
         pairs = (self.k_sparsity, self.key_method), (self.v_sparsity, self.value_method)

@@ -4,7 +4,7 @@ Tokens are stored 32 together. docs/architecture.md draws the layout.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,40 @@ def round_slots(slots: int, bits: int | None = None) -> int:
     """The slots of a row: a multiple of 4, at least 4; where they hold codes of so many bits, they fill whole words."""
     unit = 4 if bits is None else max(4, WORD // bits)
     return unit * math.ceil(max(slots, 1) / unit)
+
+
+class Dealt(NamedTuple):
+    """Rows of tokens that are dealt round to devices: group g of `unit` rows is group g // count of device g % count.
+
+    So every device has as many, but for one group, whatever the length of a sequence.
+
+    Attributes:
+        unit: rows of a group, a multiple of 32.
+        count: devices; with one, everything stays in its place.
+        index: int32, this device's number.
+    """
+
+    unit: int
+    count: int = 1
+    index: Any = 0
+
+    def share(self, rows: int) -> int:
+        """The most that a device has of so many rows, in whole groups; static."""
+        return rows if self.count == 1 else -(-rows // (self.unit * self.count)) * self.unit
+
+    def held(self, rows: jax.Array) -> jax.Array:
+        """How many of the first `rows` are this device's."""
+        if self.count == 1:
+            return rows
+        groups, rest = rows // self.unit, rows % self.unit
+        whole = (groups - self.index + self.count - 1) // self.count * self.unit
+        return whole + jnp.where(groups % self.count == self.index, rest, 0)
+
+    def row(self, place: Any) -> Any:
+        """Which row stands at a place of this device."""
+        if self.count == 1:
+            return place
+        return (place // self.unit * self.count + self.index) * self.unit + place % self.unit
 
 
 def chunk(slots: int) -> int:
@@ -87,13 +121,17 @@ def compress(entries: jax.Array, held: jax.Array, slots: int) -> jax.Array:
     Returns:
         [..., slots], zero where no entry stands.
     """
-    *leading, head_dim = entries.shape
+    head_dim = entries.shape[-1]
     # Entries that are not held go to places beyond the slots, a different one each, where the scatter drops them.
-    slot = jnp.where(held, _rank(held), slots + jnp.arange(head_dim)).reshape(-1, head_dim)
-    row = jnp.arange(slot.shape[0])[:, None]
-    rows = jnp.zeros((slot.shape[0], slots), entries.dtype)
-    rows = rows.at[row, slot].set(entries.reshape(-1, head_dim), mode="drop", unique_indices=True)
-    return rows.reshape(*leading, slots)
+    slot = jnp.where(held, _rank(held), lax.broadcast_to_rank(slots + jnp.arange(head_dim), held.ndim))
+
+    def place(entries: jax.Array, slot: jax.Array) -> jax.Array:
+        return jnp.zeros(slots, entries.dtype).at[slot].set(entries, mode="drop", unique_indices=True)
+
+    # Each leading axis stays one of the scatter's own: of axes that are flattened, a mesh's devices would gather all.
+    for _ in range(entries.ndim - 1):
+        place = jax.vmap(place)
+    return place(entries, slot)
 
 
 def _rank(mask: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mustafar_jax.layout import WORD
+from mustafar_jax.layout import WORD, Dealt
 from mustafar_jax.pruning import Context, Method
 from mustafar_jax.rope import rotate_by
 from mustafar_jax.rotation import turn_back
@@ -32,11 +32,13 @@ class Mean(NamedTuple):
         key: float32 [B, K, H], before rotation.
         inv_freq: float32 [H / 2], RoPE's frequencies; channel i pairs with i + H / 2.
         offset: the position of row 0.
+        dealt: where rows are dealt round to devices, to which this one has; rows are counted as they stand there.
     """
 
     key: jax.Array
     inv_freq: np.ndarray
     offset: int
+    dealt: Dealt = Dealt(WORD)
 
     @property
     def fast_pairs(self) -> int:
@@ -48,8 +50,9 @@ class Mean(NamedTuple):
     def places(self, rows: Any) -> Any:
         """What each pair of channels is rotated to for rows [...]: the row, or its group's middle; [..., H / 2].
 
-        A numpy array for one, a jax array for one.
+        A numpy array for one, a jax array for one, or where rows are dealt.
         """
+        rows = self.dealt.row(rows)
         return self._by_speed(rows, rows // WORD * WORD + WORD // 2)
 
     def bases(self, rows: Any) -> Any:

@@ -135,6 +135,7 @@ class Method:
         equal_rows: whether every token keeps the same number of entries, `keep_count`; if not, every channel of 32
             tokens does, and a token may keep any number.
         only: the one sparsity that the rule has; None where it takes any.
+        by_group: whether it chooses from 32 tokens as it does from all, so that devices with parts of the tokens agree.
     """
 
     mask: Callable[[jax.Array, float, Context], jax.Array]
@@ -142,6 +143,7 @@ class Method:
     needs_attention: bool = False
     equal_rows: bool = True
     only: float | None = None
+    by_group: bool = True
 
     def slots(self, head_dim: int, sparsity: float) -> int:
         """Entries that every row has room for, whatever the mask."""
@@ -157,7 +159,7 @@ class Method:
 KEY_METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude),
     "output_aware": Method(output_aware, needs_queries=True),
-    "think": Method(think_keys, needs_queries=True),
+    "think": Method(think_keys, needs_queries=True, by_group=False),
     "2:4": Method(two_of_four, only=0.5),
 }
 """The rules for keys by name, as `CompressionConfig.k_method` takes them."""
@@ -165,8 +167,8 @@ KEY_METHODS: dict[str, Method] = {
 VALUE_METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude),
     "channel_magnitude": Method(channel_magnitude, equal_rows=False),
-    "channel_output_aware": Method(channel_output_aware, needs_attention=True, equal_rows=False),
-    "think": Method(think_values),
+    "channel_output_aware": Method(channel_output_aware, needs_attention=True, equal_rows=False, by_group=False),
+    "think": Method(think_values, by_group=False),
     "2:4": Method(two_of_four, only=0.5),
 }
 """The rules for values by name, as `CompressionConfig.v_method` takes them."""

@@ -224,6 +224,16 @@ class Rows:
             return jnp.ones(self.shape, bool)
         return layout.to_mask(self.bitmap)[..., : self.length, :]
 
+    def map_rows(self, change: Callable[[jax.Array, int], jax.Array], length: int) -> "Rows":
+        """The rows with other arrays: `change(array, unit)`, where one index of the rows' axis is `unit` rows."""
+        changed: dict[str, Any] = {name: change(getattr(self, name), unit) for name, unit in self._units().items()}
+        return dataclasses.replace(self, **changed, length=length)
+
+    def specs(self, of_rows: Any, of_flags: Any) -> "Rows":
+        """What stands for arrays of rows, and for the flags, in the arrays' places."""
+        flags = None if self.overflow is None else of_flags
+        return dataclasses.replace(self.map_rows(lambda _array, _unit: of_rows, self.length), overflow=flags)
+
     def take(self, start: jax.Array, length: int) -> "Rows":
         """Rows start .. start + length - 1, both multiples of 32; start may be traced."""
 
@@ -231,8 +241,7 @@ class Rows:
             axis = len(self.leading)
             return lax.dynamic_slice_in_dim(x, start // unit, length // unit, axis=axis)
 
-        taken: dict[str, Any] = {name: cut(getattr(self, name), unit) for name, unit in self._units().items()}
-        return dataclasses.replace(self, **taken, length=length)
+        return self.map_rows(cut, length)
 
     def put(self, update: "Rows", start: jax.Array, count: jax.Array | None = None) -> "Rows":
         """Overwrite whole groups of rows, which must be [B, K, S, H], at another place in each sequence.

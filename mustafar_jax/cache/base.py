@@ -1,24 +1,36 @@
-"""What every cache is: lengths, sizes, and the two ways to fill it."""
+"""What every cache is: lengths, sizes, and where it is."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from mustafar_jax.backends.registry import Candidates, Implementation, candidates
-from mustafar_jax.cache.checks import check_dtype, check_kv, check_lengths, check_rows, check_sizes
+from mustafar_jax.backends.registry import Candidates
+from mustafar_jax.cache.checks import check_dtype, check_sizes
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.layout import Dealt
 from mustafar_jax.rows import Rows
+from mustafar_jax.sharding import CacheSharding, placed
 
 COUNTS = ["lengths", "overflow"]
 """The arrays of every cache, as fields of its pytree."""
 
 STATIC = ["config", "capacity", "head_dim", "dtype"]
-"""The static fields of every cache."""
+"""What every cache is, in static fields."""
+
+META = [*STATIC, "sharding"]
+"""All static fields of every cache: what it is, and where."""
+
+
+Spec = Callable[..., PartitionSpec]
+"""From the logical axes of an array to its spec, as `CacheSharding.spec`."""
+
+C = TypeVar("C", bound="LayerCache")
 
 
 class CacheShape(NamedTuple):
@@ -29,11 +41,17 @@ class CacheShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     dtype: np.dtype[Any]
+    sharding: CacheSharding | None = None
+
+    @property
+    def held_heads(self) -> int:
+        """KV heads that the arrays have: more than there are where several devices hold one."""
+        return self.num_kv_heads * (1 if self.sharding is None else self.sharding.repeats)
 
     def fields(self) -> dict[str, Any]:
         """What every cache of this shape begins with: no tokens, and its static fields."""
         counts = {"lengths": jnp.zeros(self.batch, jnp.int32), "overflow": jnp.zeros(self.batch, bool)}
-        return counts | {name: getattr(self, name) for name in STATIC if name != "config"}
+        return counts | {name: getattr(self, name) for name in META if name != "config"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -51,6 +69,7 @@ class LayerCache:
         config: how the cache is compressed.
         capacity: tokens that fit per sequence: sinks, packed and recent ones together.
         head_dim, dtype: of the keys and values.
+        sharding: how it is spread over the devices of a mesh; None leaves that to the compiler.
 
     `batch`, `num_kv_heads` and the bytes come from the arrays' shapes, so they are also right where the arrays have
     axes before the batch's, as under `jax.vmap` and for caches stacked over layers, or fewer heads on each device.
@@ -62,6 +81,7 @@ class LayerCache:
     capacity: int
     head_dim: int
     dtype: np.dtype[Any]
+    sharding: CacheSharding | None = None
 
     @staticmethod
     def init(
@@ -74,6 +94,7 @@ class LayerCache:
         dtype: DTypeLike,
         inv_freq: ArrayLike | None = None,
         num_heads: int | None = None,
+        sharding: CacheSharding | Mesh | None = None,
     ) -> "LayerCache":
         """An empty cache.
 
@@ -87,17 +108,42 @@ class LayerCache:
             inv_freq: the model's RoPE frequencies, concrete float32 [head_dim / 2]; needed for `center_keys`.
                 `check_rope` tells whether keys follow them.
             num_heads: query heads, a multiple of the KV heads; needed for methods that score with queries.
+            sharding: how to spread it over devices; of a mesh with axes of `sharding.AXES`, by those. Each device makes
+                its own part.
 
         Raises:
-            ValueError: an argument out of its range.
+            ValueError: an argument out of its range; sizes or a config that the mesh cannot split.
             TypeError: an argument of another type, an unsupported dtype.
         """
         if not isinstance(config, CompressionConfig):
             raise TypeError(f"{config=} must be a CompressionConfig")
         check_sizes(batch=batch, capacity=capacity, num_kv_heads=num_kv_heads, head_dim=head_dim)
-        shape = CacheShape(batch, capacity, num_kv_heads, head_dim, check_dtype(dtype))
+        spread = None if sharding is None else _for_cache(sharding, config, batch, num_kv_heads)
+        shape = CacheShape(batch, capacity, num_kv_heads, head_dim, check_dtype(dtype), spread)
         kind = next(kind for kind in LayerCache.__subclasses__() if kind._holds(config))
         return kind._empty(config, shape, inv_freq, num_heads)
+
+    def partition_specs(self, sharding: CacheSharding | None = None) -> Self:
+        """The cache with a `PartitionSpec` in place of each array, as `jax.shard_map` and `jax.jit` take them.
+
+        Args:
+            sharding: by which axes; the cache's own if None. Tokens are split along `context` alone where the cache was
+                made so, since they are dealt round.
+
+        Raises:
+            ValueError: neither is there; `context` where the cache was not made with it.
+        """
+        chosen = sharding or self.sharding
+        if chosen is None:
+            raise ValueError("sharding=None: the cache was made without one; wanted a CacheSharding")
+        if chosen.context is not None and (self.sharding is None or self.sharding.context != chosen.context):
+            raise ValueError(f"context={chosen.context!r}: the cache was not made with it; wanted init(sharding=)")
+        stacked = (None,) * (len(self.lengths.shape) - 1)
+
+        def spec(*names: str | None) -> PartitionSpec:
+            return PartitionSpec(*stacked, *chosen.spec(*names))
+
+        return self._specs(spec)
 
     @property
     def batch(self) -> int:
@@ -107,6 +153,34 @@ class LayerCache:
     @property
     def num_kv_heads(self) -> int:
         """KV heads."""
+        array, axis = self._heads
+        return array.shape[axis] // self._repeats
+
+    @property
+    def dealt(self) -> Dealt:
+        """How tokens are dealt to the devices of a context axis, and which are this one's."""
+        raise NotImplementedError
+
+    @property
+    def _heads(self) -> tuple[jax.Array, int]:
+        """An array, and which of its axes is the KV heads', counted from the last."""
+        raise NotImplementedError
+
+    @property
+    def _repeats(self) -> int:
+        """How many times arrays hold each KV head: on one device's part, once."""
+        return 1 if self.sharding is None or self.sharding.is_local else self.sharding.repeats
+
+    def _specs(self, spec: "Spec") -> Self:
+        """The cache with a spec in place of each array."""
+        raise NotImplementedError
+
+    def _part(self) -> Self:
+        """A device's part of the cache, whose static fields are still those of the whole, as a cache of its own."""
+        return self
+
+    def _whole(self) -> Self:
+        """The same cache without a sharding, as one device has it: each KV head once, tokens in their order."""
         raise NotImplementedError
 
     @property
@@ -192,86 +266,45 @@ class LayerCache:
         raise NotImplementedError
 
 
-def prefill(
-    cache: LayerCache,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: ArrayLike | Sequence[int] | None = None,
-    *,
-    query: jax.Array | None = None,
-    rows: ArrayLike | Sequence[int] | None = None,
-    implementation: Implementation = None,
-) -> LayerCache:
-    """Replace what a cache holds by a prompt's keys and values, pruning and packing what leaves the dense window.
-
-    `attend` adds to what a cache holds.
-
-    Args:
-        cache: the cache; what its sequences (those in `rows`) held is replaced.
-        key, value: [B, S, K, H] in the cache's dtype, keys after RoPE at positions 0 .. S - 1; padded on the right.
-        lengths: int [B], valid tokens of each sequence, 0 .. S; all S if None. Under jit, one outside of that counts as
-            the nearest, and sets the sequence's `overflow`.
-        query: [B, S, N, H] after RoPE, needed (and read) where keys are weighed, or a method scores with the most
-            recent queries. Where it scores with their attention, that is over all earlier tokens, whatever sliding
-            window the model has.
-        rows: int [B], the cache's sequences to fill, each at most once; all of them, in order, if None. The named
-            sequences' part of the cache is copied once.
-        implementation: who prunes and packs: "triton" (NVIDIA GPUs, bfloat16 and float16, by magnitude), "xla", a
-            sequence of names (the first that can is taken), or None for the best that works here. What is packed is
-            the same. `backends.registry.packers` says which of these go with a name for attention.
-
-    Raises:
-        ValueError: shapes, lengths or rows that do not fit the cache or each other, S above the capacity, an unknown
-            implementation.
-        TypeError: another dtype than the cache's; no cache.
-        NotImplementedError: no implementation that was named can run this.
-    """
-    check_cache(cache)
-    packers = candidates("pack", implementation)
-    batch = cache.batch if rows is None else check_rows(rows, cache.batch)
-    check_kv(key, value, cache.dtype, (batch, None, cache.num_kv_heads, cache.head_dim), "[B, S, K, H]")
-    cache._check_prompt_queries(query, key.shape[:2])
-    if key.shape[1] > cache.capacity:
-        raise ValueError(f"key has {key.shape[1]} tokens; the cache's capacity is {cache.capacity}")
-    given = jnp.asarray(check_lengths(lengths, batch, key.shape[1]))
-    lengths = jnp.clip(given, 0, key.shape[1])  # under jit they are not known to lie there
-    part = cache if rows is None else jax.tree.map(lambda leaf: leaf[jnp.asarray(rows)], cache)
-    part = part._prefill(key, value, lengths, query, packers)
-    part = dataclasses.replace(part, overflow=part.overflow | (given != lengths))
-    if rows is None:
-        return part
-    return jax.tree.map(lambda whole, new: whole.at[jnp.asarray(rows)].set(new), cache, part)
+def _for_cache(
+    sharding: CacheSharding | Mesh, config: CompressionConfig, batch: int, num_kv_heads: int
+) -> CacheSharding:
+    """How to spread a cache; ValueError for sizes that cannot be split, and rules that a part alone cannot follow."""
+    chosen = sharding if isinstance(sharding, CacheSharding) else CacheSharding.of(sharding)
+    chosen = chosen.for_heads(num_kv_heads)
+    check_batch(chosen, batch)
+    check_rules(chosen, config)
+    return chosen
 
 
-def append(
-    cache: LayerCache,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    query: jax.Array | None = None,
-    implementation: Implementation = None,
-) -> LayerCache:
-    """Add one token to every sequence; where that fills a group of recent tokens, prune and pack the oldest one.
+def check_batch(sharding: CacheSharding, batch: int) -> None:
+    """Raise ValueError where a batch cannot be split."""
+    if batch % sharding.size("batch"):
+        devices = f"mesh axis {sharding.batch!r} has {sharding.size('batch')} devices"
+        raise ValueError(f"{devices}; {batch=} must be a multiple of that")
 
-    Args:
-        cache: the cache; a sequence that is at its capacity keeps its tokens and gets `overflow` set.
-        key, value: [B, K, H] in the cache's dtype, the key after RoPE at position `cache.lengths`.
-        query: [B, N, H], the token's own after RoPE, needed (and read) where a method scores with recent queries. Where
-            keys are weighed, it is read until the first tokens are packed: without it the weights are the prompt's, or
-            all 1 where there was none.
-        implementation: as in `prefill`.
 
-    Raises:
-        ValueError: shapes that do not fit the cache, an unknown implementation.
-        TypeError: another dtype than the cache's; no cache.
-        NotImplementedError: no implementation that was named can run this.
-    """
-    check_cache(cache)
-    packers = candidates("pack", implementation)
-    check_kv(key, value, cache.dtype, (cache.batch, cache.num_kv_heads, cache.head_dim), "[B, K, H]")
-    cache._check_queries(query, key.shape[:1], letters="[B, N, H]")
-    with jax.named_scope("append"):  # a profile shows it by this name
-        return cache._append(key, value, query, packers)
+def check_rules(sharding: CacheSharding, config: CompressionConfig) -> None:
+    """Raise ValueError for rules that look at what other devices hold."""
+    methods = f"k_method={config.k_method!r}, v_method={config.v_method!r}"
+    if sharding.size("context") > 1 and not config.by_group:
+        raise ValueError(
+            f"mesh axis {sharding.context!r} splits the tokens, and {methods} look at more than a group of 32: they "
+            f"score with queries over the whole cache, or keep whole channels"
+        )
+    if sharding.repeats > 1 and config.needs_queries:
+        raise ValueError(
+            f"mesh axis {sharding.kv_heads!r} has more devices than there are KV heads, and {methods} score with the "
+            f"queries of all heads that share one"
+        )
+
+
+def made_in_parts(make: Callable[[], C], sharding: CacheSharding) -> C:
+    """The cache that a function makes, each part of it by the device that holds it."""
+    shapes = jax.eval_shape(make)
+    places = jax.tree.map(lambda _, spec: placed(sharding.mesh, spec), shapes, shapes.partition_specs())
+    made: C = jax.jit(make, out_shardings=places)()
+    return made
 
 
 def check_cache(cache: Any) -> None:

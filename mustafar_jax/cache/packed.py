@@ -7,15 +7,18 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from mustafar_jax.backends import registry
 from mustafar_jax.backends.registry import Candidates, candidates
 from mustafar_jax.cache import statistics
-from mustafar_jax.cache.base import COUNTS, STATIC, CacheShape, LayerCache
+from mustafar_jax.cache.base import COUNTS, META, CacheShape, LayerCache, Spec, made_in_parts
+from mustafar_jax.cache.dealing import any_head, any_overflow, dealt_by, norm_of_all, own_tail, undealt
 from mustafar_jax.cache.packing import Leaving, packing_of, rule_context
 from mustafar_jax.cache.ring import Ring, place_new, place_prompt
 from mustafar_jax.config import CompressionConfig
+from mustafar_jax.layout import Dealt
 from mustafar_jax.operands import Mean, Packing, Tail, restored
 from mustafar_jax.pruning import RECENT, query_weight
 from mustafar_jax.rows import RowFormat, Rows
@@ -43,7 +46,7 @@ class Store:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["keys", "values", "key_mean", "query_norm", "queries", *COUNTS],
-    meta_fields=["inv_freq", *STATIC],
+    meta_fields=["inv_freq", *META],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class PackedCache(LayerCache):
@@ -75,9 +78,69 @@ class PackedCache(LayerCache):
     inv_freq: tuple[float, ...] | None
 
     @property
-    def num_kv_heads(self) -> int:
-        """See `LayerCache.num_kv_heads`."""
-        return self.keys.dense.shape[-3]
+    def _heads(self) -> tuple[jax.Array, int]:
+        """See `LayerCache._heads`."""
+        return self.keys.dense, -3
+
+    @property
+    def dealt(self) -> Dealt:
+        """Which packed rows are this device's: groups are dealt as they are packed."""
+        return dealt_by(self.sharding, self.config.group)
+
+    def _specs(self, spec: Spec) -> Self:
+        def store(store: Store) -> Store:
+            rows = store.packed.specs(spec("batch", "kv_heads", "context"), spec("batch", "kv_heads"))
+            return Store(spec("batch", "kv_heads", None, None), rows)
+
+        def if_there(x: Any) -> Any:
+            return None if x is None else spec("batch", "kv_heads")
+
+        return dataclasses.replace(
+            self,
+            keys=store(self.keys),
+            values=store(self.values),
+            key_mean=if_there(self.key_mean),
+            query_norm=if_there(self.query_norm),
+            queries=if_there(self.queries),
+            lengths=spec("batch"),
+            overflow=spec("batch"),
+        )
+
+    def _part(self) -> Self:
+        if self.dealt.count == 1:
+            return self
+
+        def part(store: Store) -> Store:
+            rows = dataclasses.replace(store.packed, length=store.packed.length // self.dealt.count)
+            return Store(store.dense, rows)
+
+        return dataclasses.replace(self, keys=part(self.keys), values=part(self.values))
+
+    def _whole(self) -> Self:
+        if self.sharding is None:
+            return self
+        count, repeats, rows = self.dealt.count, self._repeats, self.config.packed_tokens(self.capacity)
+
+        def whole(store: Store) -> Store:
+            def in_order(x: jax.Array, unit: int) -> jax.Array:
+                groups = undealt(x, 2, self.config.group // unit, count)
+                return lax.slice_in_dim(groups, 0, rows // unit, axis=2)[:, ::repeats]
+
+            packed = store.packed.map_rows(in_order, rows)
+            overflow = None if packed.overflow is None else packed.overflow[:, ::repeats]
+            return Store(store.dense[:, ::repeats], dataclasses.replace(packed, overflow=overflow))
+
+        def of_heads(x: jax.Array | None) -> jax.Array | None:
+            return None if x is None else x[:, ::repeats]
+
+        return dataclasses.replace(
+            self,
+            keys=whole(self.keys),
+            values=whole(self.values),
+            key_mean=of_heads(self.key_mean),
+            query_norm=of_heads(self.query_norm),
+            sharding=None,
+        )
 
     @property
     def ring(self) -> Ring:
@@ -89,17 +152,19 @@ class PackedCache(LayerCache):
         """int32 [B], packed tokens per sequence."""
         return self.config.packed_tokens(self.lengths)
 
-    @property
-    def tail(self) -> Tail:
-        """The tokens that are not packed, as attention takes them."""
-        return Tail(self.keys.dense, self.values.dense, self.ring.sinks)
+    def own(self) -> tuple[Tail, jax.Array, jax.Array]:
+        """What attention takes beside the rows: the dense tokens, and how many tokens and packed rows [B] there are."""
+        tail = Tail(self.keys.dense, self.values.dense, self.ring.sinks)
+        if self.dealt.count == 1:
+            return tail, self.lengths, self.packed_lengths
+        return own_tail(tail, self.lengths, self.packed_lengths, self.dealt)
 
     @property
     def mean(self) -> Mean | None:
         """What packed keys are distances from; None where they are not centred."""
         if self.key_mean is None:
             return None
-        return Mean(self.key_mean, np.asarray(self.inv_freq, np.float32), self.config.sink_tokens)
+        return Mean(self.key_mean, np.asarray(self.inv_freq, np.float32), self.config.sink_tokens, self.dealt)
 
     @property
     def key_weight(self) -> jax.Array | None:
@@ -108,7 +173,7 @@ class PackedCache(LayerCache):
 
     def to_dense(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `LayerCache.to_dense`."""
-        return *self._to_dense(self.packed_lengths), self.lengths
+        return *self._whole()._to_dense(self.packed_lengths), self.lengths
 
     def _to_dense(self, packed_lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values where this many tokens [B] are packed."""
@@ -148,7 +213,8 @@ class PackedCache(LayerCache):
 
     def pack_oldest(self, packed: jax.Array, packers: Candidates | None = None) -> Self:
         """Prune and pack the oldest group of each sequence that has one to pack beside its `packed` [B] tokens."""
-        start = jnp.where(self.packed_lengths > packed, packed, self.config.packed_tokens(self.capacity))
+        start, end = self.dealt.held(packed), self.keys.packed.length
+        start = jnp.where(self.dealt.held(self.packed_lengths) > start, start, end)
         return self._pack(self.oldest(packed, start), packers or candidates("pack", None))
 
     def oldest(self, packed: jax.Array, start: jax.Array) -> Leaving:
@@ -171,7 +237,8 @@ class PackedCache(LayerCache):
             methods = f"k_method={config.k_method!r}, v_method={config.v_method!r}"
             raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}, since {methods} score with queries")
         frequencies = statistics.frequencies(config, inv_freq, head_dim)
-        return _empty(config, shape, frequencies, num_heads if config.needs_queries else None)
+        make = functools.partial(_empty, config, shape, frequencies, num_heads if config.needs_queries else None)
+        return make() if shape.sharding is None else made_in_parts(make, shape.sharding)
 
     def _check_queries(self, query: jax.Array | None, leading: tuple[int, ...], *, letters: str) -> None:
         if self.queries is None:
@@ -218,7 +285,12 @@ class PackedCache(LayerCache):
             values=Store(place_prompt(value, positions, lengths), self.values.packed.without_overflow()),
         )
         first, rows = jnp.full_like(lengths, self.config.sink_tokens), self.config.packed_tokens(key.shape[1])
-        return cache._pack(Leaving(key, value, first, nothing, cache.packed_lengths, rows, head_axis=2), packers)
+        rows, held = self.dealt.share(rows), self.dealt.held(cache.packed_lengths)
+        if self.dealt.count > 1:
+            own = self.config.sink_tokens + self.dealt.row(jnp.arange(rows))
+            key, value = (jnp.take(x, own, axis=1, mode="clip") for x in (key, value))
+            first = nothing
+        return cache._pack(Leaving(key, value, first, nothing, held, rows, head_axis=2), packers)
 
     def _truncated(self, lengths: jax.Array) -> Self:
         return _truncated(self, lengths)
@@ -248,16 +320,17 @@ class PackedCache(LayerCache):
 
         The oldest of it stands in the ring, where the tokens are not yet; what the ring has no room for is among these.
         """
-        packed, most = self.packed_lengths, self.config.packed_tokens(self.capacity)
-        rows = min(-(-key.shape[1] // self.config.group) * self.config.group, most)
-        position = self.config.sink_tokens + packed[:, None] + jnp.arange(rows)[None]
+        packed, end = self.packed_lengths, self.keys.packed.length
+        first = self.dealt.held(packed)
+        rows = min(self.dealt.share(-(-key.shape[1] // self.config.group) * self.config.group), end)
+        position = self.config.sink_tokens + self.dealt.row(first[:, None] + jnp.arange(rows)[None])
 
         def source(dense: jax.Array, new: jax.Array) -> jax.Array:
             held = jnp.take_along_axis(dense, self.ring.slot(position)[:, None, :, None], axis=2, mode="clip")
             return place_new(held, new, position, self.lengths)
 
-        held = self.config.packed_tokens(lengths) - packed
-        start = jnp.where(held > 0, packed, most)
+        held = self.dealt.held(self.config.packed_tokens(lengths)) - first
+        start = jnp.where(held > 0, first, end)
         sources = source(self.keys.dense, key), source(self.values.dense, value)
         all_keys = None
         if self.config.needs_attention:
@@ -280,7 +353,8 @@ class PackedCache(LayerCache):
             assert self.inv_freq is not None
             mean = statistics.mean_with(self.config, mean, key, lengths, count, self.inv_freq)
         if norm is not None and query is not None:
-            norm = statistics.norm_with(self.config, norm, query, lengths, count)
+            of_all = functools.partial(norm_of_all, sharding=self.sharding)
+            norm = statistics.norm_with(self.config, norm, query, lengths, count, of_all)
         return {"key_mean": mean, "query_norm": norm}
 
     def _append(
@@ -323,7 +397,9 @@ class PackedCache(LayerCache):
         keys, values = _pack_leaving(self, leaving, packers)
         overflow = self.overflow
         if values.overflow is not None and not self.config.value_method.equal_rows:
-            overflow = overflow | values.overflow.any(axis=1)
+            keys, values = (any_overflow(rows, self.sharding) for rows in (keys, values))
+            assert values.overflow is not None
+            overflow = overflow | any_head(values.overflow, self.sharding)
         return dataclasses.replace(
             self,
             overflow=overflow,
@@ -390,8 +466,10 @@ def _packed_by_kernel(cache: PackedCache) -> bool:
 def _empty(
     config: CompressionConfig, shape: CacheShape, inv_freq: tuple[float, ...] | None, num_queries: int | None
 ) -> PackedCache:
-    leading, head_dim, dtype = (shape.batch, shape.num_kv_heads), shape.head_dim, shape.dtype
+    leading, head_dim, dtype = (shape.batch, shape.held_heads), shape.head_dim, shape.dtype
     slots, rows = Ring.of(config, shape.capacity).slots, config.packed_tokens(shape.capacity)
+    dealt = dealt_by(shape.sharding, config.group)
+    rows = dealt.share(rows) * dealt.count
 
     def store(how: RowFormat) -> Store:
         return Store(jnp.zeros((*leading, slots, head_dim), dtype), how.empty(leading, rows))

@@ -5,6 +5,7 @@ to pack any, from the tokens that there are then. Which calls brought these make
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,12 @@ def mean_with(
 
 
 def norm_with(
-    config: CompressionConfig, norm: jax.Array, query: jax.Array, lengths: jax.Array, count: jax.Array
+    config: CompressionConfig,
+    norm: jax.Array,
+    query: jax.Array,
+    lengths: jax.Array,
+    count: jax.Array,
+    of_all: Callable[[jax.Array], jax.Array] = lambda norm: norm,
 ) -> jax.Array:
     """The queries' norm with those of tokens that come before anything is packed; as it was after that.
 
@@ -80,6 +86,7 @@ def norm_with(
         query: [B, n, N, H], at the positions from `lengths` on.
         lengths: int32 [B], the tokens before.
         count: int32 [B], how many of the queries there are.
+        of_all: from the norm of this device's queries to that of all that share a KV head.
     """
     whole = _packs_at_once(config, lengths, count)[:, None]
     size = min(max(WEIGHING, config.shortest_packed), query.shape[1])
@@ -89,7 +96,7 @@ def norm_with(
         query = jnp.take_along_axis(query, index[:, :, None, None], axis=1, mode="clip")
     early = jnp.where(whole, index >= count[:, None] - WEIGHING, lengths[:, None] + index < config.shortest_packed)
     norm = jnp.where((lengths > 0)[:, None, None], norm, 0)
-    return jnp.hypot(norm, query_norm(query, early & (index >= 0) & (index < count[:, None]), norm.shape[1]))
+    return jnp.hypot(norm, of_all(query_norm(query, early & (index >= 0) & (index < count[:, None]), norm.shape[1])))
 
 
 def _packs_at_once(config: CompressionConfig, lengths: jax.Array, count: jax.Array) -> jax.Array:
