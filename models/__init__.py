@@ -5,7 +5,7 @@ import os
 # transformers is here for tokenizers and chat templates alone; it would advise whoever lacks PyTorch to install it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from mustafar_jax.models.checkpoint import Checkpoint, load, load_config, load_weights, open_checkpoint
+from mustafar_jax.models.checkpoint import Checkpoint, load, load_config, load_weights, open_checkpoint, spread
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
@@ -27,4 +27,5 @@ __all__ = [
     "load_config",
     "load_weights",
     "open_checkpoint",
+    "spread",
 ]

@@ -1,6 +1,7 @@
 """Checkpoints: Hugging Face folders, hub ids and GGUF files, streamed tensor by tensor into a model."""
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from mustafar_jax.cache.checks import check_dtype
@@ -23,12 +24,10 @@ from mustafar_jax.models.qwen2 import Qwen2
 from mustafar_jax.models.qwen3 import Qwen3
 from mustafar_jax.models.tensors import EMBEDDING, HEAD, LazyTensor, is_harmless
 from mustafar_jax.models.tokenizer_folder import load_folder_tokenizer
+from mustafar_jax.sharding import CacheSharding, as_auto, check_axes, weight_spec
 
 MODELS: Mapping[str, type[Llama]] = {"llama": Llama, "mistral": Mistral, "qwen2": Qwen2, "qwen3": Qwen3}
 """The model class of each `model_type` of config.json."""
-
-MESH_AXES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
-"""Which mesh axis a logical axis of the parameters is split over; the others are whole on every device."""
 
 _MANY_LAYERS = 1000
 _log = logging.getLogger("mustafar_jax")
@@ -51,8 +50,9 @@ def load(
         source: a folder in Hugging Face's layout (config.json and safetensors), a .gguf file, or a hub id.
         dtype: of the weights, the computation and the cache: bfloat16, float16 or float32. None takes the
             checkpoint's; for a GGUF file bfloat16, or float32 where JAX runs on a CPU.
-        mesh: devices to spread the weights over, as `MESH_AXES` says; None puts all on the default device. How
-            caches are laid out is left to the compiler.
+        mesh: devices to spread the weights over, with axes of `sharding.AXES`; None puts all on the default device.
+            Each device gets its part of a tensor from the file: neither it nor the host ever holds the whole model.
+            `generate` spreads caches over the same mesh.
         progress: called as `progress(done, total)` after each tensor, in bytes.
 
     Returns:
@@ -61,9 +61,11 @@ def load(
     Raises:
         FileNotFoundError: nothing is there, or files of the checkpoint are missing (all of them named).
         ValueError: an unsupported or damaged checkpoint, a tokenizer that cannot be read, or tensors that do not fit
-            the model (all of them named).
+            the model (all of them named); a mesh that the model cannot be split over, before any weight is read.
     """
     checkpoint = open_checkpoint(source, dtype=dtype)
+    if mesh is not None:
+        check_mesh(mesh, checkpoint.config)
     tokenizer = checkpoint.load_tokenizer()  # before the weights, which take longer
     return checkpoint.load_model(mesh=mesh, progress=progress), tokenizer
 
@@ -175,7 +177,7 @@ def load_weights(
             any is read.
     """
     dtype = _check_dtype(dtype)
-    mesh = None if mesh is None else _check_mesh(mesh)
+    mesh = None if mesh is None else check_mesh(mesh, config)
     if config.num_layers > max(_MANY_LAYERS, len(tensors)):  # before as many are made, and named one by one
         raise ValueError(f"num_layers={config.num_layers} is more than the checkpoint's {len(tensors)} tensors hold")
     config, tensors = _settle_head(config, tensors)
@@ -186,7 +188,7 @@ def load_weights(
     done = 0
     loaded = []
     for name, (path, variable) in parameters.items():
-        weight = _place(_read(name, tensors[name]), variable, dtype, mesh)
+        weight = _place(name, tensors[name], variable, dtype, mesh)
         loaded.append((path, variable.replace(weight)))
         done += weight.nbytes
         if progress is not None:
@@ -268,28 +270,69 @@ def _read(name: str, tensor: LazyTensor) -> np.ndarray:
     return array
 
 
-def _place(array: np.ndarray, variable: nnx.Variable[Any], dtype: np.dtype[Any], mesh: Mesh | None) -> jax.Array:
+def _place(
+    name: str, tensor: LazyTensor, variable: nnx.Variable[Any], dtype: np.dtype[Any], mesh: Mesh | None
+) -> jax.Array:
     """Put a tensor on the devices that hold it; returns when it is there, so that the host's copy can be dropped."""
-    array = array.astype(dtype, copy=False).reshape(variable.shape)
-    sharding = None if mesh is None else _sharding(variable, mesh)
-    return jax.block_until_ready(jax.device_put(array, sharding))
+    if mesh is None:
+        array = _read(name, tensor).astype(dtype, copy=False).reshape(variable.shape)
+        return jax.block_until_ready(jax.device_put(array))
+
+    @functools.lru_cache(maxsize=1)  # devices that hold the same part follow each other
+    def read(*bounds: tuple[int, int]) -> np.ndarray:
+        part = tensor.read_part(tuple(slice(*both) for both in _stored_bounds(variable, bounds)))
+        return part.astype(dtype, copy=False).reshape([stop - start for start, stop in bounds])
+
+    def part_of(index: tuple[slice, ...]) -> np.ndarray:
+        return read(*(each.indices(size)[:2] for each, size in zip(index, variable.shape, strict=True)))
+
+    sharding = NamedSharding(mesh, weight_spec(_axes(variable), variable.shape, mesh))
+    return jax.block_until_ready(jax.make_array_from_callback(variable.shape, sharding, part_of))
 
 
-def _sharding(variable: nnx.Variable[Any], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Split the axes that `MESH_AXES` names where the mesh divides them."""
+def _stored_bounds(variable: nnx.Variable[Any], bounds: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """Where a part of a parameter begins and ends along each axis that the checkpoint has; heads' channels go whole."""
+    stored: list[tuple[int, int]] = []
+    for axis, size, (start, stop) in zip(_axes(variable), variable.shape, bounds, strict=True):
+        if axis == "head_dim" and stored:
+            stored[-1] = stored[-1][0] * size, stored[-1][1] * size
+        else:
+            stored.append((start, stop))
+    return stored
 
-    def mesh_axis(name: str, size: int) -> str | None:
-        axis = MESH_AXES.get(name)
-        return axis if axis is not None and size % mesh.shape[axis] == 0 else None
 
-    return NamedSharding(mesh, PartitionSpec(*map(mesh_axis, _axes(variable), variable.shape)))
+def spread(model: M, mesh: Mesh) -> M:
+    """A model with its weights on the devices of a mesh, as `load(mesh=)` has them.
+
+    Raises ValueError for a mesh that the model cannot be split over.
+    """
+    mesh = check_mesh(mesh, model.config)
+    graph, state = nnx.split(model)
+
+    def place(variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
+        value = variable[...]
+        return variable.replace(
+            jax.device_put(value, NamedSharding(mesh, weight_spec(_axes(variable), value.shape, mesh)))
+        )
+
+    placed = [(path, place(variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(placed))
 
 
-def _check_mesh(mesh: Mesh) -> Mesh:
-    if absent := sorted(set(MESH_AXES.values()) - set(mesh.axis_names)):
-        raise ValueError(f"mesh has the axes {mesh.axis_names}; it must have {', '.join(map(repr, absent))}")
+def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
+    """The mesh, with axes that are all Auto; ValueError where the model, or its caches, cannot be split over it."""
+    check_axes(mesh)
+    sharding = CacheSharding.of(mesh).for_heads(config.num_kv_heads)
+    if config.num_heads % sharding.size("kv_heads"):
+        devices = f"mesh axis {sharding.kv_heads!r} has {sharding.size('kv_heads')} devices"
+        raise ValueError(f"{devices}, and the model {config.num_heads} query heads; wanted a divisor of these")
+    if sharding.size("context") > 1 and config.sliding_window is not None:
+        raise ValueError(
+            f"mesh axis {sharding.context!r} splits the tokens, and the model has a sliding window of "
+            f"{config.sliding_window} tokens: wanted {sharding.context}=1"
+        )
     # The models leave it to the compiler to split activations, whatever kind of axes the caller's mesh has.
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return as_auto(mesh)
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype[Any]:

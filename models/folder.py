@@ -127,7 +127,8 @@ def _open_file(file: Path) -> dict[str, tuple[str, LazyTensor]]:
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 entry = opened.get_slice(name)
                 read = functools.partial(_read_safetensor, file, name)
-                tensors[name] = entry.get_dtype(), LazyTensor(tuple(entry.get_shape()), read)
+                part = functools.partial(_read_part, file, name)
+                tensors[name] = entry.get_dtype(), LazyTensor(tuple(entry.get_shape()), read, part)
     except SafetensorError as error:
         if is_lfs_pointer(file):
             raise ValueError(lfs_message(file)) from error
@@ -175,3 +176,9 @@ def _read_safetensor(file: Path, name: str) -> np.ndarray:
     # Opened anew each time: a file that stays mapped counts with all its pages read so far as memory in use.
     with safe_open(file, framework="numpy") as opened:
         return opened.get_tensor(name)
+
+
+def _read_part(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    with safe_open(file, framework="numpy") as opened:
+        part: np.ndarray = opened.get_slice(name)[index]
+        return part

@@ -31,6 +31,7 @@ from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.models.config_json import LLAMA_FIELDS, read_config_json
 from mustafar_jax.models.fields import Field
 from mustafar_jax.rope import rotate
+from mustafar_jax.sharding import CacheSharding
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -280,7 +281,13 @@ class Llama(nnx.Module):
         return jnp.einsum("...d,vd->...v", self.norm(hidden), head[...], preferred_element_type=jnp.float32)
 
     def init_cache(
-        self, config: CompressionConfig, *, batch: int, capacity: int, dtype: DTypeLike | None = None
+        self,
+        config: CompressionConfig,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: DTypeLike | None = None,
+        sharding: CacheSharding | None = None,
     ) -> tuple[LayerCache, ...]:
         """One empty cache per layer, for `batch` sequences of up to `capacity` tokens, of the model's dtype if None."""
         options: dict[str, Any] = {
@@ -291,6 +298,7 @@ class Llama(nnx.Module):
             "head_dim": self.config.head_dim,
             "dtype": self.dtype if dtype is None else dtype,
             "inv_freq": rope_frequencies(self.config),
+            "sharding": sharding,
         }
         return tuple(LayerCache.init(config, **options) for _ in self.layers)
 
@@ -326,7 +334,7 @@ def _norm(axis: dict[str, int], config: ModelConfig, *, dtype: DTypeLike, rngs: 
 
 
 def _logical_axes(*names: str) -> dict[str, Any]:
-    """Metadata that names a parameter's axes; checkpoint.py maps the names to a mesh when it places the weights."""
+    """Metadata that names a parameter's axes; `sharding.AXES` maps the names to a mesh when weights are placed."""
     # Eager sharding would want a mesh as soon as the parameter is created.
     return {"out_sharding": names, "eager_sharding": False}
 

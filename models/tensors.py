@@ -23,10 +23,26 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """One tensor of a checkpoint: its shape is known, its numbers are read when `read` is called."""
+    """One tensor of a checkpoint: its shape is known, its numbers are read when `read` is called.
+
+    Attributes:
+        shape: of the whole.
+        read: gives it.
+        part: gives what slices of it hold, one an axis, without reading the rest; None where it must be read whole.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+
+    def read_part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """What slices of it hold, one an axis; ValueError where it is of another shape than was announced."""
+        if self.part is not None:
+            return self.part(index)
+        whole = self.read()
+        if whole.shape != tuple(self.shape):
+            raise ValueError(f"a tensor was announced with shape {tuple(self.shape)} and read with {whole.shape}")
+        return whole[index]
 
 
 def is_harmless(name: str) -> bool:

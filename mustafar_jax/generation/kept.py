@@ -11,6 +11,7 @@ from mustafar_jax.cache.alike import difference, kind_of
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import check_integer
 from mustafar_jax.generation.protocols import Caches, Model
+from mustafar_jax.sharding import CacheSharding
 
 
 def config_of(caches: Any, config: CompressionConfig | None) -> CompressionConfig | None:
@@ -27,6 +28,7 @@ def check_kept(
     config: CompressionConfig,
     lengths: jax.Array,
     max_new_tokens: int,
+    sharding: CacheSharding | None = None,
 ) -> tuple[Caches | None, int]:
     """The arguments `caches` and `capacity` of `generate`, of which at least one is given, with its errors.
 
@@ -36,6 +38,7 @@ def check_kept(
         config: that the caches should have.
         lengths: int32 [B], of the prompts.
         max_new_tokens: tokens that follow each.
+        sharding: that the caches should have.
 
     Returns:
         The caches, None if they are to be made, and their capacity.
@@ -54,6 +57,7 @@ def check_kept(
             raise ValueError(f"{capacity=}, but the caches that are given have one of {given[0].capacity}")
         capacity = given[0].capacity
         _check_alike(model, given, config, len(lengths))
+        _check_places(given, sharding)
         held = _held(given)
     _check_room(held, np.asarray(jax.device_get(lengths)), max_new_tokens, min(capacity, context))
     return given, capacity
@@ -86,6 +90,14 @@ def _check_alike(model: Model, caches: Caches, config: CompressionConfig, batch:
         for name, value in expected.items():
             if found[name] != value:
                 raise ValueError(f"caches[{number}]: {difference(name, found[name], value)}")
+
+
+def _check_places(caches: Caches, sharding: CacheSharding | None) -> None:
+    """Raise ValueError for caches that are spread over a mesh otherwise than the model is."""
+    wanted = sharding and sharding.for_heads(caches[0].num_kv_heads)
+    for number, cache in enumerate(caches):
+        if cache.sharding != wanted:
+            raise ValueError(f"caches[{number}] are spread by {cache.sharding}; the model's weights want {wanted}")
 
 
 def _held(caches: Caches) -> np.ndarray:

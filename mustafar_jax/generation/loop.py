@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from mustafar_jax.backends.registry import Implementation
@@ -70,6 +71,7 @@ def generate(
     padding: bool = True,
     capacity: int | None = None,
     caches: Caches | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Continue a batch of prompts.
 
@@ -100,11 +102,14 @@ def generate(
             and `padding` leaves them alone. Calls of one capacity share their programs.
         caches: what an earlier call gave back. The prompts continue those sequences, each from where it ends. They are
             donated, so this call's replace them.
+        mesh: the devices that caches are spread over, which must be those of the weights (`models.load(mesh=)`); that
+            is where they are spread if None, too.
 
     Raises:
         ValueError: an argument out of its range, an empty prompt, a (padded) prompt and max_new_tokens that together
             exceed the model's context, or the room in the caches; caches of a model of another shape, of another batch,
-            config or dtype, and such as were donated before.
+            config or dtype, and such as were donated before; a mesh that is not that of the weights, or that the batch
+            or the config's rules cannot be split over.
         TypeError: an argument of another type, such as a path in place of a model, or text in place of tokens; a model
             whose layers cannot `extend`, where caches are to be kept.
         NotImplementedError: no implementation that was named can attend the caches. Like the others, before any work.
@@ -129,6 +134,7 @@ def generate(
             padding=padding,
             capacity=capacity,
             caches=caches,
+            mesh=mesh,
         )
         state, _ = start(model, request)
         how = {"implementation": request.implementation, "max_new_tokens": request.max_new_tokens, "keep": request.keep}
@@ -155,6 +161,7 @@ def stream(
     padding: bool = True,
     capacity: int | None = None,
     caches: Caches | None = None,
+    mesh: Mesh | None = None,
 ) -> Generator[np.ndarray, bool | None, Generation]:
     """Continue a batch of prompts, yielding each step's tokens, int32 [B], as they come.
 
@@ -185,6 +192,7 @@ def stream(
             padding=padding,
             capacity=capacity,
             caches=caches,
+            mesh=mesh,
         )
     return each_automatic(_steps(model, request))
 

@@ -1,13 +1,17 @@
-"""Generation within a mesh of the caller's: the compiler lays out what it computes, whatever kind the axes are."""
+"""Generation on a mesh: the model's, over which caches are spread, within whatever mesh of the caller's.
+
+The compiler lays out what it computes outside of caches, whatever kind the axes of the caller's mesh are.
+"""
 
 import contextlib
 from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mustafar_jax.cache import LayerCache
+from mustafar_jax.sharding import CacheSharding, as_auto, check_axes, is_auto, mesh_of
 
 Tree = TypeVar("Tree")
 T = TypeVar("T")
@@ -18,10 +22,10 @@ R = TypeVar("R")
 @contextlib.contextmanager
 def automatic() -> Iterator[None]:
     """The caller's mesh, if `jax.set_mesh` names one, with axes that are all Auto."""
-    if _is_auto(jax.sharding.get_abstract_mesh()):
+    if is_auto(jax.sharding.get_abstract_mesh()):
         yield
         return
-    with jax.set_mesh(_as_auto(jax.sharding.get_mesh())):
+    with jax.set_mesh(as_auto(jax.sharding.get_mesh())):
         yield
 
 
@@ -44,13 +48,13 @@ def to_auto(tree: Tree) -> Tree:
         """The mesh of an array on Explicit axes."""
         sharding = getattr(leaf, "sharding", None)
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        return mesh if isinstance(mesh, Mesh) and not _is_auto(mesh) else None
+        return mesh if isinstance(mesh, Mesh) and not is_auto(mesh) else None
 
     def placed(leaf: Any) -> Any:
         if (mesh := mesh_of(leaf)) is None:
             return leaf
         spec = PartitionSpec(*leaf.sharding.spec[: leaf.ndim])  # a key's has the axes of its data
-        return jax.device_put(leaf, NamedSharding(_as_auto(mesh), spec))
+        return jax.device_put(leaf, NamedSharding(as_auto(mesh), spec))
 
     return jax.tree.map(placed, tree) if any(map(mesh_of, jax.tree.leaves(tree))) else tree
 
@@ -60,7 +64,7 @@ def to_caller(tree: Tree) -> Tree:
 
     Caches stay laid out as they are, which is how a later call takes them.
     """
-    if _is_auto(jax.sharding.get_abstract_mesh()):
+    if is_auto(jax.sharding.get_abstract_mesh()):
         return tree
     whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
 
@@ -70,9 +74,17 @@ def to_caller(tree: Tree) -> Tree:
     return jax.tree.map(lambda node: node if is_cache(node) else jax.device_put(node, whole), tree, is_leaf=is_cache)
 
 
-def _is_auto(mesh: Mesh | AbstractMesh) -> bool:
-    return all(kind == AxisType.Auto for kind in mesh.axis_types)
+def check_mesh(model: Any, mesh: Any) -> CacheSharding | None:
+    """How caches are to be spread over the mesh that is named, or that of the model's weights; None if on one device.
 
-
-def _as_auto(mesh: Mesh) -> Mesh:
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    Raises ValueError for a mesh that is not that of the weights, TypeError for what is no mesh.
+    """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh is of type {type(mesh).__name__}; wanted a jax.sharding.Mesh")
+    of_weights = mesh_of(model)
+    if mesh is not None and mesh.size > 1:
+        check_axes(mesh)
+        if as_auto(mesh) != of_weights:
+            lie = "on no mesh with these axes" if of_weights is None else f"on {of_weights.shape}"
+            raise ValueError(f"mesh={dict(mesh.shape)}, but the weights lie {lie}: load them with models.load(mesh=)")
+    return None if of_weights is None else CacheSharding.of(of_weights)

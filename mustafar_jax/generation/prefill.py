@@ -83,11 +83,12 @@ def _run(
     progress: Progress | None,
 ) -> tuple[jax.Array, Caches]:
     """See `prefill_prompt`; `run_rows` is `_prefill_rows` or `_extend_rows`."""
-    rows, starts = _parts(*tokens.shape)
+    shards = _shards(caches[0])
+    rows, starts = _parts(tokens.shape[0] // shards, tokens.shape[1])
     filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
     for start in starts:
-        whole = rows == len(tokens)  # of one program less
-        part, valid = (tokens, lengths) if whole else _rows_from(start, (tokens, lengths), rows)
+        whole = len(starts) == 1  # of one program less
+        part, valid = (tokens, lengths) if whole else _rows_from(start, (tokens, lengths), rows, shards)
         hidden = embed(model, part)
         for i, layer in enumerate(model.layers):
             hidden, filled[i] = run_rows(layer, hidden, filled[i], valid, start, implementation=names)
@@ -96,7 +97,7 @@ def _run(
                 jax.block_until_ready(hidden)
                 progress(done, len(starts) * len(filled))
         logits.append(_last_logits(model, hidden, valid))
-    return _joined(logits, len(tokens)), tuple(filled)
+    return _joined(logits, len(tokens), shards), tuple(filled)
 
 
 def prefill_layer(
@@ -114,13 +115,14 @@ def prefill_layer(
     Returns:
         The layer's output [B, S, D], and the filled cache.
     """
-    rows, starts = _parts(*hidden.shape[:2])
+    shards = _shards(cache)
+    rows, starts = _parts(hidden.shape[0] // shards, hidden.shape[1])
     parts = []
     for start in starts:
-        part, valid = _rows_from(start, (hidden, lengths), rows)
+        part, valid = _rows_from(start, (hidden, lengths), rows, shards)
         part, cache = _prefill_rows(layer, part, cache, valid, start, implementation=names)
         parts.append(part)
-    return _joined(parts, len(hidden)), cache
+    return _joined(parts, len(hidden), shards), cache
 
 
 def _parts(batch: int, length: int) -> tuple[int, list[jax.Array]]:
@@ -145,16 +147,44 @@ def prefilled_tokens(batch: int, length: int) -> int:
     return min(batch * length, max(PREFILL_TOKENS, length))
 
 
-@functools.partial(jax.jit, static_argnames="rows")
-def _rows_from(start: jax.Array, arrays: tuple[jax.Array, jax.Array], rows: int) -> tuple[jax.Array, jax.Array]:
+def _shards(cache: LayerCache) -> int:
+    """Parts of the batch that different devices hold: each gives as many rows to what is prefilled at a time."""
+    return 1 if cache.sharding is None else cache.sharding.size("batch")
+
+
+def _by_shard(x: jax.Array, shards: int) -> jax.Array:
+    """[B, ...] as [shards, B / shards, ...]: no row moves to another device."""
+    return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+
+
+def _taken(x: jax.Array, start: jax.Array, rows: int, shards: int) -> jax.Array:
+    """The rows start .. start + rows - 1 of each shard of an array."""
+    part = lax.dynamic_slice_in_dim(_by_shard(x, shards), start, rows, axis=1)
+    return part.reshape(shards * rows, *x.shape[1:])
+
+
+def _put_back(x: jax.Array, part: jax.Array, start: jax.Array, shards: int) -> jax.Array:
+    """The array with such rows in it."""
+    both = _by_shard(x, shards), _by_shard(part, shards)
+    return lax.dynamic_update_slice_in_dim(*both, start, axis=1).reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "shards"))
+def _rows_from(
+    start: jax.Array, arrays: tuple[jax.Array, jax.Array], rows: int, shards: int
+) -> tuple[jax.Array, jax.Array]:
     """Some rows of each array; a copy, which may be donated."""
-    first, second = (lax.dynamic_slice_in_dim(x, start, rows) for x in arrays)
+    first, second = (_taken(x, start, rows, shards) for x in arrays)
     return first, second
 
 
-def _joined(parts: list[jax.Array], batch: int) -> jax.Array:
+def _joined(parts: list[jax.Array], batch: int, shards: int) -> jax.Array:
     """What was made of the parts, as that of the batch: of the last part, without the rows that it took twice."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate([*parts[:-1], parts[-1][-batch % len(parts[0]) :]])
+    if len(parts) == 1:
+        return parts[0]
+    *before, last = (_by_shard(part, shards) for part in parts)
+    again = -(batch // shards) % last.shape[1]
+    return jnp.concatenate([*before, last[:, again:]], axis=1).reshape(batch, *last.shape[2:])
 
 
 @jax.jit
@@ -189,7 +219,9 @@ def _extend_rows(
 ) -> tuple[jax.Array, LayerCache]:
     """`_prefill_rows`, but after what those sequences hold."""
     # The last part may begin with sequences that have their tokens already.
-    done = jnp.arange(hidden.shape[0]) < -start % hidden.shape[0]
+    shards = _shards(cache)
+    rows = hidden.shape[0] // shards
+    done = jnp.tile(jnp.arange(rows) < -start % rows, shards)
     lengths = jnp.where(done, 0, lengths)
     return _of_rows(functools.partial(layer.extend, implementation=implementation), hidden, cache, lengths, start)
 
@@ -202,13 +234,13 @@ def _of_rows(
     start: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
     """Run a layer's method on some sequences of its cache."""
-    rows = hidden.shape[0]
-    if rows == cache.batch:
+    if hidden.shape[0] == cache.batch:
         return run(hidden, cache, lengths)
-    part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, rows), cache)
+    shards = _shards(cache)
+    rows = hidden.shape[0] // shards
+    part = jax.tree.map(lambda leaf: _taken(leaf, start, rows, shards), cache)
     hidden, part = run(hidden, part, lengths)
-    place = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-    return hidden, jax.tree.map(place, cache, part)
+    return hidden, jax.tree.map(lambda leaf, new: _put_back(leaf, new, start, shards), cache, part)
 
 
 @jax.jit

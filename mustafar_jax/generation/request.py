@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from mustafar_jax.backends.registry import Implementation, Names, check_implementation
+from mustafar_jax.cache.base import check_batch, check_rules
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import (
     check_config,
@@ -21,9 +23,11 @@ from mustafar_jax.generation.checks import (
     check_tokens,
 )
 from mustafar_jax.generation.kept import check_kept, config_of
+from mustafar_jax.generation.mesh import check_mesh
 from mustafar_jax.generation.programs import pad_tokens, padded
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.sampling import Sampling, Stops, check_sampling, check_stops
+from mustafar_jax.sharding import CacheSharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Request:
         progress: as in `generate`.
         keep: whether the caches are given back, with all tokens.
         caches: those to go on from; None where they begin empty.
+        sharding: how caches are spread; None leaves it to the compiler.
     """
 
     tokens: jax.Array
@@ -55,6 +60,27 @@ class Request:
     progress: Progress | None
     keep: bool
     caches: Caches | None
+    sharding: CacheSharding | None
+
+    @property
+    def new_caches(self) -> dict[str, Any]:
+        """What the model makes its caches by, besides the config."""
+        return cache_options(len(self.tokens), self.capacity, self.sharding)
+
+
+def check_split(model: Model, mesh: Mesh | None, batch: int, config: CompressionConfig) -> CacheSharding | None:
+    """How caches are to be spread, as `check_mesh` has it; ValueError for a batch or rules that cannot be split."""
+    sharding = check_mesh(model, mesh)
+    if sharding is not None:
+        check_batch(sharding, batch)
+        check_rules(sharding, config)
+    return sharding
+
+
+def cache_options(batch: int, capacity: int, sharding: CacheSharding | None) -> dict[str, Any]:
+    """What `Model.init_cache` takes besides the config; a model that is on no mesh need not know of shardings."""
+    sizes: dict[str, Any] = {"batch": batch, "capacity": capacity}
+    return sizes if sharding is None else sizes | {"sharding": sharding}
 
 
 def check_request(
@@ -76,6 +102,7 @@ def check_request(
     padding: bool,
     capacity: int | None,
     caches: Caches | None,
+    mesh: Mesh | None = None,
 ) -> Request:
     """The arguments of `generate`, with its errors."""
     config = config_of(caches, config)
@@ -87,16 +114,18 @@ def check_request(
     own = check_prompt_lengths(lengths, batch, length)
     sampling = check_sampling(temperature, top_k, top_p, min_p, key)
     stops = check_stops(model, eos_id, min_new_tokens, max_new_tokens)
+    sharding = check_split(model, mesh, batch, texts.config)
     padding, keep = check_flag("padding", padding), capacity is not None or caches is not None
     if keep:
-        caches, capacity = check_kept(model, caches, capacity, texts.config, own, max_new_tokens)
+        caches, capacity = check_kept(model, caches, capacity, texts.config, own, max_new_tokens, sharding)
     else:
         capacity = _capacity(model, texts.tokens.shape, max_new_tokens, padding)
-    check_caches(model, texts, capacity)
+    check_caches(model, texts, capacity, sharding)
     given = jax.device_get(texts.tokens)
+    where = None if sharding is None else NamedSharding(sharding.mesh, sharding.spec("batch"))
     return Request(
-        tokens=jax.device_put(pad_tokens(given, capacity) if padding else given),
-        lengths=own,
+        tokens=jax.device_put(pad_tokens(given, capacity) if padding else given, where),
+        lengths=own if where is None else jax.device_put(jax.device_get(own), where),
         capacity=capacity,
         max_new_tokens=max_new_tokens,
         config=texts.config,
@@ -106,6 +135,7 @@ def check_request(
         progress=progress,
         keep=keep,
         caches=caches,
+        sharding=sharding,
     )
 
 
@@ -143,10 +173,12 @@ def check_texts(
     return Texts(given, compression, check_implementation(implementation))
 
 
-def check_caches(model: Any, texts: Texts, capacity: int) -> None:
+def check_caches(model: Any, texts: Texts, capacity: int, sharding: CacheSharding | None = None) -> None:
     """Raise what the model's caches, or attention on them, would: that shows in tracing, and nothing is allocated."""
     batch, names = len(texts.tokens), texts.implementation
-    caches = jax.eval_shape(functools.partial(model.init_cache, texts.config, batch=batch, capacity=capacity))
+    caches = jax.eval_shape(
+        functools.partial(model.init_cache, texts.config, **cache_options(batch, capacity, sharding))
+    )
     if names is not None:  # the best that works does work
         hidden = jax.eval_shape(model.embed, jax.ShapeDtypeStruct((batch,), jnp.int32))
         jax.eval_shape(functools.partial(next(iter(model.layers)).decode, implementation=names), hidden, caches[0])

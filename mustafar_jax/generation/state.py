@@ -89,7 +89,7 @@ def start(model: Model, request: Request) -> tuple[DecodeState, Shown]:
     """Run the prompts through the model, and choose the first token."""
     how: dict[str, Any] = {"implementation": request.implementation, "progress": request.progress}
     if request.caches is None:
-        caches = model.init_cache(request.config, batch=len(request.tokens), capacity=request.capacity)
+        caches = model.init_cache(request.config, **request.new_caches)
         logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, **how)
     else:
         logits, caches = extend_prompt(model, request.tokens, request.lengths, request.caches, **how)

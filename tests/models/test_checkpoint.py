@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mustafar_jax import models
 from mustafar_jax.models import LazyTensor, Llama, Mistral, Qwen2, Qwen3, load_weights
 from mustafar_jax.models.folder import open_safetensors
+from mustafar_jax.sharding import weight_spec
 from tests import quick
 from tests.helpers import exhaustive
 from tests.models.odd import HF_SMALL, SMALL, lazy, small_arrays, write_small
@@ -311,7 +312,7 @@ MESH_PROGRAM = """
 
     results = {}
     kind = jax.sharding.AxisType[kinds]
-    for name, mesh in {"one": None, "two": jax.make_mesh((2,), ("model",), axis_types=(kind,))}.items():
+    for name, mesh in {"one": None, "two": jax.make_mesh((2,), ("tensor",), axis_types=(kind,))}.items():
         model, _ = models.load(folder, mesh=mesh)
         weights = {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
         results |= {f"{name}{i}": np.asarray(logits) for i, logits in enumerate(run(model))}
@@ -332,10 +333,10 @@ def test_a_model_on_two_devices_gives_the_same_logits(kind, tmp_path):
         JAX_PLATFORMS="cpu", XLA_FLAGS=f"{quick.flags()} --xla_force_host_platform_device_count=2",
     )  # fmt: skip
     specs = dict(line.split(" ", 1) for line in printed.splitlines())
-    assert specs["embed_tokens.embedding"] == "('model', None)"
-    assert specs["layers.0.self_attn.q_proj.kernel"] == "('model', None, None)"
-    assert specs["layers.0.self_attn.o_proj.kernel"] == "(None, 'model', None)"
-    assert specs["layers.0.mlp.down_proj.kernel"] == "(None, 'model')"
+    assert specs["embed_tokens.embedding"] == "('tensor', None)"
+    assert specs["layers.0.self_attn.q_proj.kernel"] == "('tensor', None, None)"
+    assert specs["layers.0.self_attn.o_proj.kernel"] == "(None, 'tensor', None)"
+    assert specs["layers.0.mlp.down_proj.kernel"] == "(None, 'tensor')"
     assert specs["norm.scale"] == "(None,)"
     with np.load(tmp_path / "out.npz") as results:
         for index in range(3):
@@ -343,16 +344,19 @@ def test_a_model_on_two_devices_gives_the_same_logits(kind, tmp_path):
 
 
 def test_axes_that_a_mesh_does_not_divide_stay_whole():
-    mesh = jax.sharding.AbstractMesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    mesh = jax.sharding.AbstractMesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
     model = models.checkpoint._abstract_model(Llama, SMALL, jnp.dtype("float32"))
     kernels = model.layers[0].self_attn
-    assert models.checkpoint._sharding(kernels.q_proj.kernel, mesh).spec == PartitionSpec("model", None, None)
-    assert models.checkpoint._sharding(kernels.k_proj.kernel, mesh).spec == PartitionSpec(None, None, None)
+    specs = {
+        name: weight_spec(kernel.get_metadata()["out_sharding"], kernel.shape, mesh)
+        for name, kernel in (("q", kernels.q_proj.kernel), ("k", kernels.k_proj.kernel))
+    }
+    assert specs == {"q": PartitionSpec("tensor", None, None), "k": PartitionSpec(None, None, None)}
 
 
-def test_a_mesh_without_a_model_axis_is_refused():
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    with pytest.raises(ValueError, match=r"mesh has the axes \('data',\); it must have 'model'"):
+def test_a_mesh_with_an_unknown_axis_is_refused():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
+    with pytest.raises(ValueError, match=r"mesh has the axis 'model'; wanted none but data, tensor, context"):
         load_weights(Llama, SMALL, lazy(small_arrays()), dtype=jnp.float32, mesh=mesh)
 
 

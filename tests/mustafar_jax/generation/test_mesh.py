@@ -22,7 +22,7 @@ PROGRAM = """
 
     folder, kind, config = sys.argv[1], AxisType[sys.argv[2]], mj.CompressionConfig.recommended(residual_length=0)
     tokens = np.random.default_rng(0).integers(1, 50, (2, 40))
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(kind,))
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(kind,))
 
     def run(model):
         key = jax.random.key(1)

@@ -1,0 +1,58 @@
+"""Caches and a model on 8 devices: what one device gives, each device a part of the bytes, and little that moves."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import exhaustive
+
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if shape[0] * shape[1] * shape[2] == 8]
+MESHES = [dict(zip(("data", "tensor", "context"), shape, strict=True)) for shape in SHAPES]
+QUICK = [
+    {"sizes": {"data": 2, "tensor": 4}, "config": "pruned"},
+    {"sizes": {"data": 2, "tensor": 2, "context": 2}, "config": "pruned"},
+    {"sizes": {"context": 8}, "config": "coded"},
+]
+CONFIGS = ("pruned", "coded", "unequal", "dense")
+ALL = [{"sizes": mesh, "config": config, "generates": True} for config in CONFIGS for mesh in MESHES]
+LARGEST = 8 * 64 * 64 * 4
+"""Bytes of what a step may move at a time: hidden states, logits, 8 parts of attention; a device's rows are more."""
+
+
+def found(cases):
+    """What the program says of cases."""
+    command = [sys.executable, "-W", "error", "-m", "tests.mustafar_jax.spread", json.dumps(cases)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(case, result):
+    """One mesh and one config."""
+    assert result["error"] < 1e-5 * result["largest"], (case, result)
+    assert result.get("same text", True), case
+    assert all(nbytes <= LARGEST for _, nbytes in result["step"]), (case, result)
+    gathered = [kind for kind, _ in result["packing"] if kind != "all-reduce"]
+    assert not gathered, (case, result)
+    assert all(nbytes <= 1024 for _, nbytes in result["packing"]), (case, result)
+    sizes = {"data": 1, "tensor": 1, "context": 1} | case["sizes"]
+    fraction = 1 / (sizes["data"] * min(sizes["tensor"], 4) * sizes["context"])
+    assert fraction <= result["share"] * 1.001 < fraction * 1.07, (case, result)  # groups are dealt out whole
+
+
+def test_spread_caches_give_what_one_device_gives():
+    for case, result in zip(QUICK, found(QUICK), strict=True):
+        check(case, result)
+
+
+@pytest.mark.parametrize("config", exhaustive(*CONFIGS))
+def test_every_mesh_gives_what_one_device_gives(config):
+    cases = [case for case in ALL if case["config"] == config]
+    for case, result in zip(cases, found(cases), strict=True):
+        check(case, result)
