@@ -5,7 +5,15 @@ import os
 # transformers is here for tokenizers and chat templates alone; it would advise whoever lacks PyTorch to install it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from mustafar_jax.models.checkpoint import Checkpoint, load, load_config, load_weights, open_checkpoint, spread
+from mustafar_jax.models.checkpoint import (
+    Checkpoint,
+    check_mesh,
+    load,
+    load_config,
+    load_weights,
+    open_checkpoint,
+    spread,
+)
 from mustafar_jax.models.config import ModelConfig
 from mustafar_jax.models.llama import Llama
 from mustafar_jax.models.mistral import Mistral
@@ -23,6 +31,7 @@ __all__ = [
     "Qwen2",
     "Qwen3",
     "RopeScaling",
+    "check_mesh",
     "load",
     "load_config",
     "load_weights",

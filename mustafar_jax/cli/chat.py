@@ -8,8 +8,8 @@ from typing import Any
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli import interrupt
 from mustafar_jax.cli.compression import add_compression, config_of
-from mustafar_jax.cli.load import open_with_tokenizer
-from mustafar_jax.cli.parser import add_dtype, add_model
+from mustafar_jax.cli.load import open_on_mesh
+from mustafar_jax.cli.parser import add_dtype, add_mesh, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
 from mustafar_jax.cli.sampling import add_sampling, sampling_of
 from mustafar_jax.generation import Conversation
@@ -38,6 +38,7 @@ def add(commands: Any) -> None:
     add_sampling(command)
     command.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
     add_dtype(command, "the checkpoint's")
+    add_mesh(command)
     add_compression(command)
 
 
@@ -45,10 +46,10 @@ def run(options: argparse.Namespace) -> None:
     """Load a model, and answer lines until there are no more."""
     check_implementation(options.implementation)
     config, sampling = config_of(options), sampling_of(options)
-    checkpoint, tokenizer = open_with_tokenizer(options)
+    checkpoint, tokenizer, mesh = open_on_mesh(options, config, 1)
     check_template(tokenizer)
     with progress_bars() as progress:
-        model = checkpoint.load_model(progress=bar(progress, "loading"))
+        model = checkpoint.load_model(mesh=mesh, progress=bar(progress, "loading"))
     conversation = Conversation(
         model,
         tokenizer,

@@ -12,8 +12,8 @@ import numpy as np
 from mustafar_jax import generation
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of, packed_rows
-from mustafar_jax.cli.load import open_with_tokenizer
-from mustafar_jax.cli.parser import add_dtype, add_model
+from mustafar_jax.cli.load import open_on_mesh
+from mustafar_jax.cli.parser import add_dtype, add_mesh, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
 from mustafar_jax.cli.sampling import add_sampling, sampling_of
 from mustafar_jax.config import CompressionConfig
@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
     add_sampling(command)
     command.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
     add_dtype(command, "the checkpoint's")
+    add_mesh(command)
     add_compression(command)
 
 
@@ -49,10 +50,10 @@ def run(options: argparse.Namespace) -> None:
     """Load a model, continue the prompts, and say how fast and with how large a cache."""
     check_implementation(options.implementation)
     config, sampling, prompts = config_of(options), sampling_of(options), _prompts(options)
-    checkpoint, tokenizer = open_with_tokenizer(options)
+    checkpoint, tokenizer, mesh = open_on_mesh(options, config, len(prompts))
     tokens, lengths = _batch([text.encode(tokenizer, prompt, chat=options.chat)[0] for prompt in prompts])
     with progress_bars() as progress:
-        model = checkpoint.load_model(progress=bar(progress, "loading"))
+        model = checkpoint.load_model(mesh=mesh, progress=bar(progress, "loading"))
         settings: dict[str, Any] = {
             "config": config,
             "max_new_tokens": options.max_new_tokens,

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from mustafar_jax.sharding import parse_mesh
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 MODEL = "Hugging Face folder, .gguf file or hub id"
@@ -71,3 +73,20 @@ def add_model(command: argparse.ArgumentParser) -> None:
 def add_dtype(command: argparse.ArgumentParser, unless_given: str) -> None:
     """What weights and cache are held in; None unless given, which means what `unless_given` says."""
     command.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache; {unless_given} unless given")
+
+
+def add_mesh(command: argparse.ArgumentParser) -> None:
+    """The devices that the model and its caches are spread over."""
+    command.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="data=2,tensor=4",
+        help="spread weights and caches over devices: sequences over data, heads over tensor, tokens over context",
+    )
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return parse_mesh(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
