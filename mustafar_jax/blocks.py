@@ -26,6 +26,7 @@ from mustafar_jax.cache.base import check_cache
 from mustafar_jax.cache.checks import check_kv, check_lengths
 from mustafar_jax.cache.devices import CACHE, each_device
 from mustafar_jax.cache.filling import PROMPT, append_to, as_held
+from mustafar_jax.sharding import varying
 
 
 @overload
@@ -196,6 +197,8 @@ def _after(first: jax.Array, count: jax.Array) -> jax.Array:
     What is held is thus read before it is overwritten, so that XLA need not copy it. An optimisation barrier does not
     do that: XLA for CPUs takes it away before it decides on copies.
     """
+    if not varying(first) <= varying(count):  # the numbers must not seem to differ between devices
+        return count
     bit = lax.bitcast_convert_type(first.reshape(-1)[0], jnp.int32) & 1
     return count + (bit >> 1)  # 0
 

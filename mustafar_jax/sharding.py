@@ -7,10 +7,13 @@ Everything here is by JAX's own sharding. A cache holds a `CacheSharding`; its p
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
+from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
 
 AXES: Mapping[str, str] = {
     "batch": "data",
@@ -31,7 +34,7 @@ class CacheSharding:
     """How a cache is spread over the devices of a mesh. Hashable: static under `jax.jit`.
 
     Attributes:
-        mesh: the devices; kept with axes that are all Auto, whatever kind they are where the cache is used.
+        mesh: the devices. Where `jax.set_mesh` names the same with axes of another kind, these are meant.
         batch: the mesh axis that sequences are split over; None holds all of them on every device, as below.
         kv_heads: that of the KV heads and their query heads. Where there are fewer KV heads than devices, each is held
             by several devices, and its query heads are split over these.
@@ -51,7 +54,6 @@ class CacheSharding:
             raise ValueError(f"mesh has the axes {self.mesh.axis_names}; it has no {', '.join(map(repr, absent))}")
         if len(set(given)) < len(given):
             raise ValueError(f"batch, kv_heads and context are split over {given}; wanted an axis of its own for each")
-        object.__setattr__(self, "mesh", as_auto(self.mesh))
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh) -> Self:
@@ -182,6 +184,32 @@ def in_force(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
 def placed(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> NamedSharding | PartitionSpec:
     """A spec as `jax.jit` takes it: of the mesh that is in force by itself, where that is the same."""
     return NamedSharding(mesh, spec) if in_force(mesh) is mesh else spec
+
+
+def varying_as(tree: T, *others: Any) -> T:
+    """A tree whose arrays are of the type of others under `jax.shard_map`: they may differ along as many mesh axes.
+
+    What a loop begins with must be of the type that it ends with. Elsewhere nothing happens.
+    """
+    axes = frozenset[str]().union(*(varying(leaf) for leaf in jax.tree.leaves(others)))
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - varying(leaf)))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    cast_all: T = jax.tree.map(cast, tree) if axes else tree
+    return cast_all
+
+
+def varying(array: Any) -> frozenset[str]:
+    """The mesh axes along which an array may differ, as its type under `jax.shard_map` has them."""
+    if not isinstance(array, jax.Array):
+        return frozenset()
+    kind = jax.typeof(array)
+    axes = getattr(kind, "vma", None)  # jax has had two names for it
+    if axes is None:
+        axes = getattr(getattr(kind, "manual_axis_type", None), "varying", ())
+    return frozenset(axes)
 
 
 __all__ = ["AXES", "MESH_AXES", "CacheSharding", "make_mesh", "parse_mesh"]

@@ -396,8 +396,11 @@ class PackedCache(LayerCache):
             return self
         keys, values = _pack_leaving(self, leaving, packers)
         overflow = self.overflow
-        if values.overflow is not None and not self.config.value_method.equal_rows:
-            keys, values = (any_overflow(rows, self.sharding) for rows in (keys, values))
+        keys = dataclasses.replace(keys, overflow=self.keys.packed.overflow)  # their rows are all equal, and fit
+        if values.overflow is None or self.config.value_method.equal_rows:
+            values = dataclasses.replace(values, overflow=self.values.packed.overflow)
+        else:
+            values = any_overflow(values, self.sharding)
             assert values.overflow is not None
             overflow = overflow | any_head(values.overflow, self.sharding)
         return dataclasses.replace(

@@ -96,7 +96,7 @@ def _check_places(caches: Caches, sharding: CacheSharding | None) -> None:
     """Raise ValueError for caches that are spread over a mesh otherwise than the model is."""
     wanted = sharding and sharding.for_heads(caches[0].num_kv_heads)
     for number, cache in enumerate(caches):
-        if cache.sharding != wanted:
+        if cache.sharding != wanted:  # both on Auto axes
             raise ValueError(f"caches[{number}] are spread by {cache.sharding}; the model's weights want {wanted}")
 
 

@@ -4,6 +4,7 @@ The compiler lays out what it computes outside of caches, whatever kind the axes
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
@@ -56,7 +57,13 @@ def to_auto(tree: Tree) -> Tree:
         spec = PartitionSpec(*leaf.sharding.spec[: leaf.ndim])  # a key's has the axes of its data
         return jax.device_put(leaf, NamedSharding(as_auto(mesh), spec))
 
-    return jax.tree.map(placed, tree) if any(map(mesh_of, jax.tree.leaves(tree))) else tree
+    def of_cache(node: Any) -> Any:
+        if not _is_cache(node) or node.sharding is None:
+            return node
+        return dataclasses.replace(node, sharding=dataclasses.replace(node.sharding, mesh=as_auto(node.sharding.mesh)))
+
+    moved = jax.tree.map(placed, tree) if any(map(mesh_of, jax.tree.leaves(tree))) else tree
+    return jax.tree.map(of_cache, moved, is_leaf=_is_cache)
 
 
 def to_caller(tree: Tree) -> Tree:
@@ -68,10 +75,11 @@ def to_caller(tree: Tree) -> Tree:
         return tree
     whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
 
-    def is_cache(node: Any) -> bool:
-        return isinstance(node, LayerCache)
+    return jax.tree.map(lambda node: node if _is_cache(node) else jax.device_put(node, whole), tree, is_leaf=_is_cache)
 
-    return jax.tree.map(lambda node: node if is_cache(node) else jax.device_put(node, whole), tree, is_leaf=is_cache)
+
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, LayerCache)
 
 
 def check_mesh(model: Any, mesh: Any) -> CacheSharding | None:

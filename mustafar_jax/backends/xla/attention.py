@@ -23,6 +23,7 @@ from mustafar_jax.backends.xla.tiles import (
 from mustafar_jax.operands import DenseAttention, PackedAttention, restored
 from mustafar_jax.rotation import turn, turn_back
 from mustafar_jax.rows import Rows
+from mustafar_jax.sharding import varying_as
 
 
 def attend_packed(operands: PackedAttention) -> Attended:
@@ -55,7 +56,8 @@ def _attend_rows(operands: PackedAttention, queries: Queries) -> Partial:
         value = operands.value.take(start, tile)
         return attend_tile(query, key, value.to_array(), visible, _scoring(operands))
 
-    found = over_tiles(attend, see, rows, tile, nothing(queries))
+    empty = varying_as(nothing(queries), operands.key, operands.value, operands.packed_lengths)
+    found = over_tiles(attend, see, rows, tile, empty)
     return found._replace(out=turn_back(found.out)) if operands.turned_values else found
 
 

@@ -8,11 +8,13 @@ from mustafar_jax.operands import Packing, Side
 from mustafar_jax.pruning import Context, rescale_to_norm
 from mustafar_jax.rotation import turn
 from mustafar_jax.rows import Rows
+from mustafar_jax.sharding import varying_as
 
 
 def pack(packing: Packing) -> tuple[Rows, Rows]:
     """Prune and pack, where any sequence has something to pack."""
     targets = packing.key.target, packing.value.target
+    targets = varying_as(targets, targets, packing.key.source, packing.start)
 
     def compress() -> tuple[Rows, Rows]:
         offset = jnp.arange(packing.rows)[None]

@@ -9,6 +9,7 @@ from jax import lax
 
 from mustafar_jax.backend import Attended
 from mustafar_jax.operands import DenseAttention, PackedAttention, PromptAttention
+from mustafar_jax.sharding import varying_as
 
 TILE = 128
 """Tokens that are unpacked at a time for the queries of one token; a multiple of 32."""
@@ -160,7 +161,7 @@ def over_keys(
         keys, values = (lax.dynamic_slice_in_dim(x, start, tile, axis=1).swapaxes(1, 2) for x in (key, value))
         return attend_tile(queries.array, keys, values, visible, scoring)
 
-    return over_tiles(attend, see, key.shape[1], tile, nothing(queries))
+    return over_tiles(attend, see, key.shape[1], tile, varying_as(nothing(queries), key, value))
 
 
 def in_parts(attend: Callable[[Queries], Partial], queries: Queries) -> Partial:
@@ -190,8 +191,9 @@ def in_parts(attend: Callable[[Queries], Partial], queries: Queries) -> Partial:
 
 def nothing(queries: Queries) -> Partial:
     """Attention over no token."""
-    zeros = jnp.zeros(queries.array.shape, jnp.float32)
-    return Partial(zeros, jnp.full(zeros.shape[:-1], jnp.finfo(jnp.float32).min), zeros[..., 0])
+    zeros = jnp.zeros_like(queries.array, jnp.float32)
+    empty = Partial(zeros, jnp.full_like(zeros[..., 0], jnp.finfo(jnp.float32).min), zeros[..., 0])
+    return varying_as(empty, queries)
 
 
 def finished(partial: Partial, *, return_lse: bool) -> Attended:
