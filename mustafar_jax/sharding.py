@@ -212,4 +212,16 @@ def varying(array: Any) -> frozenset[str]:
     return frozenset(axes)
 
 
+def outputs_as(shapes: Any, *operands: jax.Array) -> Any:
+    """Shapes of a kernel's outputs, a tree, of the type that its operands make them: see `varying_as`."""
+    axes = frozenset[str]().union(*map(varying, operands))
+    if not axes:
+        return shapes
+    if hasattr(jax.sharding, "ManualAxisType"):
+        of_type: dict[str, Any] = {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)}
+    else:
+        of_type = {"vma": axes}
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, **of_type), shapes)
+
+
 __all__ = ["AXES", "MESH_AXES", "CacheSharding", "make_mesh", "parse_mesh"]

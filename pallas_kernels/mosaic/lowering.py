@@ -17,6 +17,7 @@ from jaxlib.mlir.dialects import llvm
 
 from mustafar_jax.pallas_kernels import cuda
 from mustafar_jax.pallas_kernels.mosaic import ptx, simt
+from mustafar_jax.sharding import outputs_as, varying_as
 
 COMPUTE_CAPABILITY = 9.0
 SHARED_BYTES = 227 * 1024
@@ -78,6 +79,8 @@ def kernel_call(
         return _interpret(
             body, *arguments, out_shape=out_shape, blocks=blocks, warps=warps, shared_bytes=shared_bytes, dtype=dtype
         )
+    arguments = varying_as(arguments, arguments)
+    out_shape = outputs_as(out_shape, *arguments)
     count = len(arguments) + len(out_shape)
 
     def kernel(*refs: Any) -> None:

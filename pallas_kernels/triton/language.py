@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mustafar_jax.pallas_kernels import cuda
+from mustafar_jax.sharding import outputs_as, varying_as
 
 WARP = 32
 MIN_COMPUTE_CAPABILITY = 8.0
@@ -64,9 +65,11 @@ def pallas_call(
 ) -> Callable[..., Any]:
     """`pl.pallas_call` through Triton; lowering it for another platform than CUDA raises NotImplementedError."""
     params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    call = pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **options)
 
-    def run(first: jax.Array, *rest: jax.Array) -> Any:
+    def run(*operands: jax.Array) -> Any:
+        first, *rest = varying_as(operands, operands)
+        typed = options | {"out_shape": outputs_as(options["out_shape"], first)}
+        call = pl.pallas_call(kernel, name=name, compiler_params=params, interpret=interpret, **typed)
         return call(first if interpret else cuda.only(first, kernels="Triton", before=_silence_deprecation), *rest)
 
     return run
