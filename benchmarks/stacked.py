@@ -87,7 +87,7 @@ def compiled_step(way: str, query: Array, key: Array, cache: mj.LayerCache, laye
 
 def filled(config: mj.CompressionConfig, sizes: Sizes) -> tuple[Array, Array, mj.LayerCache]:
     """A query and a key of one token, and a cache that has room for some."""
-    shape = {"batch": sizes.batch, "capacity": sizes.capacity, "num_kv_heads": sizes.num_kv_heads}
+    shape: dict[str, Any] = {"batch": sizes.batch, "capacity": sizes.capacity, "num_kv_heads": sizes.num_kv_heads}
     inv_freq = 10000.0 ** (-np.arange(0, sizes.head_dim, 2) / sizes.head_dim)
     cache = mj.LayerCache.init(
         config, **shape, head_dim=sizes.head_dim, dtype=jnp.bfloat16, inv_freq=inv_freq, num_heads=sizes.num_heads

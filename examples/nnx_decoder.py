@@ -139,7 +139,12 @@ def put(stacked: Any, new: Any, i: Array) -> Any:
 
 def init_caches(config: Config, compression: mj.CompressionConfig, batch: int, capacity: int) -> Caches:
     """Empty caches of all layers, stacked over the blocks."""
-    shape = {"batch": batch, "capacity": capacity, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    shape: dict[str, Any] = {
+        "batch": batch,
+        "capacity": capacity,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+    }
 
     def make(_: Array) -> Cache:
         return mj.LayerCache.init(compression, **shape, dtype=jnp.float32, inv_freq=config.inv_freq)

@@ -233,7 +233,8 @@ def attend_held(
         return out
     assert cache.sharding is not None
     assert cache.sharding.context is not None
-    out, lse = merged(*out, cache.sharding.context)
+    out, lse = out
+    out, lse = merged(out, lse, cache.sharding.context)
     return (out, lse) if return_lse else out
 
 

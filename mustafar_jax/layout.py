@@ -3,8 +3,9 @@
 Tokens are stored 32 together. docs/architecture.md draws the layout.
 """
 
+import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def round_slots(slots: int, bits: int | None = None) -> int:
     return unit * math.ceil(max(slots, 1) / unit)
 
 
-class Dealt(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Dealt:
     """Rows of tokens that are dealt round to devices: group g of `unit` rows is group g // count of device g % count.
 
     So every device has as many, but for one group, whatever the length of a sequence.

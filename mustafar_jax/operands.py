@@ -64,6 +64,13 @@ class Mean(NamedTuple):
         is_fast = _beneath(np.arange(self.inv_freq.size) < self.fast_pairs, fast.ndim)
         return numbers.where(is_fast, fast[..., None], slow[..., None])
 
+    def table(self, make: Callable[["Mean"], np.ndarray]) -> np.ndarray | jax.Array:
+        """What a function makes of the rows' places; of dealt rows, this device's of what it makes for each."""
+        if self.dealt.count == 1:
+            return make(self)
+        devices = (dataclasses.replace(self.dealt, index=index) for index in range(self.dealt.count))
+        return jnp.asarray(np.stack([make(self._replace(dealt=dealt)) for dealt in devices]))[self.dealt.index]
+
     def at(self, positions: jax.Array) -> jax.Array:
         """The mean as rows at positions [B or 1, n] lack it; float32 [B, K, n, H]."""
         return rotate_by(self.key[:, :, None], self.angles(self.places(positions - self.offset))[:, None])

@@ -59,7 +59,9 @@ class CacheSharding:
     def of(cls, mesh: Mesh | AbstractMesh) -> Self:
         """That of a mesh with some of the axes of `AXES`; ValueError for a mesh with others."""
         check_axes(mesh)
-        named = {name: AXES[name] for name in ("batch", "kv_heads", "context") if AXES[name] in mesh.axis_names}
+        named: dict[str, Any] = {
+            name: AXES[name] for name in ("batch", "kv_heads", "context") if AXES[name] in mesh.axis_names
+        }
         return cls(mesh, **named)
 
     def size(self, name: str) -> int:
@@ -206,7 +208,7 @@ def varying(array: Any) -> frozenset[str]:
     if not isinstance(array, jax.Array):
         return frozenset()
     kind = jax.typeof(array)
-    axes = getattr(kind, "vma", None)  # jax has had two names for it
+    axes: Any = getattr(kind, "vma", None)  # jax has had two names for it
     if axes is None:
         axes = getattr(getattr(kind, "manual_axis_type", None), "varying", ())
     return frozenset(axes)

@@ -27,7 +27,7 @@ META = [*STATIC, "sharding"]
 """All static fields of every cache: what it is, and where."""
 
 
-Spec = Callable[..., PartitionSpec]
+Spec = Callable[..., Any]
 """From the logical axes of an array to its spec, as `CacheSharding.spec`."""
 
 C = TypeVar("C", bound="LayerCache")
@@ -140,7 +140,7 @@ class LayerCache:
             raise ValueError(f"context={chosen.context!r}: the cache was not made with it; wanted init(sharding=)")
         stacked = (None,) * (len(self.lengths.shape) - 1)
 
-        def spec(*names: str | None) -> PartitionSpec:
+        def spec(*names: str | None) -> Any:
             return PartitionSpec(*stacked, *chosen.spec(*names))
 
         return self._specs(spec)

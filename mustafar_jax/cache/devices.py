@@ -46,7 +46,7 @@ def each_device(
         return run(cache, *arrays, *how)
     if sharding.is_local:
         return _on_part(run, how, cache, *arrays)
-    return _spread(cache, arrays, run=run, how=how, axes=axes, results=results, sharding=sharding)  # type: ignore[no-any-return]
+    return _spread(cache, arrays, run=run, how=how, axes=axes, results=results, sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("run", "how", "axes", "results", "sharding"))
@@ -87,7 +87,7 @@ def each_device_typed(
     sharding = CacheSharding(as_auto(mesh), batch=split.get("batch"), kv_heads=split.get("kv_heads"))
     inputs = tuple(_specs(sharding, each) for each in axes)
     part = functools.partial(_with, run, how)
-    return _shard_map(part, mesh, inputs, _specs(sharding, results), arrays)  # type: ignore[no-any-return]
+    return _shard_map(part, mesh, inputs, _specs(sharding, results), arrays)
 
 
 def _with(run: Callable[..., R], how: tuple[Any, ...], *arrays: Any) -> R:
@@ -138,7 +138,7 @@ def _typed(cache: LayerCache) -> CacheSharding | None:
 
 def explicit(array: Any) -> tuple[Any, PartitionSpec]:
     """The mesh of an array on Explicit axes, or None, and its spec."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
+    sharding: Any = getattr(jax.typeof(array), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return None, PartitionSpec()

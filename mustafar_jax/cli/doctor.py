@@ -58,7 +58,7 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _abstract_cache(config: CompressionConfig, shape: dict[str, int], dtype: str, inv_freq: Any) -> LayerCache:
+def _abstract_cache(config: CompressionConfig, shape: dict[str, Any], dtype: str, inv_freq: Any) -> LayerCache:
     """One sequence's cache of one layer, with room for enough tokens to pack some; as shapes."""
     capacity = config.sink_tokens + config.residual_length + config.group
     return jax.eval_shape(

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mustafar_jax.cache import LayerCache
+from mustafar_jax.config import CompressionConfig
 from mustafar_jax.sharding import CacheSharding, as_auto, check_axes, is_auto, mesh_of
 
 Tree = TypeVar("Tree")
@@ -96,3 +97,14 @@ def check_mesh(model: Any, mesh: Any) -> CacheSharding | None:
             lie = "on no mesh with these axes" if of_weights is None else f"on {of_weights.shape}"
             raise ValueError(f"mesh={dict(mesh.shape)}, but the weights lie {lie}: load them with models.load(mesh=)")
     return None if of_weights is None else CacheSharding.of(of_weights)
+
+
+def new_caches(
+    model: Any, config: CompressionConfig, batch: int, capacity: int, sharding: CacheSharding | None
+) -> tuple[LayerCache, ...]:
+    """A model's empty caches; one that is on no mesh need not know of shardings."""
+    options: dict[str, Any] = {"batch": batch, "capacity": capacity}
+    if sharding is not None:
+        options["sharding"] = sharding
+    made: tuple[LayerCache, ...] = model.init_cache(config, **options)
+    return made

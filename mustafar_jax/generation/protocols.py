@@ -75,5 +75,5 @@ class Model(Protocol):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> float32 [..., V]."""
 
-    def init_cache(self, config: CompressionConfig, *, batch: int, capacity: int, **options: Any) -> Caches:
-        """One empty cache per layer; on a mesh `sharding` is among the options, as `LayerCache.init` takes it."""
+    def init_cache(self, config: CompressionConfig, *, batch: int, capacity: int) -> Caches:
+        """One empty cache per layer. Of a model on a mesh it takes `sharding` as well, as `LayerCache.init` does."""

@@ -23,7 +23,7 @@ from mustafar_jax.generation.checks import (
     check_tokens,
 )
 from mustafar_jax.generation.kept import check_kept, config_of
-from mustafar_jax.generation.mesh import check_mesh
+from mustafar_jax.generation.mesh import check_mesh, new_caches
 from mustafar_jax.generation.programs import pad_tokens, padded
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.sampling import Sampling, Stops, check_sampling, check_stops
@@ -62,11 +62,6 @@ class Request:
     caches: Caches | None
     sharding: CacheSharding | None
 
-    @property
-    def new_caches(self) -> dict[str, Any]:
-        """What the model makes its caches by, besides the config."""
-        return cache_options(len(self.tokens), self.capacity, self.sharding)
-
 
 def check_split(model: Model, mesh: Mesh | None, batch: int, config: CompressionConfig) -> CacheSharding | None:
     """How caches are to be spread, as `check_mesh` has it; ValueError for a batch or rules that cannot be split."""
@@ -75,12 +70,6 @@ def check_split(model: Model, mesh: Mesh | None, batch: int, config: Compression
         check_batch(sharding, batch)
         check_rules(sharding, config)
     return sharding
-
-
-def cache_options(batch: int, capacity: int, sharding: CacheSharding | None) -> dict[str, Any]:
-    """What `Model.init_cache` takes besides the config; a model that is on no mesh need not know of shardings."""
-    sizes: dict[str, Any] = {"batch": batch, "capacity": capacity}
-    return sizes if sharding is None else sizes | {"sharding": sharding}
 
 
 def check_request(
@@ -176,9 +165,7 @@ def check_texts(
 def check_caches(model: Any, texts: Texts, capacity: int, sharding: CacheSharding | None = None) -> None:
     """Raise what the model's caches, or attention on them, would: that shows in tracing, and nothing is allocated."""
     batch, names = len(texts.tokens), texts.implementation
-    caches = jax.eval_shape(
-        functools.partial(model.init_cache, texts.config, **cache_options(batch, capacity, sharding))
-    )
+    caches = jax.eval_shape(functools.partial(new_caches, model, texts.config, batch, capacity, sharding))
     if names is not None:  # the best that works does work
         hidden = jax.eval_shape(model.embed, jax.ShapeDtypeStruct((batch,), jnp.int32))
         jax.eval_shape(functools.partial(next(iter(model.layers)).decode, implementation=names), hidden, caches[0])

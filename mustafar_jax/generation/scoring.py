@@ -14,11 +14,11 @@ from mustafar_jax.backends.registry import Implementation, Names
 from mustafar_jax.cache import LayerCache, prefill
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import check_flag, check_integer, not_finite
-from mustafar_jax.generation.mesh import automatic, to_auto, to_caller
+from mustafar_jax.generation.mesh import automatic, new_caches, to_auto, to_caller
 from mustafar_jax.generation.prefill import embed, prefill_layer
 from mustafar_jax.generation.programs import last_programs, pad_tokens, padded
 from mustafar_jax.generation.protocols import BlockLayer, Layer, Model, Progress
-from mustafar_jax.generation.request import Texts, cache_options, check_caches, check_split, check_texts
+from mustafar_jax.generation.request import Texts, check_caches, check_split, check_texts
 
 BLOCK = 32
 """Tokens that `by_blocks` takes at a time; the groups of caches are multiples of it."""
@@ -84,7 +84,7 @@ def _score(model: Model, texts: Texts, prompt_length: int, padding: bool, progre
     capacity = padded(length, model.config.max_position_embeddings) if padding else length
     sharding = check_split(model, None, batch, texts.config)
     check_caches(model, texts, capacity, sharding)
-    caches = model.init_cache(texts.config, **cache_options(batch, capacity, sharding))
+    caches = new_caches(model, texts.config, batch, capacity, sharding)
     given = jax.device_get(texts.tokens)
     parts = given[:, :prompt_length], given[:, prompt_length:]
     prompt, continuation = jax.device_put([pad_tokens(part, capacity) for part in parts] if padding else parts)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mustafar_jax.backends.registry import Implementation
+from mustafar_jax.generation.mesh import new_caches
 from mustafar_jax.generation.prefill import extend_prompt, prefill_prompt
 from mustafar_jax.generation.protocols import Caches, Model
 from mustafar_jax.generation.request import Request
@@ -89,7 +90,7 @@ def start(model: Model, request: Request) -> tuple[DecodeState, Shown]:
     """Run the prompts through the model, and choose the first token."""
     how: dict[str, Any] = {"implementation": request.implementation, "progress": request.progress}
     if request.caches is None:
-        caches = model.init_cache(request.config, **request.new_caches)
+        caches = new_caches(model, request.config, len(request.tokens), request.capacity, request.sharding)
         logits, caches = prefill_prompt(model, request.tokens, request.lengths, caches, **how)
     else:
         logits, caches = extend_prompt(model, request.tokens, request.lengths, request.caches, **how)

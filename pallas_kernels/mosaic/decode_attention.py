@@ -139,8 +139,8 @@ def attend_rows(
     arrays += [x for side in (key, value) for x in (side.bitmap, side.payload, side.scale) if x is not None]
     if plan.centred:
         assert mean is not None
-        arrays += [mean.key.astype(jnp.float32), jnp.asarray(turns(mean, plan))]
-        arrays += [jnp.asarray(middles(mean, plan))] if plan.slow_pairs else []
+        arrays += [mean.key.astype(jnp.float32), jnp.asarray(mean.table(functools.partial(turns, plan=plan)))]
+        arrays += [jnp.asarray(mean.table(functools.partial(middles, plan=plan)))] if plan.slow_pairs else []
     shapes = [(head_dim,), (), ()]
     return lowering.kernel_call(
         functools.partial(attend_split, plan=plan),

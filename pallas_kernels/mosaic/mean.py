@@ -35,7 +35,7 @@ def turns(mean: Mean, plan: Plan) -> np.ndarray:
     Float32 [units + 9, 2, fast pairs], pairs in the order of pieces. They are constants, as `middles` are, and the same
     for every layer of a model, whose compiler keeps one.
     """
-    starts = mean.offset + np.arange(plan.units) * TOKENS
+    starts = mean.offset + mean.dealt.row(np.arange(plan.units) * TOKENS)
     positions = np.concatenate([-starts, np.arange(_QUADS), [_QUADS]]).astype(np.float32)
     pairs = np.arange(plan.fast_pairs).reshape(-1, 4, 4).swapaxes(1, 2).reshape(-1)
     return _cos_and_sin(positions[:, None] * mean.inv_freq[pairs][None], axis=1)
@@ -47,7 +47,7 @@ def middles(mean: Mean, plan: Plan) -> np.ndarray:
     The last axis is cosine and sine; there are rows for all units of the last block's products.
     """
     units = (plan.splits - 1) * plan.units_per_split + plan.slow_rows
-    positions = (mean.offset + np.arange(units) * TOKENS + TOKENS // 2).astype(np.float32)
+    positions = (mean.offset + mean.dealt.row(np.arange(units) * TOKENS) + TOKENS // 2).astype(np.float32)
     pairs = plan.fast_pairs + np.arange(plan.slow_pairs).reshape(-1, 2, 4).swapaxes(1, 2)
     return _cos_and_sin(positions[:, None, None, None] * mean.inv_freq[pairs][None], axis=-1)
 

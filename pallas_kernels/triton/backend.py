@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mustafar_jax.backend import Attended, Backend, Operation, missing_from_jax
 from mustafar_jax.codecs import ScaledCodec
-from mustafar_jax.operands import PackedAttention, Packing, Product, Side
+from mustafar_jax.operands import Mean, PackedAttention, Packing, Product, Side
 from mustafar_jax.pruning import keep_count, magnitude
 from mustafar_jax.rows import Rows
 from mustafar_jax.writes import write_rows
@@ -27,8 +27,16 @@ def _why_not_attend(operands: PackedAttention) -> str | None:
     from mustafar_jax.pallas_kernels.triton import codes, language
     from mustafar_jax.pallas_kernels.triton.decode_attention import why_not_rows
 
-    reason = why_not_attend(operands, language.why_not, codes.WHOLE, codes.WHOLE)
+    reason = _why_not_mean(operands.mean) or why_not_attend(operands, language.why_not, codes.WHOLE, codes.WHOLE)
     return reason or why_not_rows(operands.key, operands.value)
+
+
+def _why_not_mean(mean: Mean | None) -> str | None:
+    if mean is not None and mean.dealt.count > 1:
+        return (
+            f"the Triton kernels rotate the mean to rows that follow each other; got rows dealt to {mean.dealt.count}"
+        )
+    return None
 
 
 def attend(operands: PackedAttention, *, interpret: bool = False) -> Attended:
@@ -55,6 +63,8 @@ def _why_not_pack(packing: Packing) -> str | None:
 
 def _why_not_pack_side(side: Side) -> str | None:
     target = side.target
+    if reason := _why_not_mean(side.mean):
+        return reason
     if not (target.is_plain or isinstance(target.codec, ScaledCodec)):
         return f"the Triton kernels pack plain numbers and codes with one scale a row; got {target.codec.name}"
     if side.format.slots is not None and side.method.mask is not magnitude:

@@ -57,7 +57,7 @@ def logits_of(model: Llama, config: CompressionConfig, sharding: CacheSharding |
     for number in range(STEPS):
         logits, caches = step(model, jnp.asarray(TOKENS[:, LENGTH + TURN + number]), caches)
         found.append(logits)
-    return [np.asarray(x) for x in found], step.as_text()
+    return [np.asarray(x) for x in found], step.as_text() or ""
 
 
 def moved_by_packing(config: CompressionConfig, mesh: jax.sharding.Mesh) -> list[Any]:
@@ -69,7 +69,7 @@ def moved_by_packing(config: CompressionConfig, mesh: jax.sharding.Mesh) -> list
     place = jax.sharding.NamedSharding(mesh, sharding.spec("batch", None, "kv_heads", None))
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, 8, 32), jnp.float32, sharding=place)
     fill = jax.jit(lambda cache, key, query: mj.prefill(cache, key, key, query=query))
-    return [tuple(each) for each in collectives(fill.lower(cache, x, x).compile().as_text())]
+    return [tuple(each) for each in collectives(fill.lower(cache, x, x).compile().as_text() or "")]
 
 
 def share(model: Llama, config: CompressionConfig, sharding: CacheSharding) -> float:
@@ -88,8 +88,10 @@ def generated(model: Llama, config: CompressionConfig, mesh: jax.sharding.Mesh |
     """Tokens of two turns of a conversation."""
     options: dict[str, Any] = {"max_new_tokens": 20, "config": config, "mesh": mesh}
     first = mj.generate(model, TOKENS[:, :LENGTH], lengths=LENGTHS, capacity=CAPACITY, **options)
+    assert first.caches is not None
     told = np.asarray(first.tokens).tolist()
     second = mj.generate(model, TOKENS[:, LENGTH : LENGTH + TURN], caches=first.caches, **options)
+    assert second.caches is not None
     return [told, np.asarray(second.tokens).tolist(), np.asarray(second.caches[0].lengths).tolist()]
 
 

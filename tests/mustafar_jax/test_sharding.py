@@ -23,9 +23,9 @@ LARGEST = 8 * 64 * 64 * 4
 """Bytes of what a step may move at a time: hidden states, logits, 8 parts of attention; a device's rows are more."""
 
 
-def found(cases):
-    """What the program says of cases."""
-    command = [sys.executable, "-W", "error", "-m", "tests.mustafar_jax.spread", json.dumps(cases)]
+def found(cases, program="spread"):
+    """What a program says of cases."""
+    command = [sys.executable, "-W", "error", "-m", f"tests.mustafar_jax.{program}", json.dumps(cases)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
     )
@@ -56,3 +56,16 @@ def test_every_mesh_gives_what_one_device_gives(config):
     cases = [case for case in ALL if case["config"] == config]
     for case, result in zip(cases, found(cases), strict=True):
         check(case, result)
+
+
+WAYS = ("made by its device", "without jit", "by types", "by hand", "by hand, of its own")
+KINDS = [(kind, how, is_set) for kind in ("Explicit", "Auto") for how in WAYS for is_set in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "cases", [[("Explicit", "made by its device", True), ("Auto", "by hand", False)], *exhaustive((KINDS,))]
+)
+def test_axes_of_every_kind_serve_inside_and_outside_of_a_mesh_and_by_hand(cases):
+    """By hand: with the check of what varies between devices."""
+    for case, error in zip(cases, found(cases, "meshes"), strict=True):
+        assert error < 1e-5, case
