@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import quick
 from tests.helpers import exhaustive
 
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if shape[0] * shape[1] * shape[2] == 8]
@@ -22,14 +23,11 @@ ALL = [{"sizes": mesh, "config": config, "generates": True} for config in CONFIG
 LARGEST = 8 * 64 * 64 * 4
 """Bytes of what a step may move at a time: hidden states, logits, 8 parts of attention; a device's rows are more."""
 
-FLAGS = "--xla_backend_optimization_level=0"
-"""Not all of `quick.QUICK`: without fusion emitters what is ranked is computed twice, and a row may miss an entry."""
-
 
 def found(cases, program="spread"):
     """What a program says of cases."""
     command = [sys.executable, "-W", "error", "-m", f"tests.mustafar_jax.{program}", json.dumps(cases)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.flags()}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
