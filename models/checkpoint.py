@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from mustafar_jax.cache.checks import check_dtype
@@ -33,6 +33,7 @@ _MANY_LAYERS = 1000
 _log = logging.getLogger("mustafar_jax")
 
 M = TypeVar("M", bound=Llama)
+AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 Progress = Callable[[int, int], object]
 """Called as `progress(done, total)` while weights load, in bytes of the model."""
 
@@ -319,7 +320,7 @@ def spread(model: M, mesh: Mesh) -> M:
     return nnx.merge(graph, nnx.from_flat_state(placed))
 
 
-def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
+def check_mesh(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
     """The mesh, with axes that are all Auto; ValueError where the model, or its caches, cannot be split over it."""
     check_axes(mesh)
     sharding = CacheSharding.of(mesh).for_heads(config.num_kv_heads)
@@ -332,7 +333,8 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
             f"{config.sliding_window} tokens: wanted {sharding.context}=1"
         )
     # The models leave it to the compiler to split activations, whatever kind of axes the caller's mesh has.
-    return as_auto(mesh)
+    auto: AnyMesh = as_auto(mesh)
+    return auto
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype[Any]:

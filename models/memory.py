@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import prefill_attention_nbytes
@@ -16,6 +18,7 @@ from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.prefill import prefilled_tokens
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
 from mustafar_jax.models.llama import Llama, feed_forward_nbytes, shapes_of
+from mustafar_jax.sharding import CacheSharding, weight_spec
 
 USABLE = 0.95
 """The share of a device's memory to give JAX, by XLA_PYTHON_CLIENT_MEM_FRACTION; the driver takes some of the rest."""
@@ -47,41 +50,95 @@ class MemoryPlan:
 
 
 def plan(
-    config: ModelConfig, compression: CompressionConfig, *, batch: int, capacity: int, dtype: DTypeLike
+    config: ModelConfig,
+    compression: CompressionConfig,
+    *,
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> MemoryPlan:
     """What `batch` sequences of up to `capacity` tokens, prompt and new ones together, take; nothing is allocated.
 
-    `generate` makes caches for `generation.padded` of prompt and new tokens together, unless `padding=False`.
+    `generate` makes caches for `generation.padded` of prompt and new tokens together, unless `padding=False`. On a mesh
+    the bytes are those of one device, whose part of a model works as a smaller model does; a prompt passes whole
+    through all devices of a context axis.
     """
-    [layer] = {cache.nbytes * batch for cache in abstract_caches(config, compression, capacity, dtype=dtype)}
-    working = working_nbytes(config, compression, batch=batch, length=capacity, dtype=dtype)
-    return MemoryPlan(weight_nbytes(config, dtype), layer * config.num_layers, working, fragments=layer)
+    if mesh is None:
+        [layer] = {cache.nbytes * batch for cache in abstract_caches(config, compression, capacity, dtype=dtype)}
+        working = working_nbytes(config, compression, batch=batch, length=capacity, dtype=dtype)
+        return MemoryPlan(weight_nbytes(config, dtype), layer * config.num_layers, working, fragments=layer)
+    sharding = CacheSharding.of(mesh).for_heads(config.num_kv_heads)
+    options: dict[str, Any] = {"batch": batch, "dtype": dtype, "sharding": sharding}
+    layer = device_nbytes(abstract_caches(config, compression, capacity, **options)[0])
+    own, sequences = _own_part(config, sharding), batch // sharding.size("batch")
+    working = working_nbytes(own, compression, batch=sequences, length=capacity, dtype=dtype)
+    return MemoryPlan(weight_nbytes(config, dtype, mesh), layer * config.num_layers, working, fragments=layer)
+
+
+def device_nbytes(cache: LayerCache) -> int:
+    """Bytes of a spread cache, or of its shapes, on one device."""
+    assert cache.sharding is not None
+    mesh = cache.sharding.mesh
+
+    def of_leaf(leaf: jax.Array, spec: PartitionSpec) -> int:
+        return leaf.size * leaf.dtype.itemsize // math.prod(mesh.shape[axis] for axis in spec if axis is not None)
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, cache, cache.partition_specs())))
+
+
+def _own_part(config: ModelConfig, sharding: CacheSharding) -> ModelConfig:
+    """A model of the sizes that one device has of this one."""
+    devices = sharding.size("kv_heads")
+
+    def part(size: int) -> int:
+        return size // devices if size % devices == 0 else size
+
+    sizes: dict[str, Any] = {name: part(getattr(config, name)) for name in ("num_heads", "intermediate_size", "vocab_size")}
+    return dataclasses.replace(config, **sizes, num_kv_heads=max(1, config.num_kv_heads // devices))
 
 
 def largest_batch(
-    memory: float, config: ModelConfig, compression: CompressionConfig, *, capacity: int, dtype: DTypeLike
+    memory: float,
+    config: ModelConfig,
+    compression: CompressionConfig,
+    *,
+    capacity: int,
+    dtype: DTypeLike,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> int:
-    """How many sequences of up to `capacity` tokens, as in `plan`, fit in `memory` bytes; 0 if not even one does."""
-    options: dict[str, Any] = {"capacity": capacity, "dtype": dtype}
-    one = plan(config, compression, batch=1, **options)
+    """How many sequences of up to `capacity` tokens, as in `plan`, fit in `memory` bytes; 0 if not even one does.
+
+    On a mesh in so many of each device; as many sequences as there are parts of a batch come at once.
+    """
+    options: dict[str, Any] = {"capacity": capacity, "dtype": dtype, "mesh": mesh}
+    unit = 1 if mesh is None else CacheSharding.of(mesh).size("batch")
+    one = plan(config, compression, batch=unit, **options)
     few, many = 0, max(0, int(memory - one.weights) // one.caches) + 1
     while many - few > 1:  # few fit, many do not
         middle = (few + many) // 2
-        fits = plan(config, compression, batch=middle, **options).total <= memory
+        fits = plan(config, compression, batch=middle * unit, **options).total <= memory
         few, many = (middle, many) if fits else (few, middle)
-    return few
+    return few * unit
 
 
-def weight_nbytes(config: ModelConfig, dtype: DTypeLike) -> int:
-    """Bytes of a model's weights."""
-    return num_weights(config) * jnp.dtype(dtype).itemsize
+def weight_nbytes(config: ModelConfig, dtype: DTypeLike, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Bytes of a model's weights; on a mesh, of those of one device."""
+    return num_weights(config, mesh) * jnp.dtype(dtype).itemsize
 
 
 @functools.lru_cache
-def num_weights(config: ModelConfig) -> int:
-    """How many numbers a model's weights are."""
+def num_weights(config: ModelConfig, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """How many numbers a model's weights are; on a mesh, those of one device."""
     model = shapes_of(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+    def parts(variable: nnx.Variable[Any]) -> int:
+        if mesh is None:
+            return 1
+        spec = weight_spec(variable.get_metadata()["out_sharding"], variable.shape, mesh)
+        return math.prod(mesh.shape[axis] for axis in spec if axis is not None)
+
+    return sum(variable.size // parts(variable) for _, variable in nnx.to_flat_state(nnx.state(model)))
 
 
 def working_nbytes(
@@ -104,7 +161,13 @@ def working_nbytes(
 
 
 def abstract_caches(
-    config: ModelConfig, compression: CompressionConfig, capacity: int, *, batch: int = 1, dtype: DTypeLike
+    config: ModelConfig,
+    compression: CompressionConfig,
+    capacity: int,
+    *,
+    batch: int = 1,
+    dtype: DTypeLike,
+    sharding: CacheSharding | None = None,
 ) -> list[LayerCache]:
     """The caches of all layers, as shapes: nothing is allocated."""
     cache = jax.eval_shape(
@@ -117,6 +180,7 @@ def abstract_caches(
             head_dim=config.head_dim,
             dtype=dtype,
             inv_freq=rope_frequencies(config),
+            sharding=sharding,
         )
     )
     return [cache] * config.num_layers

@@ -126,6 +126,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=kinds, devices=devices)
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of these sizes, as `make_mesh` has it, of devices that need not be there."""
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """Sizes by axis, of text such as "data=2,tensor=4"; ValueError for any other."""
     sizes: dict[str, int] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mustafar_jax import generation
+from mustafar_jax.cli import hosts
 from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of, packed_rows
 from mustafar_jax.cli.load import open_on_mesh
@@ -43,11 +44,13 @@ def add(commands: Any) -> None:
     command.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
     add_dtype(command, "the checkpoint's")
     add_mesh(command)
+    hosts.add_hosts(command)
     add_compression(command)
 
 
 def run(options: argparse.Namespace) -> None:
     """Load a model, continue the prompts, and say how fast and with how large a cache."""
+    hosts.join(options)
     check_implementation(options.implementation)
     config, sampling, prompts = config_of(options), sampling_of(options), _prompts(options)
     checkpoint, tokenizer, mesh = open_on_mesh(options, config, len(prompts))

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
-from mustafar_jax.generation.mesh import automatic, each_automatic, to_auto, to_caller
+from mustafar_jax.generation.mesh import automatic, each_automatic, fetch, to_auto, to_caller
 from mustafar_jax.generation.programs import last_programs
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.request import Request, check_request
@@ -208,7 +208,7 @@ def _steps(model: Model, request: Request) -> Generator[np.ndarray, bool | None,
     stopped = False
     for latest, looked_at in _states(model, request):
         state = latest
-        token, wrote, finished = jax.device_get(looked_at)
+        token, wrote, finished = fetch(looked_at, request.sharding)
         if wrote:
             written.append(token)
             stopped = bool((yield token))

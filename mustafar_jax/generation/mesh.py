@@ -99,6 +99,15 @@ def check_mesh(model: Any, mesh: Any) -> CacheSharding | None:
     return None if of_weights is None else CacheSharding.of(of_weights)
 
 
+def fetch(tree: Tree, sharding: CacheSharding | None) -> Tree:
+    """What arrays hold, as numpy has it, also where devices of other processes hold parts of them."""
+    if sharding is not None and jax.process_count() > 1:
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        tree = jax.jit(lambda arrays: arrays, out_shardings=whole)(tree)
+    fetched: Tree = jax.device_get(tree)
+    return fetched
+
+
 def new_caches(
     model: Any, config: CompressionConfig, batch: int, capacity: int, sharding: CacheSharding | None
 ) -> tuple[LayerCache, ...]:
