@@ -94,7 +94,8 @@ def _own_part(config: ModelConfig, sharding: CacheSharding) -> ModelConfig:
     def part(size: int) -> int:
         return size // devices if size % devices == 0 else size
 
-    sizes: dict[str, Any] = {name: part(getattr(config, name)) for name in ("num_heads", "intermediate_size", "vocab_size")}
+    split = "num_heads", "intermediate_size", "vocab_size"
+    sizes: dict[str, Any] = {name: part(getattr(config, name)) for name in split}
     return dataclasses.replace(config, **sizes, num_kv_heads=max(1, config.num_kv_heads // devices))
 
 

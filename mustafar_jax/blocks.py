@@ -111,7 +111,7 @@ def attend(
         return _attend_one(cache, query, key, value, there, scores, return_lse, implementation)
     _check_room(cache, given)
     chosen = preferring("attend_prompt", implementation), preferring(operation_of(cache), implementation)
-    how = scores, *chosen, candidates("pack", packers(implementation))
+    how = scores, return_lse, *chosen, candidates("pack", packers(implementation))
     arrays = query, *as_held(cache, key, value, axis=2), jnp.asarray(given)
     with jax.named_scope("attend"):  # a profile shows it by this name
         axes, results = (PROMPT, PROMPT, PROMPT, ("batch",)), (PROMPT, PROMPT[:3], CACHE)
@@ -167,7 +167,7 @@ def _attend_one(
     return (out, *lse, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("scores", "by_prompt", "by_cache", "packers"))
+@functools.partial(jax.jit, static_argnames=("scores", "return_lse", "by_prompt", "by_cache", "packers"))
 def _attend_several(
     cache: LayerCache,
     query: jax.Array,
@@ -175,6 +175,7 @@ def _attend_several(
     value: jax.Array,
     lengths: jax.Array,
     scores: Scores,
+    return_lse: bool,
     by_prompt: Candidates,
     by_cache: Candidates,
     packers: Candidates,
@@ -188,7 +189,7 @@ def _attend_several(
     grown = cache._extend(key, value, _after(lse, count), query, packers)
     grown = dataclasses.replace(grown, overflow=grown.overflow | (count != lengths))
     out = jnp.where(there[..., None], out, 0).astype(query.dtype)
-    return out, jnp.where(there, lse, -jnp.inf), grown
+    return out, jnp.where(there, lse, -jnp.inf) if return_lse else lse, grown
 
 
 def _after(first: jax.Array, count: jax.Array) -> jax.Array:

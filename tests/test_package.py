@@ -82,7 +82,7 @@ class G:
     assert set(_imports(tree, lazy=True)) == {"a.b", "c", "f", "h.i", "j"}
 
 
-BELOW_THE_KERNELS = ("backend", "codecs", "layout", "operands", "pruning", "rope", "rotation", "rows", "writes")
+BELOW_THE_KERNELS = ("backend", "codecs", "layout", "operands", "pruning", "rope", "rotation", "rows", "sharding", "writes")
 """What the kernels may import of the library: what is given to them, and what that is made of."""
 
 
@@ -117,7 +117,7 @@ ORDER = (
     ("backends",),
     ("pallas_kernels",),
     ("backend", "operands", "config"),
-    ("rows", "codecs", "layout", "pruning", "rope", "rotation", "writes", "interop", "arguments"),
+    ("rows", "codecs", "layout", "pruning", "rope", "rotation", "writes", "sharding", "interop", "arguments"),
 )
 """The rows of CONTRIBUTING's table: each may import those below it."""
 

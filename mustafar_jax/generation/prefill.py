@@ -83,7 +83,7 @@ def _run(
     progress: Progress | None,
 ) -> tuple[jax.Array, Caches]:
     """See `prefill_prompt`; `run_rows` is `_prefill_rows` or `_extend_rows`."""
-    shards = _shards(caches[0])
+    shards = _shards(next(iter(caches), None))
     rows, starts = _parts(tokens.shape[0] // shards, tokens.shape[1])
     filled, logits, done, names = list(caches), [], 0, check_implementation(implementation)
     for start in starts:
@@ -147,9 +147,10 @@ def prefilled_tokens(batch: int, length: int) -> int:
     return min(batch * length, max(PREFILL_TOKENS, length))
 
 
-def _shards(cache: LayerCache) -> int:
+def _shards(cache: LayerCache | None) -> int:
     """Parts of the batch that different devices hold: each gives as many rows to what is prefilled at a time."""
-    return 1 if cache.sharding is None else cache.sharding.size("batch")
+    sharding = getattr(cache, "sharding", None)
+    return 1 if sharding is None else int(sharding.size("batch"))
 
 
 def _by_shard(x: jax.Array, shards: int) -> jax.Array:
