@@ -82,7 +82,9 @@ class G:
     assert set(_imports(tree, lazy=True)) == {"a.b", "c", "f", "h.i", "j"}
 
 
-BELOW_THE_KERNELS = ("backend", "codecs", "layout", "operands", "pruning", "rope", "rotation", "rows", "sharding", "writes")
+BELOW_THE_KERNELS = (
+    "backend", "codecs", "layout", "operands", "pruning", "rope", "rotation", "rows", "sharding", "writes",
+)  # fmt: skip
 """What the kernels may import of the library: what is given to them, and what that is made of."""
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mustafar_jax import generation
-from mustafar_jax.cli import hosts
 from mustafar_jax.backends.registry import check_implementation
+from mustafar_jax.cli import hosts
 from mustafar_jax.cli.compression import add_compression, config_of, packed_rows
 from mustafar_jax.cli.load import open_on_mesh
 from mustafar_jax.cli.parser import add_dtype, add_mesh, add_model

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from mustafar_jax.backends.registry import Implementation
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.checks import not_finite
-from mustafar_jax.generation.mesh import automatic, each_automatic, fetch, to_auto, to_caller
+from mustafar_jax.generation.mesh import automatic, each_automatic, everywhere, fetch, to_auto, to_caller
 from mustafar_jax.generation.programs import last_programs
 from mustafar_jax.generation.protocols import Caches, Model, Progress
 from mustafar_jax.generation.request import Request, check_request
@@ -199,7 +199,8 @@ def stream(
 
 def _generation(request: Request, tokens: jax.Array, state: DecodeState) -> Generation:
     caches = state.caches if request.keep else None
-    return Generation(tokens, state.lengths, state.overflow, state.finite, caches)
+    told = tokens, state.lengths, state.overflow, state.finite
+    return Generation(*everywhere(told, request.sharding), caches)
 
 
 def _steps(model: Model, request: Request) -> Generator[np.ndarray, bool | None, Generation]:
@@ -220,9 +221,10 @@ def _steps(model: Model, request: Request) -> Generator[np.ndarray, bool | None,
     seen = jax.device_put(np.int32(len(written)))
     state = dataclasses.replace(state, lengths=jnp.minimum(state.lengths, seen))  # it may be a token ahead
     end = _generation(request, jax.device_put(tokens), state)
-    if not stopped and not jax.device_get(end.finite).any():
-        lengths = jax.device_get(end.lengths).tolist()
-        raise ValueError(not_finite(model, {f"sequence {row}": length + 1 for row, length in enumerate(lengths)}))
+    finite, lengths = fetch((end.finite, end.lengths), request.sharding)
+    if not stopped and not finite.any():
+        steps = {f"sequence {row}": length + 1 for row, length in enumerate(lengths.tolist())}
+        raise ValueError(not_finite(model, steps))
     return end
 
 

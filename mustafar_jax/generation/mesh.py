@@ -101,11 +101,16 @@ def check_mesh(model: Any, mesh: Any) -> CacheSharding | None:
 
 def fetch(tree: Tree, sharding: CacheSharding | None) -> Tree:
     """What arrays hold, as numpy has it, also where devices of other processes hold parts of them."""
-    if sharding is not None and jax.process_count() > 1:
-        whole = NamedSharding(sharding.mesh, PartitionSpec())
-        tree = jax.jit(lambda arrays: arrays, out_shardings=whole)(tree)
-    fetched: Tree = jax.device_get(tree)
+    fetched: Tree = jax.device_get(everywhere(tree, sharding))
     return fetched
+
+
+def everywhere(tree: Tree, sharding: CacheSharding | None) -> Tree:
+    """Arrays whole on each device, so that each process can fetch them; as they are where there is one process."""
+    if sharding is None or jax.process_count() == 1:
+        return tree
+    whole: Tree = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(tree)
+    return whole
 
 
 def new_caches(

@@ -792,7 +792,8 @@ def options_of_all_commands():
 
 @pytest.mark.parametrize(("names", "action"), [*options_of_all_commands()])
 def test_an_option_that_is_given_again_is_an_error(capsys, names, action):
-    value = "tensor=1" if action.dest == "mesh" else "80GB" if action.type is parse_size else "1" if action.type else "x"
+    typed = "80GB" if action.type is parse_size else "1" if action.type else "x"
+    value = "tensor=1" if action.dest == "mesh" else typed
     values = [] if action.nargs == 0 else [str(next(iter(action.choices or [value])))]
     spelled = [action.option_strings[0], *values, action.option_strings[-1], *values]
     with pytest.raises(SystemExit) as stopped:
