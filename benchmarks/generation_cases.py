@@ -91,8 +91,7 @@ class Case:
     @property
     def plan(self) -> memory.MemoryPlan:
         """What the case takes, as planned."""
-        sizes = {"batch": self.batch, "capacity": self.capacity}
-        return memory.plan(SHAPES[self.shape], self.compression, **sizes, dtype=DTYPE)
+        return memory.plan(SHAPES[self.shape], self.compression, batch=self.batch, capacity=self.capacity, dtype=DTYPE)
 
     @property
     def name(self) -> str:

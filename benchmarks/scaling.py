@@ -8,6 +8,7 @@ Models have random weights of one small shape; on a CPU, devices are virtual, an
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -79,9 +80,13 @@ def measure(axis: str, devices: int, batch: int, context: int, config: Compressi
     cache_nbytes = sum(device_nbytes(cache) for cache in caches)
     times = []
     for _ in range(STEPS + 1):
-        seconds, (_, caches) = _timed(lambda caches=caches: jax.block_until_ready(step(model, one, caches)))
+        seconds, (_, caches) = _timed(functools.partial(_waited, step, model, one, caches))
         times.append(seconds)
     return Scaled(devices, batch, context, prefill_s, min(times[1:]), cache_nbytes, moved)
+
+
+def _waited(step: Callable[..., Any], *arguments: Any) -> Any:
+    return jax.block_until_ready(step(*arguments))
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -41,7 +41,7 @@ def save(caches: Saved, path: str | os.PathLike[str]) -> None:
         if isinstance(cache.lengths, jax.core.Tracer):
             raise ValueError("caches are traced, as under jax.jit; only concrete ones are saved")
     about = {"caches": [kind_of(cache) for cache in each], "alone": isinstance(caches, LayerCache)}
-    arrays = {name: np.asarray(leaf) for name, leaf in _leaves(each).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in _leaves([cache._whole() for cache in each]).items()}
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -99,10 +99,9 @@ def check_mesh(model: Any, mesh: Any) -> CacheSharding | None:
     return None if of_weights is None else CacheSharding.of(of_weights)
 
 
-def fetch(tree: Tree, sharding: CacheSharding | None) -> Tree:
+def fetch(tree: Any, sharding: CacheSharding | None) -> Any:
     """What arrays hold, as numpy has it, also where devices of other processes hold parts of them."""
-    fetched: Tree = jax.device_get(everywhere(tree, sharding))
-    return fetched
+    return jax.device_get(everywhere(tree, sharding))
 
 
 def everywhere(tree: Tree, sharding: CacheSharding | None) -> Tree:

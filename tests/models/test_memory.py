@@ -8,6 +8,7 @@ from flax import nnx
 
 from mustafar_jax import CompressionConfig, generation, prefill_attention
 from mustafar_jax.models import Llama, ModelConfig, Qwen3, memory
+from mustafar_jax.sharding import abstract_mesh
 
 TINY = ModelConfig(
     vocab_size=61, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -111,3 +112,16 @@ def test_in_float32_the_scores_of_a_prompt_are_counted():
     held = jax.jit(run).lower(*shapes, jnp.full(batch, length)).compile().memory_analysis().temp_size_in_bytes
     planned = memory.working_nbytes(config, generation.DENSE, batch=batch, length=length, dtype="float32")
     assert held < planned - memory.RESERVE < 1.5 * held
+
+
+def test_a_device_of_a_mesh_has_its_part():
+    """Norms are whole on each, and the dense tail on each of a context axis."""
+    shape = LLAMA_3_8B
+    options = {"batch": 8, "capacity": 16384, "dtype": "bfloat16"}
+    config = CompressionConfig.preset("fast")
+    one = memory.plan(shape, config, **options)
+    for sizes, weights, caches in (({"tensor": 8}, 8, 8), ({"data": 2, "tensor": 2, "context": 2}, 2, 7.5)):
+        part = memory.plan(shape, config, **options, mesh=abstract_mesh(sizes))
+        assert one.weights / weights <= part.weights < one.weights / weights * 1.001
+        assert one.caches / 8 <= part.caches <= one.caches / caches * 1.001
+        assert part.working < one.working

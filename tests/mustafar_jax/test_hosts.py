@@ -69,8 +69,9 @@ def test_when_one_is_killed_the_other_ends_and_says_why(folder):
         killed.kill()
         _, errors = staying.communicate(timeout=60)
     finally:
-        staying.kill()
-        killed.kill()
+        for process in (staying, killed):
+            process.kill()
+            process.communicate()
     assert staying.returncode != 0
     assert "another task died" in errors or "unhealthy" in errors
 
