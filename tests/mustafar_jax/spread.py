@@ -45,8 +45,8 @@ def model_on(mesh: jax.sharding.Mesh | None) -> Llama:
     return model if mesh is None else models.spread(model, mesh)
 
 
-def logits_of(model: Llama, config: CompressionConfig, sharding: CacheSharding | None) -> tuple[list[Any], str]:
-    """Logits after prompts, after a second turn, and after some tokens one by one; and a step's program."""
+def logits_of(model: Llama, config: CompressionConfig, sharding: CacheSharding | None) -> tuple[list[Any], str, Any]:
+    """Logits after prompts, after a second turn, and after tokens one by one; a step's program; a layer's cache."""
     options: dict[str, Any] = {} if sharding is None else {"sharding": sharding}
     caches = model.init_cache(config, batch=BATCH, capacity=CAPACITY, **options)
     first, caches = prefill_prompt(model, jnp.asarray(TOKENS[:, :LENGTH]), jnp.asarray(LENGTHS), caches)
@@ -57,7 +57,7 @@ def logits_of(model: Llama, config: CompressionConfig, sharding: CacheSharding |
     for number in range(STEPS):
         logits, caches = step(model, jnp.asarray(TOKENS[:, LENGTH + TURN + number]), caches)
         found.append(logits)
-    return [np.asarray(x) for x in found], step.as_text() or ""
+    return [np.asarray(x) for x in found], step.as_text() or "", caches[0]
 
 
 def moved_by_packing(config: CompressionConfig, mesh: jax.sharding.Mesh) -> list[Any]:
@@ -72,16 +72,14 @@ def moved_by_packing(config: CompressionConfig, mesh: jax.sharding.Mesh) -> list
     return [tuple(each) for each in collectives(fill.lower(cache, x, x).compile().as_text() or "")]
 
 
-def share(model: Llama, config: CompressionConfig, sharding: CacheSharding) -> float:
+def share(spread: Any, one: Any) -> float:
     """Bytes of packed rows on the device that has the most of them, over those of one device's whole cache."""
-    options: dict[str, Any] = {"batch": BATCH, "capacity": CAPACITY}
-    spread, one = model.init_cache(config, **options, sharding=sharding), model.init_cache(config, **options)
 
     def largest(cache: Any) -> int:
-        leaves = jax.tree.leaves(cache if config.is_dense else (cache.keys.packed, cache.values.packed))
+        leaves = jax.tree.leaves(cache if cache.config.is_dense else (cache.keys.packed, cache.values.packed))
         return sum(max(part.data.nbytes for part in leaf.addressable_shards) for leaf in leaves)
 
-    return largest(spread[0]) / largest(one[0])
+    return largest(spread) / largest(one)
 
 
 def generated(model: Llama, config: CompressionConfig, mesh: jax.sharding.Mesh | None) -> list[Any]:
@@ -99,16 +97,16 @@ def compared(case: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
     """What is found of a mesh and a config."""
     config, mesh = CONFIGS[case["config"]], make_mesh(case["sizes"])
     sharding, model = CacheSharding.of(mesh), model_on(mesh)
-    logits, program = logits_of(model, config, sharding)
+    logits, program, cache = logits_of(model, config, sharding)
     if case["config"] not in one:
-        one[case["config"]] = logits_of(model_on(None), config, None)[0], {}
-    expected, texts = one[case["config"]]
+        one[case["config"]] = *logits_of(model_on(None), config, None), {}
+    expected, _, whole, texts = one[case["config"]]
     found: dict[str, Any] = {
         "error": max(float(np.abs(a - b).max()) for a, b in zip(logits, expected, strict=True)),
         "largest": float(max(np.abs(x).max() for x in expected)),
         "step": [tuple(each) for each in collectives(program)],
         "packing": moved_by_packing(config, mesh),
-        "share": share(model, config, sharding),
+        "share": share(cache, whole),
     }
     if case.get("generates"):
         texts.setdefault("one", generated(model_on(None), config, None))
