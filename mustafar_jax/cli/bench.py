@@ -11,7 +11,7 @@ from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli.compression import add_compression, config_of
 from mustafar_jax.cli.interrupt import before_leaving
 from mustafar_jax.cli.load import load_model
-from mustafar_jax.cli.parser import add_dtype, add_model
+from mustafar_jax.cli.parser import add_dtype, add_implementation, add_model
 from mustafar_jax.cli.render import progress_bars, size, table
 from mustafar_jax.generation import DENSE
 from mustafar_jax.generation.speed import Speed, measure
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--context", type=parse_count, default=1024, help="tokens of a prompt (%(default)s)")
     command.add_argument("--new-tokens", type=parse_count, default=64, help="tokens to write (%(default)s)")
-    command.add_argument("--implementation", help="with the compressed cache; the best that works here unless given")
+    add_implementation(command, "of the compressed cache")
     add_dtype(command, "the checkpoint's")
     add_compression(command)
 

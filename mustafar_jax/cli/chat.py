@@ -9,7 +9,7 @@ from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli import interrupt
 from mustafar_jax.cli.compression import add_compression, config_of
 from mustafar_jax.cli.load import open_on_mesh
-from mustafar_jax.cli.parser import add_dtype, add_mesh, add_model
+from mustafar_jax.cli.parser import add_dtype, add_implementation, add_mesh, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
 from mustafar_jax.cli.sampling import add_sampling, sampling_of
 from mustafar_jax.generation import Conversation
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     command.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer at most (%(default)s)")
     command.add_argument("--stop", action="append", help="a text that ends an answer; given again: another")
     add_sampling(command)
-    command.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
+    add_implementation(command, "of attention and packing")
     add_dtype(command, "the checkpoint's")
     add_mesh(command)
     add_compression(command)

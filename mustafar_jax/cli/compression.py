@@ -30,19 +30,16 @@ class Flag(NamedTuple):
 
 
 def _sparsity(letter: str) -> Flag:
-    default = getattr(CompressionConfig, f"{letter}_sparsity")
-    return Flag("", {"type": float, "help": f"removed of each {SIDES[letter][:-1]}; 0: none ({default})"})
+    return Flag("", {"type": float, "help": f"fraction removed of each {SIDES[letter][:-1]}; 0: none"})
 
 
 def _bits(letter: str) -> Flag:
-    default = getattr(CompressionConfig, f"{letter}_bits")
-    text = f"of each entry of {SIDES[letter]} that is held, 8 or 4 where they are pruned; 16: as it is ({default})"
+    text = f"of each entry of {SIDES[letter]} that is held, 8 or 4 where they are pruned; 16: as it is"
     return Flag("", {"type": int, "choices": sorted(WHOLE, reverse=True), "help": text})
 
 
 def _method(letter: str, methods: Mapping[str, Any]) -> Flag:
-    default = getattr(CompressionConfig, f"{letter}_method")
-    text = f"rule that prunes {SIDES[letter]} ({default}); with --preset published as its paper has it"
+    text = f"rule that prunes {SIDES[letter]}; with --preset published as its paper has it"
     return Flag(letter, {"choices": methods, "help": text}, of_pruning=True)
 
 
@@ -62,12 +59,12 @@ FLAGS = {
     "k_method": _method("k", KEY_METHODS),
     "v_method": _method("v", VALUE_METHODS),
     "v_slots": Flag("v", {"type": int, "help": "room in a packed value, where its rule keeps unequal rows"}, True),
-    "residual_length": _number("kv", f"recent tokens kept dense ({CompressionConfig.residual_length})"),
-    "sink_tokens": _number("kv", "first tokens kept dense; 4, or 0 with --preset published"),
+    "residual_length": _number("kv", "recent tokens kept dense"),
+    "sink_tokens": _number("kv", "first tokens kept dense"),
     "center_keys": _switch("k", "store keys as their distance from the mean key", of_pruning=False),
     "weigh_keys": _switch("k", "prune keys by what the prompt's last queries use as well"),
     "rescale_values": _switch("v", "give what is kept of a value the value's norm"),
-    "group": _number("kv", f"tokens pruned at once, a multiple of 32; {CompressionConfig.group} unless given"),
+    "group": _number("kv", "tokens pruned at once, a multiple of 32"),
     "rotate_keys": _switch("k", "turn keys before they are coded without a bitmap", of_pruning=False),
     "rotate_values": _switch("v", "turn values before they are coded without a bitmap", of_pruning=False),
 }
@@ -81,15 +78,16 @@ def flag_of(field: str) -> str:
 
 def add_compression(command: argparse.ArgumentParser) -> None:
     """Add all of them."""
-    for field, flag in FLAGS.items():
-        command.add_argument(flag_of(field), **flag.settings)
-    command.add_argument(
+    group = command.add_argument_group("the cache", "What is not given is as in the preset.")
+    group.add_argument(
         "--preset",
         choices=PRESETS,
         help="where the other options begin: fast (4 bits), balanced (keys 4, values 2), small (keys pruned in 4, "
         "values 2), recommended (pruned, with what helps it), published (pruned as the methods' papers have it), dense "
         "(fast; recommended beside options of pruning)",
     )
+    for field, flag in FLAGS.items():
+        group.add_argument(flag_of(field), **flag.settings)
 
 
 def config_of(options: argparse.Namespace) -> CompressionConfig:

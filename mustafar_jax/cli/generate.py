@@ -14,7 +14,7 @@ from mustafar_jax.backends.registry import check_implementation
 from mustafar_jax.cli import hosts
 from mustafar_jax.cli.compression import add_compression, config_of, packed_rows
 from mustafar_jax.cli.load import open_on_mesh
-from mustafar_jax.cli.parser import add_dtype, add_mesh, add_model
+from mustafar_jax.cli.parser import add_dtype, add_implementation, add_mesh, add_model
 from mustafar_jax.cli.render import bar, progress_bars, size
 from mustafar_jax.cli.sampling import add_sampling, sampling_of
 from mustafar_jax.config import CompressionConfig
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     command.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (%(default)s)")
     command.add_argument("--stream", action="store_true", help="show the text of a single prompt as it comes")
     add_sampling(command)
-    command.add_argument("--implementation", help="of attention and packing; the best that works here unless given")
+    add_implementation(command, "of attention and packing")
     add_dtype(command, "the checkpoint's")
     add_mesh(command)
     hosts.add_hosts(command)
@@ -73,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
         rate = _print_answers(prompts, tokenizer, steps.value, times)
     end = steps.value
     _tell_of_overflow(np.asarray(end.overflow), config)
-    print(_summary(rate, model, config, len(prompts), tokens.shape[1] + options.max_new_tokens), file=sys.stderr)
+    summary = _summary(rate, model, config, len(prompts), tokens.shape[1] + options.max_new_tokens)
+    print(summary + _cut(model, end, options.max_new_tokens), file=sys.stderr)
     _check_finite(model, end)
 
 
@@ -164,6 +165,15 @@ def _check_finite(model: Any, end: generation.Generation) -> None:
     lengths = np.asarray(end.lengths)
     if broken := {f"prompt {row + 1}": lengths[row] + 1 for row in np.flatnonzero(~np.asarray(end.finite))}:
         raise ValueError(not_finite(model, broken))
+
+
+def _cut(model: Any, end: generation.Generation, most: int) -> str:
+    """Of a summary: how many answers ended for want of room, if any."""
+    tokens, lengths = np.asarray(end.tokens), np.asarray(end.lengths)
+    last = tokens[np.arange(len(tokens)), np.maximum(lengths, 1) - 1]
+    cut = int(((lengths == most) & ~np.isin(last, model.config.eos_ids or ())).sum())
+    of_several = f"{cut} of {len(tokens)} answers " if len(tokens) > 1 else ""
+    return f" · {of_several}cut at --max-new-tokens {most}" if cut else ""
 
 
 def _summary(rate: float | None, model: Any, config: CompressionConfig, batch: int, capacity: int) -> str:

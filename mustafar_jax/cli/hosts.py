@@ -12,11 +12,10 @@ HEARTBEAT_SECONDS = 30
 
 def add_hosts(command: argparse.ArgumentParser) -> None:
     """Where the processes meet, and which of them this is."""
-    command.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where processes on several hosts meet: process 0's"
-    )
-    command.add_argument("--num-processes", type=int, help="how many of them run this command, each with its own id")
-    command.add_argument("--process-id", type=int, help="this one's, from 0 on; process 0 prints the text")
+    group = command.add_argument_group("several hosts")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where processes on several hosts meet: process 0's")
+    group.add_argument("--num-processes", type=int, help="how many of them run this command, each with its own id")
+    group.add_argument("--process-id", type=int, help="this one's, from 0 on; process 0 prints the text")
 
 
 def join(options: argparse.Namespace) -> None:

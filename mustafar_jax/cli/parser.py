@@ -2,9 +2,10 @@
 
 import argparse
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
+from mustafar_jax.backends.registry import BACKENDS
 from mustafar_jax.sharding import parse_mesh
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -63,6 +64,32 @@ class Parser(argparse.ArgumentParser):
             self.register("action", name, _Once)
         self.register("action", "store_true", functools.partial(_Once, nargs=0, const=True, default=False))
         self.register("action", argparse.BooleanOptionalAction, _OnceEither)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, in two lines: the usage of all options would take twenty."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options\n")
+
+    def format_help(self) -> str:
+        """The usage names what must be given; the groups of options follow."""
+        if self._subparsers is None:
+            self.usage = " ".join(["%(prog)s", *self._required(), "[options]"])
+        return super().format_help()
+
+    def _required(self) -> Iterator[str]:
+        """What must be given; of options of which one must be, the first."""
+        one_of = [group._group_actions[0] for group in self._mutually_exclusive_groups if group.required]
+        for action in self._actions:
+            value = action.metavar or action.dest.upper()
+            if not action.option_strings:
+                yield f"{{{','.join(map(str, action.choices))}}}" if action.choices else str(value)
+            elif action.required or action in one_of:
+                yield f"{action.option_strings[0]} {value}"
+
+
+def add_implementation(command: argparse.ArgumentParser, of: str) -> None:
+    """Which backend computes something."""
+    names = ", ".join(BACKENDS)
+    command.add_argument("--implementation", help=f"{of}: {names}; the best that works here unless given")
 
 
 def add_model(command: argparse.ArgumentParser) -> None:

@@ -10,13 +10,12 @@ from mustafar_jax.arguments import parse_seed
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
     """How tokens are drawn."""
-    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
-    command.add_argument("--top-k", type=int, help="with --temperature: draw from so many of the likeliest (all)")
-    command.add_argument("--top-p", type=float, help="with --temperature: draw from the likeliest, up to this sum (1)")
-    command.add_argument(
-        "--min-p", type=float, help="with --temperature: draw from what is so probable, relatively (0)"
-    )
-    command.add_argument("--seed", type=parse_seed, help="with --temperature: of the random draws (0)")
+    group = command.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
+    group.add_argument("--top-k", type=int, help="with --temperature: draw from so many of the likeliest (all)")
+    group.add_argument("--top-p", type=float, help="with --temperature: draw from the likeliest, up to this sum (1)")
+    group.add_argument("--min-p", type=float, help="with --temperature: draw from what is so probable, relatively (0)")
+    group.add_argument("--seed", type=parse_seed, help="with --temperature: of the random draws (0)")
 
 
 def sampling_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ SHORT = "w3 w1 w4"
 CAPACITY = 70 + NEW
 FAST = CompressionConfig.preset("fast")
 KV_HEADS, HEAD_DIM = 1, 32
+CUT = f" · cut at --max-new-tokens {NEW}"
 GENERATE = ["generate", "--model", "tiny", "--max-new-tokens", str(NEW)]
 
 
@@ -120,7 +122,7 @@ def test_generate_prints_the_text_and_one_line_of_statistics(run, tiny):
     assert status == 0
     assert out == written(tiny, config=FAST) + "\n"
     # 4 bits, and a scale of 16 for the 32 entries of a vector.
-    assert re.fullmatch(rf"{statistics(FAST, tiny[0])} · bits of a packed entry: keys 4.5, values 4.5\n", err)
+    assert re.fullmatch(rf"{statistics(FAST, tiny[0])} · bits of a packed entry: keys 4.5, values 4.5{CUT}\n", err)
 
 
 @pytest.mark.exhaustive
@@ -130,7 +132,7 @@ def test_the_options_reach_the_cache(run, tiny):
     config = CompressionConfig(k_sparsity=0.5, v_sparsity=0.25, residual_length=8)
     assert (status, out) == (0, written(tiny, config=config) + "\n")
     sparsity = r"bits of a packed entry: keys 17 \(0.5 removed\), values 25 \(0.25 removed\)"
-    assert re.fullmatch(rf"{statistics(config, tiny[0])} · {sparsity}\n", err)
+    assert re.fullmatch(rf"{statistics(config, tiny[0])} · {sparsity}{CUT}\n", err)
 
 
 @pytest.mark.exhaustive
@@ -140,7 +142,7 @@ def test_sparsities_of_0_are_a_dense_cache(run, folder):
     assert (status, out) == (0, written(deep) + "\n")
     config = CompressionConfig(k_sparsity=0, v_sparsity=0)
     sparsity = "bits of a packed entry: keys 32, values 32"
-    assert re.fullmatch(rf"{statistics(config, deep[0])} · {sparsity}\n", err)
+    assert re.fullmatch(rf"{statistics(config, deep[0])} · {sparsity}{CUT}\n", err)
     assert "(100.0%)" in err
 
 
@@ -274,7 +276,7 @@ def test_two_tokens_are_too_few_to_time(run):
     status, _, err = run("generate", "--model", "tiny", "--prompt", "w1 w2", "--max-new-tokens", "2")
     assert status == 0
     assert err.startswith("too few tokens to time · cache ")
-    assert err.endswith(" · too few tokens to pack any\n")
+    assert err.endswith(" · too few tokens to pack any · cut at --max-new-tokens 2\n")
 
 
 @pytest.mark.exhaustive
@@ -799,13 +801,34 @@ def test_an_option_that_is_given_again_is_an_error(capsys, names, action):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*names, *spelled])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.endswith(f"argument {'/'.join(action.option_strings)}: given more than once\n")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(f"argument {'/'.join(action.option_strings)}: given more than once")
+    assert second == f"mustafar {' '.join(names)} --help lists the options"
 
 
 def test_that_test_sees_all_commands_and_options():
     found = [param.id for param in options_of_all_commands()]
     assert {"generate --prompt-file", "info --center-keys", "bench --batches", "eval ruler --tasks"} <= set(found)
     assert len(found) > 120
+
+
+def test_help_names_what_must_be_given_and_groups_the_others(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: mustafar generate --model MODEL --prompt PROMPT [options]\n")
+    assert re.findall(r"^([a-z ]+):$", out, flags=re.MULTILINE) == ["options", "sampling", "several hosts", "the cache"]
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "needle", "--help"])
+    assert capsys.readouterr().out.startswith("usage: mustafar eval needle --model MODEL")
+
+
+def test_only_what_was_cut_is_said_to_be():
+    model = types.SimpleNamespace(config=types.SimpleNamespace(eos_ids=(5,)))
+    tokens, lengths = np.array([[7, 7, 5], [7, 7, 7], [7, 5, 0]]), np.array([3, 3, 2])
+    end = mj.Generation(tokens, lengths, np.zeros(3, bool), np.ones(3, bool))
+    assert generate._cut(model, end, 3) == " · 1 of 3 answers cut at --max-new-tokens 3"
+    assert generate._cut(model, end, 4) == ""
 
 
 def test_the_version(capsys):
