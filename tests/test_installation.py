@@ -110,6 +110,7 @@ def test_mypy_resolves_every_module_from_elsewhere(python, checkout, tmp_path):
     assert errors[0].endswith("[import-not-found]")
 
 
+@pytest.mark.exhaustive
 def test_programs_of_the_checkout_take_its_own_package(python):
     program = "from importlib.util import find_spec; print(find_spec('mustafar_jax.models').origin)"
     assert run(python, "-c", program, cwd=ROOT).strip() == str(ROOT / "mustafar_jax" / "models" / "__init__.py")

@@ -180,6 +180,7 @@ FILLED = {
 """Caches with each kind of rows and statistics."""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["recommended", *exhaustive(*(kind for kind in FILLED if kind != "recommended"))])
 def test_filled_caches_hold_finite_rows_to_go_on_from(kind, monkeypatch):
     monkeypatch.setitem(RULES, "output-aware", lambda k, v: mj.CompressionConfig(k, v, k_method="output_aware"))
@@ -229,6 +230,7 @@ def test_a_filled_case_is_one_of_its_own_without_a_first_token():
     assert asked == dataclasses.replace(case, implementation=None)
 
 
+@pytest.mark.exhaustive
 def test_prompts_are_prefilled_in_chunks(monkeypatch):
     given = []
 

@@ -24,7 +24,7 @@ WANTS_GPU = [
     ("torch_attention", ["[]", "0"]),
     ("tune", []),
 ]
-WANTS_NONE = {"agreement", "bars", "likelihood", "quality_report", "quality_sweep", "stacked", "turns"}
+WANTS_NONE = {"scaling", "agreement", "bars", "likelihood", "quality_report", "quality_sweep", "stacked", "turns"}
 
 
 def test_every_program_is_known_to_want_one_or_not():
@@ -53,6 +53,7 @@ def test_programs_end_with_a_line_where_there_is_no_gpu(program, arguments, tmp_
     assert not (ROOT / "benchmarks" / "results" / "cpu").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_the_line_is_all_that_is_printed():
     command = [sys.executable, "-m", "benchmarks.generation"]

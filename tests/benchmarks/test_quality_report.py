@@ -75,6 +75,7 @@ def test_documents_are_filled_again(results, tmp_path):
         quality_report.fill("<!-- chart: sweep.json -->\n<!-- end -->", tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_tables_of_several_results_and_of_none(formats, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.json").write_text(json.dumps(formats))

@@ -43,6 +43,7 @@ def test_a_cache_takes_every_number_of_tokens(rows):
         assert row["of_again"] == row["us"] / row["again_us"]
 
 
+@pytest.mark.exhaustive
 def test_times_stand_beside_those_of_dense_caches_at_the_same_number_of_tokens(rows):
     dense = {row["new"]: row for row in rows if row["cache"] == "dense"}
     assert {row["of_dense"] for row in dense.values()} == {1.0}

@@ -69,6 +69,7 @@ def padded_on_the_left(tokens, lengths):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("compression", "tolerance"),
     [(EVERY_ENTRY, 2e-5), *exhaustive((mj.CompressionConfig(0, 0), 2e-5), (CODES, 0.03))],

@@ -114,6 +114,7 @@ def test_in_float32_the_scores_of_a_prompt_are_counted():
     assert held < planned - memory.RESERVE < 1.5 * held
 
 
+@pytest.mark.exhaustive
 def test_a_device_of_a_mesh_has_its_part():
     """Norms are whole on each, and the dense tail on each of a context axis."""
     shape = LLAMA_3_8B

@@ -1,6 +1,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from mustafar_jax.config import CompressionConfig
 from tests.models.reference import (
@@ -27,6 +28,7 @@ def test_the_window_matters(tmp_path):
     assert difference[:24].max() < TOLERANCE < difference[24:].min()
 
 
+@pytest.mark.exhaustive
 def test_a_packed_cache_with_every_entry_kept_equals_the_dense_one_far_past_the_window(tmp_path):
     model = saved_and_loaded(tiny_model("mistral-0.1", sliding_window=48, head_dim=32), tmp_path)
     prompts, lengths, continuation = random_tokens(2, 40), np.array([40, 29]), random_tokens(2, 248)

@@ -35,6 +35,7 @@ def test_a_repeated_sequence_stands_side_by_side(name):
         np.testing.assert_array_equal(copies[1::2], one)
 
 
+@pytest.mark.exhaustive
 @SOME
 @settings(max_examples=4)
 @given(seed=st.integers(0, 2**32 - 1), back=st.lists(st.integers(0, 40), min_size=BATCH, max_size=BATCH))

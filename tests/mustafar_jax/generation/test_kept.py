@@ -13,7 +13,7 @@ import mustafar_jax as mj
 from mustafar_jax.generation import DENSE, extend_prompt, prefill, prefill_prompt
 from mustafar_jax.generation.text import Returned
 from mustafar_jax.models import Llama
-from tests.helpers import to_dense
+from tests.helpers import exhaustive, to_dense
 from tests.mustafar_jax.generation.setting import (
     CONFIGS,
     LENGTHS,
@@ -108,7 +108,7 @@ def test_turns_of_dense_caches_write_what_one_prompt_would(llama):
     assert wanted.caches is None
 
 
-@pytest.mark.parametrize("shown", [1, 2, NEW])
+@pytest.mark.parametrize("shown", [2, *exhaustive(1, NEW)])
 def test_a_stream_that_is_told_to_stop_leaves_what_was_shown(one_layer, shown):
     config = CONFIGS["recommended"]
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": config, "eos_id": NEVER, "capacity": CAPACITY}

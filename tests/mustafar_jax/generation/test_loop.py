@@ -279,6 +279,7 @@ def test_no_stop_token_comes_among_the_first_ones(least):
     assert np.concatenate(steps).tolist() == written
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("tokens", "overflow"),
     [

@@ -95,6 +95,7 @@ def makers(model, configs, capacity):
     return [model.init_cache(config, batch=4, capacity=capacity).__getitem__ for config in configs]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", [34, *exhaustive(1, 33, 98)])
 def test_tokens_in_blocks_pass_as_one_by_one_through_every_cache(llama, count):
     """Of no given token, of one block and one more, of one, of three and one more; after prompts of four lengths."""

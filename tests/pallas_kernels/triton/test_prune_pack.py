@@ -177,7 +177,7 @@ def test_sources_and_targets_that_do_not_go_together_are_refused(rows, shape, dt
         prune_pack(prunes, FIRST, START, HELD, rows=rows, head_axis=1, interpret=True)
 
 
-@pytest.mark.parametrize("weighed", [True, *exhaustive(False)])
+@pytest.mark.parametrize("weighed", [False, *exhaustive(True)])
 @pytest.mark.parametrize(("head_dim", "dtype", "interpret"), HALF_INTERPRETED)
 def test_centred_keys_agree_but_for_the_last_bit(head_dim, dtype, weighed, interpret):
     """What is left of keys after the mean is taken off; masks differ only where that of two entries is as close."""
@@ -355,6 +355,7 @@ def test_says_what_it_cannot_run(head_dim, dtype, message):
         jax.eval_shape(lambda s, t, r: prune_pack([Prune(s, t)], *r, rows=32, head_axis=2), *prune[:2], ranges)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["fast", *exhaustive("published", "dense keys", "small")])
 def test_groups_that_leave_at_once_near_the_end_of_a_cache(name):
     """More rows than there is room for, of which each sequence has its own number: the others stay as they are."""

@@ -62,6 +62,7 @@ def test_the_library_takes_them_with_their_gradients(product, axis, interpret, m
         assert rms_error_ratio(one, other) < 1e-3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("product", [mj.key_spmv, mj.value_spmv])
 def test_which_implementation_is_taken(product):
     keys = jnp.ones((64, 64), jnp.bfloat16)
