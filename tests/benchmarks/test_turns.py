@@ -70,6 +70,7 @@ def test_times_are_of_the_device_where_the_profiler_sees_one(monkeypatch):
     assert 0 < times["clock_us"] < 1e5
 
 
+@pytest.mark.exhaustive
 def test_a_call_gives_back_a_cache_as_long_as_before():
     [turn] = [turn for turn in turns_of("--batch", "2") if (turn.cache, turn.new) == ("recommended 0.7", 40)]
     tokens, call = turn.tokens(), jax.jit(turns.attend, donate_argnums=0)

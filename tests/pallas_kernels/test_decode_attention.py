@@ -172,7 +172,7 @@ FURTHER += [
 """Each differs from another case in a size or two, and compiles for seconds."""
 FURTHER_OF_TRITON = ["8 bits", "keys in 2 bits, values in 8", "balanced, window", "recommended", "dense keys"]
 FURTHER_OF_TRITON += ["two KV heads", "dense values", "keys in 4 bits, values in 2", "small", "window"]
-FURTHER_OF_TRITON += ["centred, 2 query heads"]
+FURTHER_OF_TRITON += ["centred, 2 query heads", "fast"]
 """The same, interpreted by Triton's kernels."""
 
 

@@ -108,7 +108,7 @@ def test_turns_of_dense_caches_write_what_one_prompt_would(llama):
     assert wanted.caches is None
 
 
-@pytest.mark.parametrize("shown", [2, *exhaustive(1, NEW)])
+@pytest.mark.parametrize("shown", exhaustive(1, 2, NEW))
 def test_a_stream_that_is_told_to_stop_leaves_what_was_shown(one_layer, shown):
     config = CONFIGS["recommended"]
     options: dict[str, Any] = {"max_new_tokens": NEW, "config": config, "eos_id": NEVER, "capacity": CAPACITY}

@@ -57,7 +57,7 @@ CASES = {
 }
 
 
-FEW = ("no splits", "a block per query head", "5 query heads", "more than 8 tiles", "a window with sinks", "turned")
+FEW = ("no splits", "5 query heads", "more than 8 tiles", "a window with sinks", "turned")
 
 
 def sequences(case):

@@ -55,7 +55,7 @@ def arguments(head_dim, dtype):
 
 
 @pytest.mark.parametrize("interpret", WHERE)
-@pytest.mark.parametrize(("head_dim", "dtype", "group"), [*SHAPES[:2], *exhaustive(*SHAPES[2:])])
+@pytest.mark.parametrize(("head_dim", "dtype", "group"), [*SHAPES[:1], *exhaustive(*SHAPES[1:])])
 def test_times_table(head_dim, dtype, group, interpret):
     rotations = Rotations.of(group)
     query, tiles = arguments(head_dim, dtype)
