@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from mustafar_jax.attention import prefill_attention_nbytes
-from mustafar_jax.cache import LayerCache
-from mustafar_jax.cache.packed import packing_nbytes
+from mustafar_jax.backends import registry
+from mustafar_jax.cache import LayerCache, PackedCache
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation.prefill import prefilled_tokens
 from mustafar_jax.models.config import ModelConfig, rope_frequencies
@@ -155,10 +155,34 @@ def working_nbytes(
     shape: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim, "dtype": dtype}
     hidden = tokens * config.hidden_size * jnp.dtype(dtype).itemsize
     attending = prefill_attention_nbytes(tokens, length, num_heads=config.num_heads, **shape)
-    packing = packing_nbytes(abstract_caches(config, compression, length, dtype=dtype)[0], tokens)
+    packing = _packing_nbytes(abstract_caches(config, compression, length, dtype=dtype)[0], tokens)
     largest = max(hidden + attending, hidden + packing, feed_forward_nbytes(config, total, dtype))
     logits = 2 * 4 * batch * config.vocab_size
     return hidden + largest + logits + RESERVE
+
+
+def _packing_nbytes(cache: LayerCache, tokens: int) -> int:
+    """Bytes that packing `tokens` tokens into such a cache, or its shapes, works in on an NVIDIA GPU; 0 if it is dense.
+
+    Keys and values twice where a kernel packs them, else four times.
+    """
+    if not isinstance(cache, PackedCache):
+        return 0
+    copies = 2 if _packed_by_kernel(cache) else 4
+    return copies * 2 * cache.num_kv_heads * cache.head_dim * tokens * cache.dtype.itemsize
+
+
+def _packed_by_kernel(cache: PackedCache) -> bool:
+    """Whether a kernel packs such a cache on the GPUs that it runs on."""
+    kernels = [name for name, backend in registry.BACKENDS.items() if backend.needs_cuda]
+    found: list[bool] = []
+
+    def look(cache: PackedCache) -> None:
+        packing = cache.packing(cache.oldest(cache.packed_lengths, cache.packed_lengths))
+        found.append(any(registry.why_not(name, "pack", packing) is None for name in kernels))
+
+    jax.eval_shape(look, cache)
+    return found[0]
 
 
 def abstract_caches(

@@ -440,30 +440,6 @@ def _truncated(cache: PackedCache, lengths: jax.Array) -> PackedCache:
     return dataclasses.replace(cache, lengths=lengths, key_mean=mean, query_norm=norm, queries=queries)
 
 
-def packing_nbytes(cache: LayerCache, tokens: int) -> int:
-    """Bytes that packing `tokens` tokens into such a cache, or its shapes, works in on an NVIDIA GPU; 0 if it is dense.
-
-    Keys and values twice where a kernel packs them, else four times.
-    """
-    if not isinstance(cache, PackedCache):
-        return 0
-    copies = 2 if _packed_by_kernel(cache) else 4
-    return copies * 2 * cache.num_kv_heads * cache.head_dim * tokens * cache.dtype.itemsize
-
-
-def _packed_by_kernel(cache: PackedCache) -> bool:
-    """Whether a kernel packs such a cache on the GPUs that it runs on."""
-    kernels = [name for name, backend in registry.BACKENDS.items() if backend.needs_cuda]
-    found: list[bool] = []
-
-    def look(cache: PackedCache) -> None:
-        packing = cache.packing(cache.oldest(cache.packed_lengths, cache.packed_lengths))
-        found.append(any(registry.why_not(name, "pack", packing) is None for name in kernels))
-
-    jax.eval_shape(look, cache)
-    return found[0]
-
-
 # One compiled call for a layer: a model has hundreds of these arrays, and calls one by one delay its first token.
 @functools.partial(jax.jit, static_argnames=("config", "shape", "inv_freq", "num_queries"))
 def _empty(
