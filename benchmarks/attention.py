@@ -9,7 +9,7 @@ PyTorch's backends where torch is installed.
 Times are of the device, from the profiler, the median of 20 calls, each on what the call before found; `clock_us` is by
 the clock. Where a cache is not much larger than the second-level cache of the GPU, that is swept out between the calls,
 and no time by the clock is given. Writes benchmarks/results/<device>/attention.json after each row, in which a row that
-is measured again replaces what was there, and attention.png where matplotlib is installed.
+is measured again replaces what was there, and plots where matplotlib is installed.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 
 import mustafar_jax as mj
-from benchmarks import device_time, synthetic
+from benchmarks import attention_plots, device_time, synthetic
+from benchmarks.attention_cases import CODES, RULES, SETS, SWEPT, Case
 from benchmarks.gpu import require_gpu
 from benchmarks.origin import where
 from benchmarks.synthetic import MASKS, Shape
@@ -42,72 +42,6 @@ REPEATS, CALLS = 7, 20
 COPY_BYTES = 2**30
 SWEEP_BYTES = 2**27
 """Bytes that sweep out the second-level cache, of 50 MB on an H100 and 60 MB on an H200; caches of more do so alone."""
-RULES: dict[str, Callable[[float, float], mj.CompressionConfig]] = {
-    "published": mj.CompressionConfig,
-    "recommended": mj.CompressionConfig.recommended,
-}
-CODES: dict[str, mj.CompressionConfig] = {
-    "fast": mj.CompressionConfig.preset("fast"),
-    "balanced": mj.CompressionConfig.preset("balanced"),
-    "small": mj.CompressionConfig.preset("small"),
-    "4 bits": mj.CompressionConfig(0, 0, k_bits=4, v_bits=4, residual_length=0, rotate_keys=True, rotate_values=True),
-    "8 bits": mj.CompressionConfig(0, 0, k_bits=8, v_bits=8, residual_length=0, rotate_keys=True, rotate_values=True),
-}
-"""Configs whose rows are codes: presets, and codes alone, with neither centred keys nor a dense window."""
-PUBLISHED_KERNELS = {("A", 0.7): 379.0, ("B", 0.7): 1427.0, ("A", 0.5): 470.0, ("B", 0.5): 1768.0}
-"""Microseconds that the paper's CUDA kernels take for both products on an H100, by shape and sparsity."""
-
-A, B = Shape("A", 8, 32, 1, 4096), Shape("B", 8, 8, 4, 16384)
-SETS: dict[str, list[Shape]] = {
-    "A": [A],
-    "B": [B],
-    "heads": [dataclasses.replace(B, name=f"B, group {group}", group=group) for group in (1, 8, 16)],
-    "context": [Shape(f"1 x {tokens}", 1, 8, 4, tokens) for tokens in (1024, 4096, 16384, 65536, 131072)],
-    "C": [Shape("C", 16, 8, 4, 16384, 64)],
-    "batch": [Shape(f"{batch} x 8192", batch, 8, 4, 8192) for batch in (2, 8, 32)],
-    "tiny": [Shape("tiny", 2, 2, 2, 256, 32)],
-}
-"""Names of sets of shapes; "tiny" is for trying the program where there is no GPU."""
-SWEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is timed: an implementation on caches of one kind.
-
-    Of rule "dense" are dense caches, with lengths or not; a rule is a name in `RULES`, with a sparsity, or in `CODES`.
-    """
-
-    shape: Shape
-    rule: str
-    sparsity: float
-    implementation: str
-    lengths: bool = True
-
-    @property
-    def config(self) -> mj.CompressionConfig:
-        """The cache's."""
-        if self.rule in CODES:
-            return CODES[self.rule]
-        return RULES[self.rule](self.sparsity, self.sparsity) if self.sparsity else mj.CompressionConfig(0, 0)
-
-    def attend(self, query: jax.Array, cache: mj.LayerCache) -> jax.Array:
-        """One call: [B, N, H]."""
-        if self.lengths:
-            return mj.decode_attention(query, cache, implementation=self.implementation)
-        assert isinstance(cache, mj.cache.DenseCache)
-        options: dict[str, Any] = {"implementation": self.implementation}
-        return jax.nn.dot_product_attention(query[:, None], cache.key, cache.value, **options)[:, 0]
-
-    @property
-    def name(self) -> str:
-        """Of a row, with its mask unless that is random."""
-        if self.rule in CODES:
-            return f"{self.rule}, {self.implementation}"
-        if not self.sparsity:
-            shown = "cuDNN" if self.implementation == "cudnn" else self.implementation
-            return f"dense, {shown}" + ", lengths" * self.lengths
-        return f"{self.rule} {self.sparsity}, {self.implementation}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 table.add(shape.describe() | row | limit | {"where": origin})
                 print_row(table.rows)
     finally:
-        plot(table.rows, folder / "attention.png")
-        plot_ratios(table.rows, folder / "attention_ratio.png")
+        attention_plots.plot(table.rows, folder / "attention.png")
+        attention_plots.plot_ratios(table.rows, folder / "attention_ratio.png")
+        attention_plots.plot_roofline(table.rows, folder / "attention_roofline.png")
 
 
 def cases_of(shape: Shape, options: argparse.Namespace) -> list[Case]:
@@ -300,15 +235,9 @@ def time_torch(shapes: list[Shape], timeout: float = 180) -> Iterator[Row]:
             yield shape.describe() | row | {"backends": backends}
 
 
-def dense_times(rows: Iterable[Row], shape: str) -> dict[str, float]:
-    """Microseconds of dense attention at a shape, by name, cuDNN's through `jax.nn` first."""
-    times = {row["name"]: row["us"] for row in rows if row["shape"] == shape and row["rule"] == "dense" and row["us"]}
-    return dict(sorted(times.items(), key=lambda time: time[0] != "dense, cuDNN"))
-
-
 def print_row(rows: list[Row]) -> None:
     """The last row, beside dense attention of its shape."""
-    row, dense = rows[-1], dense_times(rows, rows[-1]["shape"])
+    row, dense = rows[-1], attention_plots.dense_times(rows, rows[-1]["shape"])
     if row["us"] is None:
         shown = row["reason"]
     else:
@@ -317,108 +246,6 @@ def print_row(rows: list[Row]) -> None:
             first = next(iter(dense))
             shown += f"  {row['us'] / dense[first]:.2f} of {first}, {row['us'] / min(dense.values()):.2f} of the best"
     print(f"{row['shape']:12s} {row['name']:40s} {shown}", flush=True)
-
-
-def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """Time at A and B, and against context length, batch and sparsity, with byte limits; what has been measured."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return
-    drawn = [row for row in rows if row["us"] and row["mask"] == "random"]
-    panels = {title: panel for title, panel in _panels(drawn).items() if panel[1]}
-    bars = [row for row in rows if row["us"] and row["shape"] in ("A", "B")]
-    figure, axes = pyplot.subplots(1, len(panels) + bool(bars) or 1, figsize=(7 + 5 * len(panels), 5), squeeze=False)
-    free = list(axes[0])
-    if bars:
-        _draw_bars(free.pop(0), bars)
-    for axis, (title, (x, panel)) in zip(free, panels.items(), strict=False):
-        _draw_lines(axis, panel, x)
-        axis.set_xlabel(title)
-        axis.legend(fontsize="x-small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def plot_ratios(rows: list[Row], path: pathlib.Path) -> None:
-    """Time relative to dense attention through cuDNN at 0.7, of each shape's fastest kernel by rule."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return
-    timed = [row for row in rows if row["us"] and row["mask"] == "random"]
-    dense = {row["shape"]: row["us"] for row in timed if row["name"] == "dense, cuDNN"}
-    ratios: dict[str, dict[str, float]] = {rule: {} for rule in RULES}
-    for row in timed:
-        if row["sparsity"] == 0.7 and row["shape"] in dense:
-            of_rule, ratio = ratios[row["rule"]], row["us"] / dense[row["shape"]]
-            of_rule[row["shape"]] = min(ratio, of_rule.get(row["shape"], ratio))
-    names = [shape.name for shapes in SETS.values() for shape in shapes]
-    shapes = [name for name in names if name in dense and name in ratios["published"]]
-    if not shapes:
-        return
-    figure, axes = pyplot.subplots(figsize=(9, 4))
-    for i, (rule, of_rule) in enumerate(ratios.items()):
-        places = [place + 0.4 * i - 0.2 for place in range(len(shapes))]
-        axes.bar(places, [of_rule.get(shape, 0) for shape in shapes], 0.38, label=f"{rule} rule, 0.7")
-    axes.axhline(1, color="black", linewidth=1, linestyle="--", label="dense, cuDNN")
-    axes.set_xticks(range(len(shapes)), [re.sub(", | (?=x )", "\n", shape) for shape in shapes], fontsize="small")
-    axes.set(ylabel="time of attention, relative to dense", xlabel="batch x tokens; A, B, C: docs/kernels.md")
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def _panels(rows: list[Row]) -> dict[str, tuple[str, list[Row]]]:
-    """By title: what is on the x axis, and the rows."""
-
-    def of_set(name: str) -> list[Row]:
-        names = {shape.name for shape in SETS[name]}
-        return [row for row in rows if row["shape"] in names]
-
-    panels = {
-        "tokens (batch 1, 8 KV heads, 32 query heads)": ("tokens", of_set("context")),
-        "batch (8192 tokens, 8 KV heads, 32 query heads)": ("batch", of_set("batch")),
-    }
-    for name in ("A", "B"):
-        panels[f"sparsity (shape {name})"] = ("sparsity", [row for row in of_set(name) if row["rule"] not in CODES])
-    return panels
-
-
-def _draw_bars(axis: Any, rows: list[Row]) -> None:
-    axis.barh([f"{row['shape']}: {row['name']}" for row in rows], [row["us"] for row in rows])
-    limits = [row["limit_us"] for row in rows]
-    axis.scatter(limits, range(len(rows)), color="black", marker="|", zorder=3, label="byte limit")
-    axis.invert_yaxis()
-    axis.tick_params(axis="y", labelsize="x-small")
-    axis.set_xlabel("microseconds")
-    axis.legend(fontsize="x-small")
-
-
-def _draw_lines(axis: Any, rows: list[Row], x: str) -> None:
-    """A line for each rule and implementation (and sparsity, unless that is the axis), dotted its byte limit."""
-    for name, line in lines(rows, x).items():
-        if x == "sparsity" and line[0]["rule"] == "dense":
-            axis.axhline(line[0]["us"], linestyle="--", color="black", linewidth=0.8)
-            axis.annotate(name, (0.02, line[0]["us"]), xycoords=("axes fraction", "data"), fontsize="x-small")
-            continue
-        [drawn] = axis.plot([row[x] for row in line], [row["us"] for row in line], "o-", label=name)
-        axis.plot([row[x] for row in line], [row["limit_us"] for row in line], ":", color=drawn.get_color())
-    if x != "sparsity":
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-    axis.set_ylabel("microseconds (dotted: byte limit)")
-
-
-def lines(rows: list[Row], x: str) -> dict[str, list[Row]]:
-    """Rows of each line of a plot, by its name, in the order of x."""
-    named: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row[x]):
-        by_sparsity = x == "sparsity" and row["rule"] != "dense"
-        named.setdefault(f"{row['rule']}, {row['implementation']}" if by_sparsity else row["name"], []).append(row)
-    return named
 
 
 def present() -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.attention import PUBLISHED_KERNELS, RULES, SETS
+from benchmarks.attention_cases import PUBLISHED_KERNELS, RULES, SETS
 from benchmarks.synthetic import MASKS
 from benchmarks.table import Row
 

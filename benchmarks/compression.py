@@ -24,7 +24,8 @@ from jax import lax
 
 import mustafar_jax as mj
 from benchmarks import device_time, synthetic
-from benchmarks.attention import CALLS, CODES, REPEATS, RULES, TOLERANCE, A, B, copy_bandwidth, present
+from benchmarks.attention import CALLS, REPEATS, TOLERANCE, copy_bandwidth, present
+from benchmarks.attention_cases import CODES, RULES, A, B
 from benchmarks.gpu import require_gpu
 from benchmarks.origin import where
 from benchmarks.synthetic import DTYPE, Shape

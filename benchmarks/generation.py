@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.attention import RULES
+from benchmarks.attention_cases import RULES
 from benchmarks.generation_cases import DTYPE, SHAPES, Case, case_of, identity
 from benchmarks.generation_measure import BLOCK, BLOCKS, complete, measure, memory_statistic, run_here
 from benchmarks.generation_plots import describe_row, plot_memory, plot_speed

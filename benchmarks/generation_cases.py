@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from benchmarks.attention import RULES
+from benchmarks.attention_cases import RULES
 from mustafar_jax.config import CompressionConfig
 from mustafar_jax.generation import DENSE
 from mustafar_jax.models import ModelConfig, memory
@@ -49,7 +49,7 @@ class Case:
         implementation: of attention during decoding.
         largest: whether `batch` is the largest that the memory plan lets fit, or less where that did not.
         new_tokens: how long the prompts are continued; a multiple of 64, at least 128.
-        rule: of pruning, a name in `attention.RULES`.
+        rule: of pruning, a name in `attention_cases.RULES`.
         split: whether each part of a step is timed, for which it is compiled again.
         preset: the caches' config by its name, in place of a rule and a sparsity.
         filled: whether caches are filled with random rows in place of a prefill, which a large batch takes minutes for.

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import attention, synthetic
-from benchmarks.attention import Case
+from benchmarks import attention, attention_plots, synthetic
+from benchmarks.attention_cases import SETS, A, Case
 from benchmarks.synthetic import MASKS, Shape
 from benchmarks.table import Table, attempt
 from mustafar_jax.pruning import keep_count
@@ -94,32 +94,35 @@ def test_lines_are_grouped_by_their_whole_name():
 
     rows = [row("dense", "cudnn", 0.0, "dense, cuDNN"), row("dense", "torch flash", 0.0, "dense, torch")]
     rows += [row("published", "triton", sparsity, f"published {sparsity}, triton") for sparsity in (0.7, 0.5)]
-    assert {name: len(line) for name, line in attention.lines(rows, "tokens").items()} == dict.fromkeys(
+    assert {name: len(line) for name, line in attention_plots.lines(rows, "tokens").items()} == dict.fromkeys(
         (row["name"] for row in rows), 1
     )
-    by_sparsity = attention.lines(rows, "sparsity")
+    by_sparsity = attention_plots.lines(rows, "sparsity")
     assert [row["sparsity"] for row in by_sparsity["published, triton"]] == [0.5, 0.7]
     assert len(by_sparsity) == 3
 
 
 def test_cases_of_the_shapes_that_are_compared_take_all_sparsities_others_the_largest():
     given = options("--implementations", "triton", "mosaic_gpu", "--rules", "published", "--codes")
-    at_a = attention.cases_of(attention.A, given)
+    at_a = attention.cases_of(A, given)
     assert [(case.sparsity, case.implementation) for case in at_a[2:]] == [
         (0.5, "triton"), (0.5, "mosaic_gpu"), (0.7, "triton"), (0.7, "mosaic_gpu"),
     ]  # fmt: skip
-    assert [case.sparsity for case in attention.cases_of(attention.SETS["batch"][0], given)] == [0, 0, 0.7, 0.7]
+    assert [case.sparsity for case in attention.cases_of(SETS["batch"][0], given)] == [0, 0, 0.7, 0.7]
     assert attention._masks(at_a[-1], MASKS) == list(MASKS)
     assert attention._masks(at_a[2], MASKS) == ["random"]
 
 
 def test_a_plot_is_drawn_of_what_has_been_measured(tmp_path):
     pytest.importorskip("matplotlib")
-    attention.plot([], tmp_path / "empty.png")
+    attention_plots.plot([], tmp_path / "empty.png")
     row = {"rule": "published", "implementation": "triton", "sparsity": 0.7, "name": "x", "us": 5.0, "limit_us": 2.0}
-    shapes = [attention.A, attention.SETS["context"][0]]
-    attention.plot([row | shape.describe() | {"mask": "random"} for shape in shapes], tmp_path / "some.png")
-    assert len(list(tmp_path.iterdir())) == 2
+    shapes = [A, SETS["context"][0]]
+    rows = [row | shape.describe() | {"mask": "random"} for shape in shapes]
+    attention_plots.plot(rows, tmp_path / "some.png")
+    measured = {"bytes": 2e6, "copy_bytes_per_s": 4e12}
+    attention_plots.plot_roofline([row | measured for row in rows], tmp_path / "roofline.png")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_row_replaces_its_own_earlier_one(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 import mustafar_jax as mj
 from benchmarks import device_time, generation, generation_cases, generation_measure, generation_plots
-from benchmarks.attention import RULES
+from benchmarks.attention_cases import RULES
 from benchmarks.generation_cases import Case
 from benchmarks.table import Table
 from mustafar_jax.generation import decode_step, prefill_prompt

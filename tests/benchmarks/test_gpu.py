@@ -20,6 +20,7 @@ WANTS_GPU = [
     ("generation", ["--bars", "--shapes", "tiny"]),
     ("memcheck", ["--prepare", "launches"]),
     ("memcheck", ["--launch", "launches"]),
+    ("rivals", []),
     ("spills", []),
     ("torch_attention", ["[]", "0"]),
     ("tune", []),
