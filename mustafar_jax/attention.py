@@ -294,8 +294,9 @@ def check_window(sliding_window: Any) -> None:
 def _number(name: str, given: Any, wanted: str, *, least: float) -> float:
     """An argument as a float; ValueError unless it is a concrete real number, finite and above `least`."""
     traced = isinstance(given, jax.core.Tracer)
-    is_number = isinstance(given, int | float | np.number) or (isinstance(given, jax.Array) and given.ndim == 0)
-    if traced or not is_number or not least < given < math.inf:
+    kind = getattr(given, "dtype", np.result_type(type(given)) if isinstance(given, int | float) else None)
+    is_real = kind is not None and (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer))
+    if traced or not is_real or np.ndim(given) or not least < given < math.inf:
         raise ValueError(f"{name}={given!r} must be {wanted}, or None" + "; it is compiled in" * traced)
     return float(given)
 

@@ -29,7 +29,7 @@ CAPACITY = 4096
 """Tokens that a conversation has room for unless told."""
 
 _FILE, _CACHES = "conversation.json", "caches-*.safetensors"
-_FORMAT = "mustafar_jax conversation, version 1"
+_FORMAT = "mustafar_jax conversation, version 2"
 _FINGERPRINTED = 16
 """Tokens whose embeddings tell models apart."""
 
@@ -235,7 +235,7 @@ class Conversation:
             save(self._caches, folder / name)
         about: dict[str, Any] = {"format": _FORMAT, "messages": self.messages, "tokens": self._tokens, "caches": name}
         about |= {"capacity": self.capacity, "config": dataclasses.asdict(self.config)}
-        about |= {"model": None if name is None else _fingerprint(self.model, self._tokens)}
+        about |= {"turn": self._turn, "model": None if name is None else _fingerprint(self.model, self._tokens)}
         part = folder / f".{_FILE}.{os.getpid()}.part"
         part.write_text(json.dumps(about), encoding="utf-8")
         part.replace(folder / _FILE)
@@ -250,16 +250,19 @@ class Conversation:
         Args:
             path: of the folder.
             model, tokenizer: those that it was with.
-            options: those of `Conversation`, but for messages, capacity and config, which were saved.
+            options: those of `Conversation`, but for messages, capacity and config, which were saved. A key draws on
+                from the turn that is next.
 
         Raises:
             FileNotFoundError: no such folder.
             ValueError: a folder that is damaged; caches of another model: of another shape, with other RoPE frequencies
-                where keys are centred, or with other embeddings of the conversation's first tokens.
+                where keys are centred, or with other embeddings of the conversation's first tokens. One that differs
+                in other weights alone is not noticed.
         """
         folder = Path(path)
         saved = _read(folder / _FILE)
         made = cls(model, tokenizer, saved.messages, capacity=saved.capacity, config=saved.config, **options)
+        made._turn = saved.turn
         if saved.caches is not None:
             make = functools.partial(model.init_cache, made.config, batch=1, capacity=made.capacity)
             caches = load_cache(folder / saved.caches, like=jax.eval_shape(make))
@@ -350,6 +353,7 @@ class _Saved(NamedTuple):
     capacity: int
     config: CompressionConfig
     model: int | None
+    turn: int
 
 
 def _read(file: Path) -> _Saved:
@@ -366,14 +370,22 @@ def _read(file: Path) -> _Saved:
     try:
         return _Saved(
             check_messages(about["messages"]),
-            [check_integer("tokens", token) for token in about["tokens"]],
+            [_token(token) for token in about["tokens"]],
             _name_of_caches(about["caches"]),
             check_integer("capacity", about["capacity"]),
             CompressionConfig(**about["config"]),
             about["model"],
+            check_integer("turn", about["turn"]),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _token(given: Any) -> int:
+    token = check_integer("tokens", given)
+    if not 0 <= token < 2**31:
+        raise ValueError(f"tokens={token} must lie in 0 .. 2**31 - 1")
+    return token
 
 
 def _name_of_caches(name: Any) -> str | None:

@@ -121,7 +121,8 @@ def attend_rows(
         return []
     of_key, of_value = layout(key), layout(value)
     fast_pairs = mean.fast_pairs if mean is not None and not is_dense(key) else 0
-    params = params or _params(heads, rows, group, head_dim, (of_key, of_value), centred=fast_pairs > 0)
+    slow = 0 < fast_pairs < head_dim // 2
+    params = params or _params(heads, rows, group, head_dim, (of_key, of_value), centred=fast_pairs > 0, slow=slow)
     plan = Plan(
         head_dim=head_dim,
         group=group,
@@ -156,9 +157,9 @@ def attend_rows(
 
 
 def _params(
-    heads: int, rows: int, group: int, head_dim: int, sides: tuple[Layout, Layout], *, centred: bool
+    heads: int, rows: int, group: int, head_dim: int, sides: tuple[Layout, Layout], *, centred: bool, slow: bool
 ) -> launch.MosaicParams:
-    """A heuristic's; where keys are centred, with no more units in a block than memory has room for."""
+    """A heuristic's; where a mean has slow pairs, with no more units in a block than memory has room for."""
     if any(side.bits for side in sides):
         direct = all(side.is_direct for side in sides)
         words = sum(side.bits for side in sides) * head_dim // WORD if direct else None
@@ -168,7 +169,7 @@ def _params(
     else:
         slots = sum(side.slots or 2 * head_dim for side in sides)
         params = launch.mosaic_params(heads=heads, rows=rows, group=group, slots=slots)
-    fewest = -(-rows // (TOKENS * MOST_UNITS)) if centred else 1
+    fewest = -(-rows // (TOKENS * MOST_UNITS // params.teams)) if slow else 1
     return dataclasses.replace(params, splits=max(params.splits, fewest))
 
 

@@ -8,8 +8,8 @@ from mustafar_jax.rows import Rows
 
 TOKENS = LANES
 """Tokens of a unit, one per lane."""
-MOST_UNITS = 256
-"""Units of a block whose scores of a mean's slow pairs are held: 8 KB of them for up to 8 query heads."""
+MOST_UNITS = 1024
+"""Units of a launched block's teams whose scores of a mean's slow pairs are held: 32 KB of them for up to 8 heads."""
 ROW = 4 * TOKENS
 """Bytes of a pair of channels in a tile: a word for each token."""
 

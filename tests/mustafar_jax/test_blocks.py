@@ -282,6 +282,8 @@ def test_what_is_named_for_a_part_leaves_the_rest_to_others(name, implementation
         (ValueError, r"lengths is int.*\[2\]; wanted integers \[3\]", {"lengths": [1, 8]}),
         (ValueError, "logits_soft_cap=0 must be a positive number, or None", {"logits_soft_cap": 0}),
         (ValueError, "scale=nan must be a number, or None", {"scale": float("nan")}),
+        (ValueError, "scale=True must be a number, or None", {"scale": True}),
+        (ValueError, "scale=.*1j.* must be a number, or None", {"scale": np.complex64(1j)}),
         (ValueError, "scale='1' must be a number, or None", {"scale": "1"}),
         (ValueError, "sliding_window=0 must be an integer of at least 1", {"sliding_window": 0}),
         (ValueError, "implementation='pallas' must be one of", {"implementation": "pallas"}),

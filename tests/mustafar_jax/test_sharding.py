@@ -24,10 +24,13 @@ LARGEST = 8 * 64 * 64 * 4
 """Bytes of what a step may move at a time: hidden states, logits, 8 parts of attention; a device's rows are more."""
 
 
-def found(cases, program="spread"):
-    """What a program says of cases."""
+FLAGS = quick.flags()
+
+
+def found(cases, program="spread", flags=FLAGS):
+    """What a program says of cases, compiled by these flags."""
     command = [sys.executable, "-W", "error", "-m", f"tests.mustafar_jax.{program}", json.dumps(cases)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick.flags()}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -54,7 +57,10 @@ def test_spread_caches_give_what_one_device_gives():
 @pytest.mark.parametrize("config", exhaustive(*CONFIGS))
 def test_every_mesh_gives_what_one_device_gives(config):
     cases = [case for case in ALL if case["config"] == config]
-    for case, result in zip(cases, found(cases), strict=True):
+    # Compiled quickly, values that several read are computed again and rounded otherwise: of a device's one sequence, a
+    # channel's k-th largest may then miss itself.
+    flags = "" if config == "unequal" else FLAGS
+    for case, result in zip(cases, found(cases, flags=flags), strict=True):
         check(case, result)
 
 

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from mustafar_jax.pallas_kernels import cuda, launch
+from mustafar_jax.pallas_kernels.mosaic import decode_attention
 from mustafar_jax.pallas_kernels.mosaic import launch as mosaic
+from mustafar_jax.pallas_kernels.mosaic.plan import Layout
 from mustafar_jax.pallas_kernels.triton import launch as triton
 
 
@@ -111,6 +113,14 @@ def test_codes_have_as_many_warps_as_registers_suffice_for(facts, params, monkey
     monkeypatch.setattr(launch, "cores", lambda: 132)
     usual = {"group": 4, "head_dim": 128, "words": 32, "centred": False}
     assert mosaic.coded_params(**usual | facts) == params
+
+
+@pytest.mark.parametrize("rows", [16384, 16384 + 512, 2 * 16384])
+def test_a_mean_s_slow_pairs_leave_wide_blocks_one_wave(rows, monkeypatch):
+    monkeypatch.setattr(launch, "cores", lambda: 132)
+    codes = Layout(rows, 0, bits=4)
+    params = decode_attention._params(64, rows, 4, 128, (codes, codes), centred=True, slow=True)
+    assert params == mosaic.MosaicParams(2, 12)
 
 
 def test_blocks_that_fit_at_once_follow_the_device(monkeypatch):

@@ -149,10 +149,13 @@ def test_a_saved_conversation_goes_on(one_layer, passed, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"format": None}, "says that it is of format None; wanted 'mustafar_jax conversation, version 1'"),
+        ({"format": None}, "says that it is of format None; wanted 'mustafar_jax conversation, version 2'"),
         ({"messages": "w1"}, "is damaged: messages is of type str; wanted a list"),
         ({"tokens": None}, "is damaged: 'NoneType' object is not iterable"),
         ({"tokens": ["w1"]}, "is damaged: tokens='w1' must be an integer"),
+        ({"tokens": [-1]}, "is damaged: tokens=-1 must lie in 0 .. "),
+        ({"tokens": [2**31]}, "is damaged: tokens=2147483648 must lie in 0 .. "),
+        ({"turn": None}, "is damaged: turn=None must be an integer"),
         ({"tokens": [1]}, "is damaged: its caches do not hold the 1 tokens that it says"),
         ({"caches": 3}, "is damaged: caches=3 is no name of a file of caches"),
         ({"caches": "../caches-0.safetensors"}, "is damaged: caches='../caches-0.safetensors' is no name of a file"),
