@@ -38,6 +38,13 @@ SETS: dict[str, list[Shape]] = {
 SWEPT = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
+def config_of(rule: str, sparsity: float) -> mj.CompressionConfig:
+    """The cache of a rule at a sparsity, dense at 0; or of codes, which have a sparsity of their own."""
+    if rule in CODES:
+        return CODES[rule]
+    return RULES[rule](sparsity, sparsity) if sparsity else mj.CompressionConfig(0, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is timed: an implementation on caches of one kind.
@@ -54,9 +61,7 @@ class Case:
     @property
     def config(self) -> mj.CompressionConfig:
         """The cache's."""
-        if self.rule in CODES:
-            return CODES[self.rule]
-        return RULES[self.rule](self.sparsity, self.sparsity) if self.sparsity else mj.CompressionConfig(0, 0)
+        return config_of(self.rule, self.sparsity)
 
     def attend(self, query: jax.Array, cache: mj.LayerCache) -> jax.Array:
         """One call: [B, N, H]."""

@@ -25,7 +25,7 @@ from jax import lax
 import mustafar_jax as mj
 from benchmarks import device_time, synthetic
 from benchmarks.attention import CALLS, REPEATS, TOLERANCE, copy_bandwidth, present
-from benchmarks.attention_cases import CODES, RULES, A, B
+from benchmarks.attention_cases import CODES, RULES, A, B, config_of
 from benchmarks.gpu import require_gpu
 from benchmarks.origin import where
 from benchmarks.synthetic import DTYPE, Shape
@@ -59,11 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in (*measure_prompts(shape, options, bandwidth), *measure_steps(shape, options)):
             table.add(shape.describe() | row | {"where": origin})
             print_row(table.rows[-1])
-
-
-def config_of(rule: str, sparsity: float) -> mj.CompressionConfig:
-    """The cache of a rule at a sparsity, or of codes, which have a sparsity of their own."""
-    return CODES[rule] if rule in CODES else RULES[rule](sparsity, sparsity)
 
 
 @dataclasses.dataclass(frozen=True)
